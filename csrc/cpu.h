@@ -10,7 +10,16 @@
 
 #if defined(__x86_64__)
 #define FEDMAP_X86 1
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own intrinsics' deliberately undefined operands (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #else
 #define FEDMAP_X86 0
 #endif
