@@ -1,0 +1,19 @@
+"""Sparse kernels for federated learning with magnitude pruning (FedMap, arXiv 2406.19050)."""
+
+from fedmap_sparse import ops, schedule
+from fedmap_sparse._backends import backends
+from fedmap_sparse.layout import FlatLayout, FlatParameters, flatten
+from fedmap_sparse.mask import Mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlatLayout",
+    "FlatParameters",
+    "Mask",
+    "__version__",
+    "backends",
+    "flatten",
+    "ops",
+    "schedule",
+]

@@ -1,0 +1,446 @@
+"""A module's parameters as one contiguous buffer, so that one kernel call serves a whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmap_sparse import _checks
+from fedmap_sparse.mask import Mask
+
+#: Prunable tensors start on multiples of this many elements: no warp spans two tensors.
+ALIGN = 128
+#: Tail tensors start on multiples of this: 16 bytes in every dtype, as inductor and cuBLAS assume.
+TAIL_ALIGN = 8
+
+Prunable = Callable[[str, Any], bool]
+
+# Buffers of torch's own normalisation layers, told from parameters by name where a state dict is
+# all there is.
+_BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def matrices(name: str, tensor: Any) -> bool:
+    """The default rule for `prunable`: two or more dimensions. Biases and normalisation stay."""
+    return len(tensor.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: `values[offset : offset + numel]`, row-major, is tensor `name`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class BufferEntry:
+    """One persistent buffer; `kind` is "float", "int" or "bool"."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each tensor of a model lies in one flat buffer. Immutable, comparable, hashable.
+
+    Attributes:
+        entries: parameters by offset: the prunable ones, in the model's order, then the tail.
+        aliases: (other name, name) of tied parameters, which are stored once.
+        buffers: persistent buffers, which do not lie in the flat buffer but travel with it.
+        names: every key of the model's state dict, in its order.
+        prunable_numel: size of the prunable part, padding included: what a `Mask` covers.
+        numel: size of the whole buffer, padding included.
+    """
+
+    entries: tuple[Entry, ...]
+    aliases: tuple[tuple[str, str], ...]
+    buffers: tuple[BufferEntry, ...]
+    names: tuple[str, ...]
+    prunable_numel: int
+    numel: int
+
+    @staticmethod
+    def from_state_dict(
+        state: Mapping[str, Any],
+        *,
+        prunable: Prunable = matrices,
+        buffers: Sequence[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> FlatLayout:
+        """The layout that `flatten` gives the model of this state dict, digest included.
+
+        Args:
+            state: names to tensors or arrays (anything with `.shape` and `.dtype`).
+            prunable: which parameters a mask covers, as in `flatten`.
+            buffers: names of the buffers. A state dict does not tell them from parameters; by
+                default they are the tensors that are not floating-point and those called
+                `running_mean` or `running_var`, as torch's own layers name them.
+            aliases: other name to name, for tied parameters. By default tensors that share their
+                memory and shape are tied; what crossed a wire shares nothing: pass them then.
+
+        Raises:
+            ValueError: a name in `buffers` or `aliases` that the state dict does not hold.
+        """
+        tied = _shared(state) if aliases is None else dict(aliases)
+        for name in [*(buffers or ()), *tied, *tied.values()]:
+            if name not in state:
+                raise ValueError(f"state: expected a tensor named {name!r}, got none")
+        chosen = set(buffers) if buffers is not None else {n for n in state if _is_buffer(n, state)}
+        parameters = {n: t for n, t in state.items() if n not in chosen and n not in tied}
+        return _build(
+            parameters,
+            [(name, tied[name]) for name in state if name in tied and name not in chosen],
+            {n: t for n, t in state.items() if n in chosen},
+            tuple(state),
+            prunable,
+        )
+
+    @cached_property
+    def prunable_entries(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.offset < self.prunable_numel)
+
+    @cached_property
+    def tail_entries(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.offset >= self.prunable_numel)
+
+    @property
+    def tail_numel(self) -> int:
+        return self.numel - self.prunable_numel
+
+    @cached_property
+    def eligible(self) -> int:
+        """Prunable elements without padding: what density and schedules count."""
+        return sum(e.numel for e in self.prunable_entries)
+
+    @cached_property
+    def _initial_mask(self) -> Mask:
+        keep = torch.zeros(self.prunable_numel, dtype=torch.bool)
+        for e in self.prunable_entries:
+            keep[e.offset : e.offset + e.numel] = True
+        return Mask.from_bool(keep)
+
+    def initial_mask(self, device: torch.device | str = "cpu") -> Mask:
+        """The dense mask: every eligible element, no padding."""
+        return self._initial_mask.to(device)
+
+    def mask_dict(self, mask: Mask) -> dict[str, Tensor]:
+        """The mask as one bool tensor a prunable parameter, for other tools."""
+        _checks.check_mask("mask", mask, self.prunable_numel)
+        keep = mask.to_bool()
+        return {
+            e.name: keep[e.offset : e.offset + e.numel].view(e.shape) for e in self.prunable_entries
+        }
+
+    def check_mask(self, mask: Mask) -> None:
+        """Raise unless `mask` covers this layout and no bit of padding is set."""
+        _checks.check_mask("mask", mask, self.prunable_numel)
+        if not mask <= self.initial_mask(mask.device):
+            raise ValueError("mask: expected no survivor in the layout's padding, got some")
+
+    @cached_property
+    def _digest(self) -> bytes:
+        text = json.dumps(
+            {
+                "entries": [[e.name, list(e.shape), e.offset] for e in self.entries],
+                "prunable_numel": self.prunable_numel,
+                "numel": self.numel,
+                "aliases": sorted(list(pair) for pair in self.aliases),
+                "buffers": [[b.name, list(b.shape), b.kind] for b in self.buffers],
+            },
+            separators=(",", ":"),
+            ensure_ascii=True,
+        )
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    def digest(self) -> bytes:
+        """16 bytes over names, shapes, order and buffers, not dtype; both ends compare them."""
+        return self._digest
+
+
+def _build(
+    parameters: Mapping[str, Any],
+    aliases: Sequence[tuple[str, str]],
+    buffers: Mapping[str, Any],
+    names: tuple[str, ...],
+    prunable: Prunable,
+) -> FlatLayout:
+    covered = {name for name, t in parameters.items() if prunable(name, t)}
+    entries = []
+    offset = 0
+    for wanted, align in ((True, ALIGN), (False, TAIL_ALIGN)):
+        for name, t in parameters.items():
+            if (name in covered) is not wanted:
+                continue
+            shape = tuple(int(s) for s in t.shape)
+            numel = 1
+            for size in shape:
+                numel *= size
+            entries.append(Entry(name, shape, offset, numel))
+            offset += -(-numel // align) * align
+        if wanted:
+            prunable_numel = offset
+    return FlatLayout(
+        tuple(entries),
+        tuple(aliases),
+        tuple(
+            BufferEntry(n, tuple(int(s) for s in b.shape), _kind(n, b)) for n, b in buffers.items()
+        ),
+        names,
+        prunable_numel,
+        offset,
+    )
+
+
+def _kind(name: str, t: Any) -> str:
+    dtype = str(t.dtype).removeprefix("torch.")
+    if dtype == "bool":
+        return "bool"
+    if dtype.startswith(("float", "bfloat")):
+        return "float"
+    if dtype.startswith(("int", "uint")):
+        return "int"
+    raise TypeError(f"{name}: expected a floating-point, integer or bool tensor, got {dtype}")
+
+
+def _is_buffer(name: str, state: Mapping[str, Any]) -> bool:
+    return name.rsplit(".", 1)[-1] in _BUFFER_NAMES or _kind(name, state[name]) != "float"
+
+
+def _shared(state: Mapping[str, Any]) -> dict[str, str]:
+    first: dict[Any, str] = {}
+    tied = {}
+    for name, t in state.items():
+        if isinstance(t, Tensor):
+            where = (t.data_ptr(), tuple(t.shape), t.stride())
+        else:
+            where = (t.__array_interface__["data"][0], tuple(t.shape), t.strides)
+        if all(t.shape) and where in first:
+            tied[name] = first[where]
+        elif all(t.shape):
+            first[where] = name
+    return tied
+
+
+class FlatParameters:
+    """A module whose parameters are views of one contiguous buffer. Made by `flatten`.
+
+    Attributes:
+        values: the buffer, 1-D, `layout.numel` elements: the prunable part, then the tail; padding
+            is zero. The module's parameters are views of it, so a write to one is seen in both.
+        layout: where each parameter lies.
+        module: the module, which is used as before: forward, backward, state_dict,
+            load_state_dict, zero_grad. What re-homes its parameters (`.to(device)`, `.half()`,
+            replacing a Parameter) breaks the views; `check_bound` notices and `rebind` mends.
+        mask: the current mask over `prunable`; `layout.initial_mask()` at first.
+    """
+
+    def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
+        self.module = module
+        self.layout = layout
+        owners = _owners(module)
+        self._owners = [owners[e.name] for e in layout.entries]
+        self._names = [e.name for e in layout.entries]
+        self.values = torch.empty(0)
+        self._adopt()
+        self._mask = layout.initial_mask(self.values.device)
+
+    def _adopt(self) -> None:
+        """Copy the module's parameters into a fresh buffer, then make them views of it."""
+        parameters = [owner._parameters[key] for owner, key in self._owners]
+        current = {n: p for n, p in zip(self._names, parameters, strict=True) if p is not None}
+        if len(current) != len(parameters):
+            gone = next(n for n in self._names if n not in current)
+            raise ValueError(f"{gone}: expected a parameter, got None")
+        for e in self.layout.entries:
+            if tuple(current[e.name].shape) != e.shape:
+                got = tuple(current[e.name].shape)
+                raise ValueError(f"{e.name}: expected shape {e.shape}, got {got}")
+        dtype, device = _common(current)
+        values = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+        views = [values[e.offset : e.offset + e.numel].view(e.shape) for e in self.layout.entries]
+        with torch.no_grad():
+            for view, p in zip(views, current.values(), strict=True):
+                view.copy_(p)
+        for view, p in zip(views, current.values(), strict=True):
+            if p.grad is not None and (p.grad.dtype != dtype or p.grad.device != device):
+                p.grad = None
+            p.data = view
+        other = dict(self.layout.aliases)
+        owners = _owners(self.module) if other else {}
+        for alias, name in other.items():
+            owner, key = owners[alias]
+            owner._parameters[key] = current[name]
+        self.values = values
+        self.parameters = list(current.values())
+        size = values.element_size()
+        self._bindings = [
+            (owner._parameters, key, p, values.data_ptr() + e.offset * size, p.stride(), e.name)
+            for (owner, key), p, e in zip(
+                self._owners, self.parameters, self.layout.entries, strict=True
+            )
+        ]
+
+    @property
+    def prunable(self) -> Tensor:
+        """The 1-D view that a `Mask` covers, padding included."""
+        return self.values[: self.layout.prunable_numel]
+
+    @property
+    def tail(self) -> Tensor:
+        """The rest: biases, normalisation, whatever `prunable` refused. Never pruned."""
+        return self.values[self.layout.prunable_numel :]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent buffers, live."""
+        found = _buffers(self.module)
+        return {b.name: found[b.name] for b in self.layout.buffers}
+
+    @property
+    def mask(self) -> Mask:
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        self.layout.check_mask(mask)
+        _checks.check_device("mask", mask.words, self.values.device)
+        self._mask = mask
+
+    @property
+    def density(self) -> float:
+        """Survivors of `mask` over eligible elements; 1.0 for a model with none."""
+        return self._mask.nnz / self.layout.eligible if self.layout.eligible else 1.0
+
+    def to_state_dict(self) -> dict[str, Tensor]:
+        """Copies of all parameters (aliases too) and buffers, in the model's order, dense."""
+        found = {e.name: p for e, p in zip(self.layout.entries, self.parameters, strict=True)}
+        found.update({alias: found[name] for alias, name in self.layout.aliases})
+        found.update(self.buffers)
+        return {name: found[name].detach().clone() for name in self.layout.names}
+
+    def to(self, device: torch.device | str) -> FlatParameters:
+        """Move module, buffer and mask to `device`, in place, keeping the views; returns self."""
+        self.module.to(device)
+        self.rebind()
+        return self
+
+    def check_bound(self) -> None:
+        """Raise RuntimeError unless every parameter of the module is still the view it was.
+
+        About 0.3 us a parameter; the optimizers call it at each step, so that nobody trains stale
+        copies.
+        """
+        for parameters, key, p, address, stride, name in self._bindings:
+            if parameters.get(key) is not p or p.data_ptr() != address or p.stride() != stride:
+                raise RuntimeError(
+                    f"{name} is no longer a view of the flat buffer (the module was moved, cast, "
+                    "re-strided, or the parameter replaced after flatten). Call rebind() on the "
+                    "FlatParameters"
+                )
+
+    def rebind(self) -> None:
+        """Take the module's parameters as they are now into a fresh buffer of their dtype, device.
+
+        Raises ValueError or TypeError, changing nothing, if a shape changed or dtypes are mixed.
+        Pruned positions of the current mask are zeroed. Packed optimizer state stays valid: it
+        follows the mask, not the address.
+        """
+        self._adopt()
+        self._mask = self._mask.to(self.values.device)
+        self.zero_pruned()
+
+    def zero_pruned(self) -> None:
+        """Write +0.0 to what the current mask does not keep, e.g. after `load_state_dict`."""
+        from fedmap_sparse import ops
+
+        ops.zero_pruned_(self.prunable, self._mask)
+        self.mark_written()
+
+    def mark_written(self) -> None:
+        """Tell autograd that the parameters changed, after a write through raw pointers.
+
+        Bumping the version of `values` alone leaves a backward over an old graph silently wrong
+        where torch raises: the Parameters carry their own versions.
+        """
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def __repr__(self) -> str:
+        return (
+            f"FlatParameters({len(self.parameters)} parameters, {self.layout.eligible} prunable, "
+            f"density {self.density:.4g}, {_checks.short(self.values.dtype)}, {self.values.device})"
+        )
+
+
+def flatten(model: nn.Module, *, prunable: Prunable = matrices) -> FlatParameters:
+    """Re-home all parameters of `model` as views of one contiguous buffer, in place.
+
+    Values, gradients, names and the module's behaviour stay as they are. Prunable tensors come
+    first, each on a multiple of 128 elements, padding zero; tied parameters are stored once.
+
+    Args:
+        model: any module whose parameters share one dtype (float32, float16 or bfloat16) and one
+            device. Parameters become row-major, whatever their memory format was.
+        prunable: `(name, parameter) -> bool`, which parameters a mask covers. The default keeps
+            biases and normalisation out: two or more dimensions.
+
+    Raises:
+        ValueError: no parameters, mixed dtypes or devices, or an uninitialised lazy parameter.
+        TypeError: a dtype that the kernels do not serve.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in named.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run once")
+    first: dict[int, str] = {}
+    aliases = []
+    for name, p in named.items():
+        if id(p) in first:  # both are alive in `named`, so the id is no recycled one
+            aliases.append((name, first[id(p)]))
+        else:
+            first[id(p)] = name
+    parameters = {name: named[name] for name in first.values()}
+    _common(parameters)
+    buffers = _buffers(model)
+    order = tuple(n for n in model.state_dict(keep_vars=True) if n in named or n in buffers)
+    return FlatParameters(model, _build(parameters, aliases, buffers, order, prunable))
+
+
+def _common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    if not parameters:
+        raise ValueError("model: expected at least one parameter, got none")
+    head, p0 = next(iter(parameters.items()))
+    for name, p in parameters.items():
+        if p.layout is not torch.strided or p.dtype not in _checks.FLOAT_DTYPES:
+            kind = _checks.short(p.dtype) if p.layout is torch.strided else str(p.layout)
+            raise TypeError(f"{name}: expected dense float32, float16 or bfloat16, got {kind}")
+        if p.dtype != p0.dtype or p.device != p0.device:
+            raise ValueError(
+                f"{name}: expected {_checks.short(p0.dtype)} on {p0.device} like {head}, got "
+                f"{_checks.short(p.dtype)} on {p.device}: one flat buffer has one dtype and device"
+            )
+    return p0.dtype, p0.device
+
+
+def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    return {
+        f"{prefix}.{key}" if prefix else key: (owner, key)
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for key in owner._parameters
+    }
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: b for name, b in module.named_buffers() if name in kept}

@@ -1,0 +1,106 @@
+"""The segments of a flat buffer that one masked step covers, with each one's hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse import _checks
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops.quantize import cast_reference
+
+NESTEROV, MAXIMIZE, FIRST, AMSGRAD = 1, 2, 4, 8
+
+
+class Segments:
+    """A table of segments: `rows[s]` = offset, numel, gradient address, flags; `scalars[s]` = 8
+    float64 hyper-parameters. Kept between steps; the optimizer rewrites what changed.
+
+    Offsets grow; those below the mask's numel are multiples of 128, the rest multiples of 8, as
+    `flatten` lays them out.
+    """
+
+    def __init__(self, offsets: Sequence[int], numels: Sequence[int]) -> None:
+        if len(offsets) != len(numels):
+            raise ValueError(f"numels: expected {len(offsets)}, one an offset, got {len(numels)}")
+        self.rows = torch.zeros(len(offsets), 4, dtype=torch.int64)
+        self.rows[:, 0] = torch.tensor(list(offsets), dtype=torch.int64)
+        self.rows[:, 1] = torch.tensor(list(numels), dtype=torch.int64)
+        self.scalars = torch.zeros(len(offsets), 8, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+def check_step(
+    values: Tensor,
+    mask: Mask,
+    grads: Sequence[Tensor | None],
+    segments: Segments,
+    states: dict[str, Tensor | None],
+) -> None:
+    """Raise unless one step's tensors agree; writes nothing."""
+    _checks.check_tensor("values", values)
+    _checks.check_mask("mask", mask)
+    _checks.check_same_device("mask", mask, values)
+    if mask.numel > values.numel():
+        raise ValueError(f"mask: expected at most {values.numel()} elements, got {mask.numel}")
+    if len(grads) != len(segments):
+        raise ValueError(f"grads: expected {len(segments)}, one a segment, got {len(grads)}")
+    for grad, numel in zip(grads, segments.rows[:, 1].tolist(), strict=True):
+        if grad is not None:
+            _checks.check_tensor("grads", grad, (values.dtype,))
+            _checks.check_numel("grads", grad, numel, "the segment's size")
+            _checks.check_device("grads", grad, values.device)
+    size = mask.nnz + values.numel() - mask.numel
+    for name, state in states.items():
+        if state is not None:
+            _checks.check_out(name, state, size, torch.float32, values.device)
+    if values.dtype != torch.float32 and states["master"] is None:
+        raise ValueError(
+            f"master: expected float32 master copies for {_checks.short(values.dtype)} values"
+        )
+
+
+def float32_scalar(value: float, like: Tensor) -> Tensor:
+    """Reference: a hyper-parameter rounded to float32 once, before it meets a float32 tensor.
+
+    torch would compute `float * tensor` with the float64 scalar rounded inside the kernel, by
+    device and op; a 0-d tensor leaves no choice.
+    """
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def step_reference(
+    values: Tensor,
+    mask: Mask,
+    grads: Sequence[Tensor | None],
+    rows: Tensor,
+    scalars: Tensor,
+    master: Tensor | None,
+    states: Sequence[Tensor | None],
+    update: Callable[..., Tensor],
+) -> None:
+    """Reference: `update(p, g, flags, scalars, *states)` for each segment that has a gradient."""
+    survivors = mask.to_bool()
+    held = torch.cat([survivors, survivors.new_ones(values.numel() - mask.numel)])
+    before = torch.cumsum(held, 0) - held.to(torch.int64)  # packed index of each flat position
+    for (offset, size, _, flags), row, grad in zip(rows.tolist(), scalars, grads, strict=True):
+        if grad is None:
+            continue
+        inside = slice(offset, offset + size)
+        kept = held[inside]
+        state = before[inside][kept]
+        p = values[inside][kept] if master is None else master[state]
+        g = grad.reshape(-1)[kept].to(torch.float32)
+        parts = [None if s is None else s[state] for s in states]
+        p = update(p, g, flags, row, *parts)
+        for whole, part in zip(states, parts, strict=True):
+            if whole is not None:
+                whole[state] = part
+        if master is not None:
+            master[state] = p
+        values[inside] = 0.0
+        values[inside][kept] = cast_reference(p, values.dtype)

@@ -1,0 +1,136 @@
+"""One fused SGD step over a flat buffer, with optimizer state for survivors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedmap_sparse import _backends, _checks
+from fedmap_sparse._backends import define, native
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops import _segments
+from fedmap_sparse.ops._segments import FIRST, MAXIMIZE, NESTEROV, Segments
+
+
+def _update(p: Tensor, g: Tensor, flags: int, scalars: Tensor, buffer: Tensor | None) -> Tensor:
+    """One segment's survivors, all float32: writes `buffer`, returns the new weights."""
+    lr, momentum, dampening, weight_decay = scalars[:4].tolist()
+    f32 = _segments.float32_scalar
+    if flags & MAXIMIZE:
+        g = -g
+    if weight_decay != 0:
+        g = g + f32(weight_decay, p) * p
+    if momentum != 0 and buffer is not None:
+        if flags & FIRST:
+            buffer.copy_(g)
+        else:
+            buffer.copy_(f32(momentum, p) * buffer + f32(1 - dampening, p) * g)
+        g = g + f32(momentum, p) * buffer if flags & NESTEROV else buffer
+    return p - f32(lr, p) * g
+
+
+def _reference(*args: Any) -> None:
+    values, words, rank, numel, nnz, grads, rows, scalars, momentum, master = args
+    _segments.step_reference(
+        values, Mask(words, rank, numel, nnz), grads, rows, scalars, master, [momentum], _update
+    )
+
+
+def _cpu(
+    values: Tensor,
+    words: Tensor,
+    rank: Tensor,
+    numel: int,
+    nnz: int,
+    grads: list[Tensor | None],
+    rows: Tensor,
+    scalars: Tensor,
+    momentum: Tensor | None,
+    master: Tensor | None,
+) -> None:
+    rows.numpy()[:, 2] = [0 if g is None else g.data_ptr() for g in grads]
+    native.masked_sgd(
+        values.data_ptr(),
+        _checks.DTYPE_CODES[values.dtype],
+        words.data_ptr(),
+        rank.data_ptr(),
+        numel,
+        values.numel(),
+        rows.data_ptr(),
+        len(grads),
+        scalars.data_ptr(),
+        0 if momentum is None else momentum.data_ptr(),
+        0 if master is None else master.data_ptr(),
+        _backends.threads(),
+    )
+
+
+_op = define(
+    "masked_sgd_(Tensor(a!) values, Tensor words, Tensor rank, SymInt numel, SymInt nnz,"
+    " Tensor?[] grads, Tensor(b!) rows, Tensor scalars, Tensor(c!)? momentum,"
+    " Tensor(d!)? master, str backend) -> ()",
+    lambda *args: None,
+    reference=_reference,
+    cpu=_cpu,
+    triton=lambda *a: _backends.kernels("masked_sgd").masked_sgd_(*a),
+)
+
+
+def sgd_flags(*, nesterov: bool = False, maximize: bool = False, first: bool = False) -> int:
+    """The flags of a segment's row. `first`: its momentum starts as the gradient, as in torch."""
+    return NESTEROV * nesterov | MAXIMIZE * maximize | FIRST * first
+
+
+def masked_sgd_(
+    values: Tensor,
+    mask: Mask,
+    grads: Sequence[Tensor | None],
+    segments: Segments,
+    *,
+    momentum_buffer: Tensor | None = None,
+    master: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """One SGD step, in place, for the survivors of `values[: mask.numel]` and all of the rest.
+
+    Per segment, in float32, every operation rounded, in this order (as `torch.optim.SGD`):
+    `g = grad` (negated with maximize); `g += weight_decay * p`; with momentum
+    `buf = momentum * buf + (1 - dampening) * g` (`buf = g` at first), then
+    `g = g + momentum * buf` with nesterov, else `g = buf`; `p -= lr * g`. Pruned elements of a
+    segment that steps become +0.0, whatever their gradient; what no segment covers is not touched.
+
+    Args:
+        values: flat buffer, 1-D contiguous, float32, float16 or bfloat16.
+        mask: over the first `mask.numel` elements; the rest is a dense tail.
+        grads: one tensor a segment, contiguous, of the segment's size and the values' dtype, or
+            None, which skips the segment and leaves its state as it was.
+        segments: offsets, sizes, and per segment the flags (`sgd_flags`) and the scalars
+            lr, momentum, dampening, weight_decay.
+        momentum_buffer: float32, packed: `mask.nnz` survivors, then the tail. None: no momentum.
+        master: float32 master copies, packed likewise; wanted for 16-bit values, which then
+            receive the rounded masters.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices that do not agree; nothing is written.
+
+    O(touched lines + nnz): `0.125 + 8 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
+    """
+    _segments.check_step(
+        values, mask, grads, segments, {"momentum_buffer": momentum_buffer, "master": master}
+    )
+    _op(
+        values.detach(),
+        mask.words,
+        mask.rank,
+        mask.numel,
+        mask.nnz,
+        [None if g is None else g.detach() for g in grads],
+        segments.rows,
+        segments.scalars,
+        momentum_buffer,
+        master,
+        _backends.pick(backend, values.device),
+    )
