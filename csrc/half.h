@@ -1,0 +1,196 @@
+// float16 and bfloat16: scalar conversions, and vector loads and stores that convert, for each ISA
+// level, all with the same bits.
+//
+// Narrowing rounds to nearest even and keeps subnormals; NaN becomes 0x7e00 (float16) or 0x7fc0
+// (bfloat16) whatever its sign and payload. Both are done by integers where hardware differs:
+// vcvtneps2bf16 flushes subnormals, vcvtps2ph keeps payloads. Widening is exact.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace fedmap {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The least float32 magnitude, as bits, that T rounds to infinity: half a step above its largest.
+template <class T>
+constexpr uint32_t kOverflowBits = 0x7f800000;
+template <>
+inline constexpr uint32_t kOverflowBits<Float16> = 0x477ff000;
+template <>
+inline constexpr uint32_t kOverflowBits<Bfloat16> = 0x7f7f8000;
+
+// Whether a finite x becomes infinite in T.
+template <class T>
+inline bool overflows(float x) {
+  return (float_bits(x) & 0x7fffffff) - kOverflowBits<T> < 0x7f800000 - kOverflowBits<T>;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(Bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude > 0x7c00) // as vcvtph2ps: quiet, payload kept
+    return bits_float(sign | 0x7fc00000 | magnitude << 13);
+  if (magnitude == 0x7c00)
+    return bits_float(sign | 0x7f800000);
+  if (magnitude >= 0x0400)
+    return bits_float(sign | ((magnitude << 13) + 0x38000000));
+  return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-24f));
+}
+
+template <class T>
+T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline Bfloat16 narrow<Bfloat16>(float x) {
+  const uint32_t bits = float_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000)
+    return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline Float16 narrow<Float16>(float x) {
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000)
+    return {0x7e00};
+  if (magnitude >= kOverflowBits<Float16>)
+    half = 0x7c00;
+  else if (magnitude >= 0x38800000)
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  else // one step of a subnormal float16 is one of the float32 numbers in [0.5, 1)
+    half = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000;
+  return {static_cast<uint16_t>((bits >> 16 & 0x8000) | half)};
+}
+
+// Rounds a float64 to float32 so that narrowing the result again is as if rounded once: to nearest
+// for float32 itself; to odd for the 16-bit types, which leaves the sticky bit in the last place
+// (S. Boldo, G. Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+template <class T>
+inline float shorten(double x) {
+  const float nearest = static_cast<float>(x);
+  if (sizeof(T) == sizeof(float))
+    return nearest;
+  const uint32_t bits = float_bits(nearest);
+  const double back = nearest;
+  if (!(back < x || back > x) || (bits & 1))
+    return nearest;
+  const bool away = (back < 0 ? -back : back) > (x < 0 ? -x : x);
+  return bits_float(away ? bits - 1 : bits + 1);
+}
+
+#if FEDMAP_X86
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+
+inline __m256 load(const float* src) { return _mm256_loadu_ps(src); }
+inline __m256 load(const Float16* src) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+}
+inline __m256 load(const Bfloat16* src) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline void store(float* dst, __m256 x) { _mm256_storeu_ps(dst, x); }
+inline void store(Float16* dst, __m256 x) {
+  const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m128i magnitude = _mm_and_si128(half, _mm_set1_epi16(0x7fff));
+  const __m128i nan = _mm_cmpgt_epi16(magnitude, _mm_set1_epi16(0x7c00));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst),
+                   _mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan));
+}
+inline void store(Bfloat16* dst, __m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i half =
+      _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(dst),
+      _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+
+// How many of the lanes are finite and become infinite in T.
+template <class T>
+inline int overflows(__m256 x) {
+  const __m256i magnitude =
+      _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  const __m256i large = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kOverflowBits<T> - 1));
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), magnitude);
+  return _mm_popcnt_u32(
+      _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_and_si256(large, finite))));
+}
+
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+
+inline __m512 load(const float* src) { return _mm512_loadu_ps(src); }
+inline __m512 load(const Float16* src) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+}
+inline __m512 load(const Bfloat16* src) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline void store(float* dst, __m512 x) { _mm512_storeu_ps(dst, x); }
+inline void store(Float16* dst, __m512 x) {
+  const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
+  const __mmask16 nan = _mm256_cmpgt_epi16_mask(magnitude, _mm256_set1_epi16(0x7c00));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                      _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+}
+inline void store(Bfloat16* dst, __m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16),
+                                             _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                             _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(half));
+}
+
+template <class T>
+inline int overflows(__m512 x) {
+  const __m512i magnitude =
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  const __mmask16 large =
+      _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(kOverflowBits<T>));
+  return _mm_popcnt_u32(
+      _mm512_mask_cmplt_epi32_mask(large, magnitude, _mm512_set1_epi32(0x7f800000)));
+}
+
+} // namespace avx512
+FEDMAP_TARGET_END
+#endif
+
+} // namespace fedmap
