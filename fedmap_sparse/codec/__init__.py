@@ -1,0 +1,29 @@
+"""The wire format: `docs/format.md` is its specification, this package one implementation."""
+
+from fedmap_sparse.codec.container import Header, Section, parse_header
+from fedmap_sparse.codec.errors import FormatError, MaskNeeded
+from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
+from fedmap_sparse.codec.masks import delta_section, full_section
+from fedmap_sparse.codec.message import Body, Message, decode, encode, encode_body, pack_parts
+from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
+
+__all__ = [
+    "Body",
+    "FormatError",
+    "Header",
+    "Inspection",
+    "MaskNeeded",
+    "Message",
+    "Section",
+    "SectionInfo",
+    "decode",
+    "decode_state_dict",
+    "delta_section",
+    "encode",
+    "encode_body",
+    "encode_state_dict",
+    "full_section",
+    "inspect",
+    "pack_parts",
+    "parse_header",
+]

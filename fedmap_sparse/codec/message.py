@@ -1,0 +1,400 @@
+"""Messages: a model's survivors, tail and buffers in one container. docs/format.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse import _checks, ops
+from fedmap_sparse.codec import container, masks, values
+from fedmap_sparse.codec import meta as records
+from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Buffer, Header, Id, Section
+from fedmap_sparse.codec.errors import FormatError
+from fedmap_sparse.layout import FlatLayout, FlatParameters
+from fedmap_sparse.mask import Mask
+
+MaskSection = Literal["none", "full", "delta"]
+
+_DTYPES = {_checks.short(dtype): dtype for dtype in _checks.FLOAT_DTYPES}
+
+
+@dataclass(frozen=True)
+class Body:
+    """A message but for its mask section, encoded: what all receivers of a broadcast share.
+
+    A server encodes one a round and calls `message` once for each mask that its clients have; that
+    costs the mask section and one copy of the bytes. The tensors given to `encode_body` are viewed,
+    not copied: they must not change while the body is in use.
+    """
+
+    header: Header
+    sections: tuple[Section, ...]
+    mask: Mask
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The broadcast digest: what an update to this broadcast gives as `answers`."""
+        return container.broadcast_digest(self.header, self.sections)
+
+    def message(self, mask_section: MaskSection = "none", parent: Mask | None = None) -> bytes:
+        """The message for a receiver that has this mask ("none"), nothing ("full"), or `parent`.
+
+        The dense mask costs no bits: it never has a section, whatever is asked for.
+
+        Raises:
+            ValueError: another name, or a `parent` that is missing, superfluous, or no superset.
+        """
+        return self.join(_mask_section(self.mask, mask_section, parent))
+
+    def join(self, section: Section | None) -> bytes:
+        """The message with a mask section that `masks` wrote, or with none."""
+        lead = () if section is None or self.header.flags & DENSE else (section,)
+        return container.join(self.header, lead + self.sections)
+
+
+def _mask_section(mask: Mask, kind: MaskSection, parent: Mask | None) -> Section | None:
+    if kind not in ("none", "full", "delta"):
+        raise ValueError(f"mask_section: expected 'none', 'full' or 'delta', got {kind!r}")
+    if (parent is None) is (kind == "delta"):
+        wanted = "a parent" if kind == "delta" else "no parent"
+        raise ValueError(f"parent: expected {wanted} for mask_section={kind!r}, got {parent}")
+    if parent is not None:
+        return masks.delta_section(mask, parent)
+    return masks.full_section(mask) if kind == "full" else None
+
+
+def encode_body(
+    layout: FlatLayout,
+    mask: Mask,
+    packed: Tensor,
+    tail: Tensor,
+    buffers: Mapping[str, Any],
+    *,
+    round: int = 0,
+    epoch: int = 0,
+    num_samples: int = 0,
+    answers: bytes = NO_DIGEST,
+    base: bytes = NO_DIGEST,
+    meta: Mapping[str, records.Value] | None = None,
+) -> Body:
+    """Encode what is packed already.
+
+    Args:
+        layout: of the model.
+        mask: over `layout.prunable_numel` elements, none of them padding.
+        packed: Tensor[mask.nnz] of float32, float16 or bfloat16: its dtype is the wire's.
+        tail: Tensor[layout.tail_numel] of one of these dtypes, as `FlatParameters.tail`.
+        buffers: name to tensor or array, exactly the layout's.
+        round, epoch, num_samples: at most 2^53.
+        answers: digest of the broadcast that this update answers; zero in a broadcast.
+        base: digest of the broadcast that `packed` is the difference from; zero if it is none.
+        meta: a small record; `loss` and `lr` are the keys that `fedmap` uses.
+
+    Raises:
+        TypeError: another dtype, or a value that META cannot hold.
+        ValueError: sizes that differ from the layout's or the mask's; integers out of range.
+
+    O(bytes): checksums are computed here, once.
+    """
+    _checks.check_mask("mask", mask, layout.prunable_numel)
+    _checks.check_tensor("packed", packed)
+    _checks.check_numel("packed", packed, mask.nnz, "the mask's nnz")
+    _checks.check_tensor("tail", tail)
+    _checks.check_numel("tail", tail, layout.tail_numel, "the layout's tail")
+    for name, digest in (("answers", answers), ("base", base)):
+        if not isinstance(digest, bytes) or len(digest) != 16:
+            raise ValueError(f"{name}: expected a digest of 16 bytes, got {digest!r}")
+    for name, value in (("round", round), ("epoch", epoch), ("num_samples", num_samples)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if not 0 <= value <= container.MAX_INTEGER:
+            raise ValueError(f"{name}: expected 0 to 2^53, got {value}")
+    header = Header(
+        layout=layout.digest(),
+        mask=mask.digest(),
+        eligible=layout.eligible,
+        flags=DENSE if mask.nnz == layout.eligible else 0,
+        answers=answers,
+        base=base,
+        round=round,
+        epoch=epoch,
+        samples=num_samples,
+    )
+    sections = [
+        values.write(Id.VALUES, packed.detach().cpu()),
+        values.write(Id.TAIL, tail.detach().cpu()),
+        *values.write_buffers(layout, buffers),
+    ]
+    if meta:
+        sections.append(records.write(meta))
+    return Body(header, tuple(sections), mask)
+
+
+def encode(
+    params: FlatParameters,
+    mask: Mask,
+    *,
+    dtype: str = "float32",
+    mask_section: MaskSection = "none",
+    parent: Mask | None = None,
+    base: Message | None = None,
+    lossless: bool = True,
+    round: int = 0,
+    epoch: int = 0,
+    num_samples: int = 0,
+    answers: bytes = NO_DIGEST,
+    meta: Mapping[str, records.Value] | None = None,
+) -> bytes:
+    """A message with the survivors of `params` under `mask`, its tail and its buffers.
+
+    Args:
+        params: a flattened model; its values are not changed.
+        mask: which of `params.prunable` survive.
+        dtype: of the values on the wire: "float32", "float16" or "bfloat16".
+        mask_section: what the receiver needs: "none" (it has the mask, and the digest proves it),
+            "full" (it has nothing) or "delta" (it has `parent`). The dense mask costs no bits.
+        parent: with "delta", a superset of `mask` that the receiver has.
+        base: a decoded broadcast of the same mask; values travel as float32 differences from it.
+        lossless: allow encodings that store the same values in fewer bytes.
+        round, epoch, num_samples: for the header, at most 2^53.
+        answers: digest of the broadcast that this update answers (`Message.broadcast_digest`).
+        meta: a small record of bool, int, float and str.
+
+    Returns:
+        The message: `len(result)` is what travels.
+
+    Raises:
+        TypeError, ValueError: see `encode_body` and `Body.message`.
+    """
+    return encode_flat(
+        params.layout,
+        params.prunable,
+        params.tail,
+        params.buffers,
+        mask,
+        dtype=dtype,
+        mask_section=mask_section,
+        parent=parent,
+        base=base,
+        lossless=lossless,
+        round=round,
+        epoch=epoch,
+        num_samples=num_samples,
+        answers=answers,
+        meta=meta,
+    )
+
+
+def encode_flat(
+    layout: FlatLayout,
+    prunable: Tensor,
+    tail: Tensor,
+    buffers: Mapping[str, Any],
+    mask: Mask,
+    *,
+    dtype: str,
+    mask_section: MaskSection,
+    parent: Mask | None = None,
+    base: Message | None = None,
+    lossless: bool = True,
+    **header: Any,
+) -> bytes:
+    """`encode` from the parts of a FlatParameters; `header` as in `encode_body`."""
+    _checks.check_mask("mask", mask, layout.prunable_numel)
+    packed, tail = pack_parts(prunable, tail, mask, dtype, base)
+    digest = NO_DIGEST if base is None else base.broadcast_digest
+    body = encode_body(layout, mask, packed, tail, buffers, base=digest, **header)
+    return body.message(mask_section, parent)
+
+
+def pack_parts(
+    prunable: Tensor, tail: Tensor, mask: Mask, dtype: str, base: Message | None = None
+) -> tuple[Tensor, Tensor]:
+    """(packed survivors, tail) in a wire dtype, as `encode_body` takes them.
+
+    Args:
+        prunable: Tensor[mask.numel], as `FlatParameters.prunable`.
+        tail: as `FlatParameters.tail`; returned as it is when it has the dtype already.
+        mask, dtype, base: as in `encode`.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    wire = _DTYPES[dtype]
+    source, tail = prunable.detach(), tail.detach()
+    first = wire if base is None else torch.float32
+    packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=first))
+    if base is not None:
+        if base.mask.digest() != mask.digest():
+            raise ValueError("base: expected a message of the same mask, got another")
+        packed = packed.sub_(base.packed.to(packed))
+    return _as(packed, wire), _as(tail, wire)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else ops.cast(t, dtype)[0]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A decoded message. Its tensors may view the bytes it came from: do not write to them.
+
+    Attributes:
+        layout: the layout it was read with.
+        packed: Tensor[mask.nnz] in the wire's dtype (float32 when there was a base, which is added
+            already).
+        tail: Tensor[layout.tail_numel].
+        buffers: name to tensor, in the layout's shapes: float32 or float64, int64, bool.
+        meta: the record; empty when there was none.
+        body: the sections as they came, which can be sent on with another mask section.
+        mask_section: the MASK or DELTA section that came with it, if any.
+    """
+
+    layout: FlatLayout
+    packed: Tensor
+    tail: Tensor
+    buffers: dict[str, Tensor]
+    meta: dict[str, records.Value]
+    body: Body = field(repr=False)
+    mask_section: Section | None = field(repr=False)
+
+    @property
+    def header(self) -> Header:
+        return self.body.header
+
+    @property
+    def mask(self) -> Mask:
+        """The mask whose survivors the values are, on the CPU."""
+        return self.body.mask
+
+    @property
+    def round(self) -> int:
+        return self.header.round
+
+    @property
+    def epoch(self) -> int:
+        """How many times the mask has been pruned."""
+        return self.header.epoch
+
+    @property
+    def num_samples(self) -> int:
+        return self.header.samples
+
+    @property
+    def answers(self) -> bytes:
+        """Digest of the broadcast that this update answers; 16 zero bytes in a broadcast."""
+        return self.header.answers
+
+    @property
+    def broadcast_digest(self) -> bytes:
+        """16 bytes, the same for all receivers of a broadcast: `answers` of their updates."""
+        return self.body.digest
+
+    def dense(self) -> Tensor:
+        """The prunable part with zeros where pruned: Tensor[layout.prunable_numel]."""
+        return ops.unpack(self.packed, self.mask)
+
+    def to_state_dict(self) -> dict[str, Tensor]:
+        """All parameters (aliases too) and buffers by name, in the model's order, dense; the
+        caller's own, except that buffers and the tail may view the message."""
+        flat = {True: self.dense(), False: self.tail}
+        start = self.layout.prunable_numel
+        found = dict(self.buffers)
+        for e in self.layout.entries:
+            at = e.offset if e.offset < start else e.offset - start
+            found[e.name] = flat[e.offset < start][at : at + e.numel].view(e.shape)
+        found.update({alias: found[name] for alias, name in self.layout.aliases})
+        return {name: found[name] for name in self.layout.names}
+
+    def all_finite(self) -> bool:
+        """Whether values, tail and float buffers hold no NaN and no infinity."""
+        floats = [t for t in self.buffers.values() if t.is_floating_point()]
+        return (
+            ops.all_finite(self.packed)
+            and ops.all_finite(self.tail)
+            and all(bool(torch.isfinite(t).all()) for t in floats)
+        )
+
+    def encode(self) -> bytes:
+        """The bytes that this message was decoded from, less sections that this version ignores."""
+        return self.body.join(self.mask_section)
+
+
+def decode(
+    data: Buffer,
+    layout: FlatLayout,
+    *,
+    mask: Mask | None = None,
+    base: Message | None = None,
+) -> Message:
+    """Read a message, trusting nothing of it; nothing of the receiver is changed.
+
+    Args:
+        data: the whole message. The result's tensors may view it.
+        layout: what the receiver expects: every size in the message is checked against it before
+            anything is allocated.
+        mask: the receiver's current mask: the parent of a delta, or the mask of a message that
+            carries none.
+        base: the decoded broadcast that the values may be differences from.
+
+    Raises:
+        MaskNeeded: the message needs a mask other than `mask`; see its `wanted`.
+        FormatError: anything that docs/format.md, 7, says to refuse.
+        TypeError: `data` is not bytes, bytearray or a contiguous memoryview.
+    """
+    if mask is not None:
+        _checks.check_mask("mask", mask, layout.prunable_numel)
+    header, found = container.parse(data)
+    if header.layout != layout.digest():
+        wanted, got = layout.digest().hex(), header.layout.hex()
+        raise FormatError(f"expected a message of layout {wanted}, got {got}", 16)
+    if header.eligible != layout.eligible:
+        raise FormatError(f"expected {layout.eligible} eligible, got {header.eligible}", 104)
+    sections = {s.id: s for s in found if not s.ignorable}
+    for s in sections.values():
+        _check_fields(s)
+    for id in (Id.VALUES, Id.TAIL):
+        if id not in sections:
+            raise FormatError(f"expected a section {id.name}, got none", len(data))
+    if Id.MASK in sections and Id.DELTA in sections:
+        raise FormatError("expected MASK or DELTA, got both", sections[Id.DELTA].offset)
+    dense = bool(header.flags & DENSE)
+    carried = sections.get(Id.MASK) or sections.get(Id.DELTA)
+    own = masks.read(header, carried, dense, layout, mask)
+    if dense is not (own.nnz == layout.eligible):
+        raise FormatError(f"expected DENSE to say {not dense} of {own.nnz} survivors", 12)
+    wire = values.read(sections[Id.VALUES], own.nnz, values.FLOATS)
+    tail = values.read(sections[Id.TAIL], layout.tail_numel, values.FLOATS)
+    values.check_tail(sections[Id.TAIL], layout)
+    return Message(
+        layout=layout,
+        packed=_add_base(header, wire, base),
+        tail=tail,
+        buffers=values.read_buffers(layout, sections),
+        meta=records.read(sections[Id.META]) if Id.META in sections else {},
+        body=Body(header, tuple(s for s in sections.values() if s is not carried), own),
+        mask_section=carried,
+    )
+
+
+def _check_fields(section: Section) -> None:
+    start = section.offset - container.SECTION_BYTES
+    if section.block:
+        raise FormatError(f"{Id(section.id).name}: expected block to be zero", start + 40)
+    if section.id != Id.DELTA and section.parent != NO_DIGEST:
+        raise FormatError(f"{Id(section.id).name}: expected parent to be zero", start + 24)
+
+
+def _add_base(header: Header, wire: Tensor, base: Message | None) -> Tensor:
+    if header.base == NO_DIGEST:
+        return wire
+    if base is None or base.broadcast_digest != header.base:
+        got = "none" if base is None else base.broadcast_digest.hex()
+        raise FormatError(f"expected the base {header.base.hex()}, got {got}", 64)
+    if base.header.mask != header.mask:
+        raise FormatError("expected a base of the message's mask, got one of another", 64)
+    return base.packed.to(torch.float32) + wire.to(torch.float32)

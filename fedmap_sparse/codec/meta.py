@@ -1,0 +1,106 @@
+"""META: a small record of named values. docs/format.md, 3.1.
+
+Typed binary rather than JSON: one form for each record, floats exact, nothing to nest.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from fedmap_sparse.codec.container import Id, Section, Wire
+from fedmap_sparse.codec.errors import FormatError
+
+MAX_BYTES = 4096
+
+Value = bool | int | float | str
+_INT, _FLOAT, _LENGTH = struct.Struct("<q"), struct.Struct("<d"), struct.Struct("<H")
+
+
+def write(meta: Mapping[str, Value]) -> Section:
+    """The section of a record that is not empty.
+
+    Raises:
+        TypeError: a key is not str, or a value not bool, int, float or str.
+        ValueError: an empty or overlong key, an integer beyond 64 bits, more than 4096 bytes.
+    """
+    out = bytearray()
+    for key in meta:
+        if not isinstance(key, str):
+            raise TypeError(f"meta: expected str keys, got {key!r}")
+    for key in sorted(meta, key=str.encode):
+        name = key.encode()
+        if not 1 <= len(name) <= 255:
+            raise ValueError(f"meta: expected a key of 1 to 255 bytes, got {len(name)}")
+        out += bytes([len(name)]) + name + _write_value(key, meta[key])
+    if len(out) > MAX_BYTES:
+        raise ValueError(f"meta: expected at most {MAX_BYTES} bytes encoded, got {len(out)}")
+    return Section.make(Id.META, Wire.RECORD, len(meta), bytes(out))
+
+
+def _write_value(key: str, value: object) -> bytes:
+    if isinstance(value, bool):
+        return bytes([0, value])
+    if isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"meta[{key!r}]: expected an integer of 64 bits, got {value}")
+        return b"\x01" + _INT.pack(value)
+    if isinstance(value, float):
+        return b"\x02" + _FLOAT.pack(value)
+    if isinstance(value, str):
+        text = value.encode()
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"meta[{key!r}]: expected at most {MAX_BYTES} bytes, got {len(text)}")
+        return b"\x03" + _LENGTH.pack(len(text)) + text
+    kind = type(value).__name__
+    raise TypeError(f"meta[{key!r}]: expected bool, int, float or str, got {kind}")
+
+
+def read(section: Section) -> dict[str, Value]:
+    """The record. Raises FormatError for anything but its one form."""
+    data, base = bytes(section.payload[: MAX_BYTES + 1]), section.offset
+    if section.dtype != Wire.RECORD:
+        raise FormatError(f"META: expected a record, got dtype {section.dtype}", base)
+    if len(data) > MAX_BYTES:
+        got = len(section.payload)
+        raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {got}", base)
+    meta: dict[str, Value] = {}
+    last, at = b"", 0
+    while at < len(data):
+        start = at
+        try:
+            name, at = _take(data, at + 1, data[at])
+            key = name.decode()
+            value, at = _read_value(data, at)
+        except (IndexError, struct.error, UnicodeDecodeError) as error:
+            raise FormatError(f"META: broken entry ({error})", base + start) from None
+        if name <= last:
+            raise FormatError(f"META: expected a key above {last!r}, got {name!r}", base + start)
+        meta[key] = value
+        last = name
+    if len(meta) != section.count or not meta:
+        raise FormatError(f"META: expected {section.count} entries, got {len(meta)}", base)
+    return meta
+
+
+def _take(data: bytes, at: int, size: int) -> tuple[bytes, int]:
+    if at + size > len(data):
+        raise IndexError(f"expected {size} bytes, got {len(data) - at}")
+    return data[at : at + size], at + size
+
+
+def _read_value(data: bytes, at: int) -> tuple[Value, int]:
+    kind = data[at]
+    at += 1
+    if kind == 0:
+        if data[at] > 1:
+            raise IndexError(f"expected a Boolean of 0 or 1, got {data[at]}")
+        return bool(data[at]), at + 1
+    if kind == 1:
+        return int(_INT.unpack_from(data, at)[0]), at + 8
+    if kind == 2:
+        return float(_FLOAT.unpack_from(data, at)[0]), at + 8
+    if kind == 3:
+        text, at = _take(data, at + 2, _LENGTH.unpack_from(data, at)[0])
+        return text.decode(), at
+    raise IndexError(f"unknown type {kind}")

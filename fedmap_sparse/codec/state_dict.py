@@ -1,0 +1,147 @@
+"""The door for systems that know no FlatParameters: state dicts of tensors or NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse import _checks
+from fedmap_sparse.codec.container import Buffer
+from fedmap_sparse.codec.message import MaskSection, Message, decode, encode_flat
+from fedmap_sparse.layout import FlatLayout
+from fedmap_sparse.mask import Mask
+
+Masks = Mask | Mapping[str, Any]
+
+
+def encode_state_dict(
+    state: Mapping[str, Any],
+    masks: Masks | None = None,
+    *,
+    layout: FlatLayout | None = None,
+    dtype: str = "float32",
+    mask_section: MaskSection = "full",
+    parent: Masks | None = None,
+    **options: Any,
+) -> bytes:
+    """A message with the survivors of a state dict.
+
+    Args:
+        state: names to CPU tensors or NumPy arrays; parameters are float32, float16 or bfloat16.
+        masks: names of prunable parameters to bool tensors or arrays of their shapes, or a Mask
+            over `layout`; what is not named is kept whole. None: everything is kept.
+        layout: None means `FlatLayout.from_state_dict(state)`, which tells buffers by name and
+            dtype; give one where that guesses wrong.
+        dtype: of the values on the wire: "float32", "float16" or "bfloat16".
+        mask_section: "full" suits receivers that remember nothing; "none" and "delta" (with
+            `parent`, the receiver's masks) are smaller.
+        options: `base`, `lossless`, `round`, `epoch`, `num_samples`, `answers`, `meta` of `encode`.
+
+    Raises:
+        ValueError: names or shapes that are not the layout's.
+        TypeError: a dtype that the codec does not carry.
+    """
+    layout = layout or FlatLayout.from_state_dict(state)
+    values, buffers = _flat(state, layout)
+    return encode_flat(
+        layout,
+        values[: layout.prunable_numel],
+        values[layout.prunable_numel :],
+        buffers,
+        as_mask(masks, layout),
+        dtype=dtype,
+        mask_section=mask_section,
+        parent=None if parent is None else as_mask(parent, layout),
+        **options,
+    )
+
+
+def decode_state_dict(
+    data: Buffer,
+    *,
+    like: Mapping[str, Any] | None = None,
+    layout: FlatLayout | None = None,
+    masks: Masks | None = None,
+    base: Message | None = None,
+) -> dict[str, Any]:
+    """The state dict of a message, dense, pruned weights zero.
+
+    Args:
+        data: the message.
+        like: a state dict of the names and shapes to expect; the result has its dtypes, and arrays
+            where it has arrays.
+        layout: instead of `like`, or beside it where its buffers cannot be told by name. A reader
+            has to say what it expects: else a few bytes could claim any amount of memory.
+        masks: the receiver's masks, for messages that carry none or a delta.
+        base: as in `decode`.
+
+    Returns:
+        Names to fresh tensors (or arrays).
+
+    Raises:
+        ValueError: neither `like` nor `layout` was given.
+        FormatError: a message to refuse; see `decode`.
+    """
+    if layout is None:
+        if like is None:
+            raise ValueError("decode_state_dict: expected `like` or `layout`, got neither")
+        layout = FlatLayout.from_state_dict(like)
+    mask = None if masks is None else as_mask(masks, layout)
+    state = decode(data, layout, mask=mask, base=base).to_state_dict()
+    return {name: _like(t, None if like is None else like[name]) for name, t in state.items()}
+
+
+def as_mask(masks: Masks | None, layout: FlatLayout) -> Mask:
+    """The Mask over `layout` of bool arrays by name; None means everything is kept."""
+    if masks is None:
+        return layout.initial_mask()
+    if isinstance(masks, Mask):
+        layout.check_mask(masks)
+        return masks
+    names = {e.name for e in layout.prunable_entries}
+    if unknown := sorted(set(masks) - names):
+        raise ValueError(f"masks: expected names of prunable parameters, got {unknown}")
+    keep = layout.initial_mask().to_bool()
+    for e in layout.prunable_entries:
+        if e.name in masks:
+            bits = _tensor(e.name, masks[e.name], e.shape, (torch.bool,))
+            keep[e.offset : e.offset + e.numel] = bits.reshape(-1)
+    return Mask.from_bool(keep)
+
+
+def _flat(state: Mapping[str, Any], layout: FlatLayout) -> tuple[Tensor, dict[str, Tensor]]:
+    if set(state) != set(layout.names):
+        odd = sorted(set(state) ^ set(layout.names))
+        raise ValueError(f"state: expected the layout's names, got a difference in {odd}")
+    found = {
+        e.name: _tensor(e.name, state[e.name], e.shape, _checks.FLOAT_DTYPES)
+        for e in layout.entries
+    }
+    dtypes = {t.dtype for t in found.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # the others embed into it
+    values = torch.zeros(layout.numel, dtype=dtype)
+    for e in layout.entries:
+        values[e.offset : e.offset + e.numel] = found[e.name].reshape(-1)
+    return values, {b.name: torch.as_tensor(state[b.name]) for b in layout.buffers}
+
+
+def _tensor(
+    name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    t = torch.as_tensor(value).detach().cpu()
+    _checks.check_tensor(name, t.contiguous(), dtypes)
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    return t
+
+
+def _like(t: Tensor, like: Any) -> Any:
+    if like is None:
+        return t.clone()
+    if isinstance(like, Tensor):
+        return t.to(like.device, like.dtype, copy=True)
+    wide = t.float() if t.dtype == torch.bfloat16 else t  # NumPy has no bfloat16
+    return wide.numpy().astype(like.dtype)
