@@ -1,0 +1,48 @@
+# Each target makes .venv by itself. Variables, all optional:
+#   PYTHON      the interpreter that .venv is made from (3.11 or later)
+#   PIP_ARGS    passed on to pip install, as --extra-index-url for a CPU build of torch
+#   RUN_ARGS, TEST_ARGS, BENCH_ARGS   passed on to fedmap-sparse run, pytest, fedmap-sparse bench
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHON PIP_ARGS
+
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/* csrc/*/*)
+
+.PHONY: help run test lint bench vectors package clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on CPU
+	$(BIN)/fedmap-sparse run $(RUN_ARGS)
+
+test: lint ## lint, types and every test
+	$(BIN)/python -m pytest --timeout 300 $(TEST_ARGS)
+
+lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/typos
+
+bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
+	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)
+
+vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never changes one
+	$(BIN)/python tools/make_vectors.py
+
+package: $(VENV)/dev.stamp ## sdist, wheel from it, and the wheel in a new environment without a compiler
+	$(BIN)/python tools/check_package.py
+
+clean: ## remove .venv and what builds left
+	rm -rf $(VENV) build dist *.egg-info fedmap_sparse/_native*.so
+
+$(VENV)/run.stamp: $(BUILD_INPUTS)
+	tools/venv.sh $(VENV) experiments
+	touch $@
+
+# The larger set of packages holds the smaller, so that `make run` after it has nothing to do.
+$(VENV)/dev.stamp: $(BUILD_INPUTS)
+	tools/venv.sh $(VENV) test,dev
+	touch $@ $(VENV)/run.stamp

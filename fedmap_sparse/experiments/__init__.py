@@ -1,0 +1,1 @@
+"""Experiments over the library: data, partition, models, runner, report."""
