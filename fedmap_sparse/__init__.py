@@ -1,19 +1,27 @@
 """Sparse kernels for federated learning with magnitude pruning (FedMap, arXiv 2406.19050)."""
 
-from fedmap_sparse import ops, schedule
+from fedmap_sparse import ops, optim, schedule
 from fedmap_sparse._backends import backends
+from fedmap_sparse.codec import FormatError, decode, encode
+from fedmap_sparse.fedmap import FedMapClient, FedMapServer
 from fedmap_sparse.layout import FlatLayout, FlatParameters, flatten
 from fedmap_sparse.mask import Mask
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FedMapClient",
+    "FedMapServer",
     "FlatLayout",
     "FlatParameters",
+    "FormatError",
     "Mask",
     "__version__",
     "backends",
+    "decode",
+    "encode",
     "flatten",
     "ops",
+    "optim",
     "schedule",
 ]

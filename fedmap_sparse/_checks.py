@@ -1,4 +1,4 @@
-"""The only argument checks. Kernels trust their inputs; every public function comes through here."""
+"""The only argument checks. Kernels trust their inputs; all public functions come through here."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ class FlatParameters:
 
     def to_state_dict(self) -> dict[str, Tensor]:
         """Copies of all parameters (aliases too) and buffers, in the model's order, dense."""
-        found = {e.name: p for e, p in zip(self.layout.entries, self.parameters, strict=True)}
+        found: dict[str, Tensor] = dict(zip(self._names, self.parameters, strict=True))
         found.update({alias: found[name] for alias, name in self.layout.aliases})
         found.update(self.buffers)
         return {name: found[name].detach().clone() for name in self.layout.names}

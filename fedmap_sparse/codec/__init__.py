@@ -4,10 +4,21 @@ from fedmap_sparse.codec.container import Header, Section, parse_header
 from fedmap_sparse.codec.errors import FormatError, MaskNeeded
 from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
 from fedmap_sparse.codec.masks import delta_section, full_section
-from fedmap_sparse.codec.message import Body, Message, decode, encode, encode_body, pack_parts
+from fedmap_sparse.codec.message import (
+    DTYPES,
+    Body,
+    Message,
+    as_wire,
+    decode,
+    encode,
+    encode_body,
+    encode_flat,
+    pack_parts,
+)
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
 
 __all__ = [
+    "DTYPES",
     "Body",
     "FormatError",
     "Header",
@@ -16,11 +27,13 @@ __all__ = [
     "Message",
     "Section",
     "SectionInfo",
+    "as_wire",
     "decode",
     "decode_state_dict",
     "delta_section",
     "encode",
     "encode_body",
+    "encode_flat",
     "encode_state_dict",
     "full_section",
     "inspect",

@@ -20,7 +20,7 @@ from fedmap_sparse.mask import Mask
 
 MaskSection = Literal["none", "full", "delta"]
 
-_DTYPES = {_checks.short(dtype): dtype for dtype in _checks.FLOAT_DTYPES}
+DTYPES = {_checks.short(dtype): dtype for dtype in _checks.FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -222,21 +222,29 @@ def pack_parts(
         tail: as `FlatParameters.tail`; returned as it is when it has the dtype already.
         mask, dtype, base: as in `encode`.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    wire = _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     source, tail = prunable.detach(), tail.detach()
-    first = wire if base is None else torch.float32
-    packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=first))
-    if base is not None:
-        if base.mask.digest() != mask.digest():
-            raise ValueError("base: expected a message of the same mask, got another")
-        packed = packed.sub_(base.packed.to(packed))
-    return _as(packed, wire), _as(tail, wire)
+    if base is None:
+        return as_wire(ops.pack(source, mask), dtype), as_wire(tail, dtype)
+    if base.mask.digest() != mask.digest():
+        raise ValueError("base: expected a message of the same mask, got another")
+    packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=torch.float32))
+    return as_wire(packed.sub_(base.packed.to(packed)), dtype), as_wire(tail, dtype)
 
 
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else ops.cast(t, dtype)[0]
+def as_wire(values: Tensor, dtype: str) -> Tensor:
+    """`values` in a wire dtype; the tensor itself when it has it already.
+
+    Raises:
+        ValueError: a finite value that the dtype cannot hold.
+    """
+    if values.dtype == DTYPES[dtype]:
+        return values
+    cast, overflowed = ops.cast(values, DTYPES[dtype])
+    if overflowed:
+        raise ValueError(f"values: expected the range of {dtype}, got {overflowed} beyond it")
+    return cast
 
 
 @dataclass(frozen=True)

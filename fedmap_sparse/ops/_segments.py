@@ -98,7 +98,7 @@ def step_reference(
         parts = [None if s is None else s[state] for s in states]
         p = update(p, g, flags, row, *parts)
         for whole, part in zip(states, parts, strict=True):
-            if whole is not None:
+            if whole is not None and part is not None:
                 whole[state] = part
         if master is not None:
             master[state] = p

@@ -182,9 +182,8 @@ def weighted_mean(
 
 def _check_like(name: str, p: Tensor, first: Tensor) -> None:
     if p.dtype != first.dtype:
-        raise TypeError(
-            f"{name}: expected one dtype, {_checks.short(first.dtype)}, got {_checks.short(p.dtype)}"
-        )
+        wanted, got = _checks.short(first.dtype), _checks.short(p.dtype)
+        raise TypeError(f"{name}: expected one dtype, {wanted}, got {got}")
     _checks.check_numel(name, p, first.numel(), "the size of the first")
     _checks.check_device(name, p, first.device)
 

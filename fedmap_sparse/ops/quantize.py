@@ -183,7 +183,7 @@ def quantize_int8(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Eight bits a value and one float32 scale a block: `scale = max|x| / 127`, `q = rint(x / scale)`.
+    """Eight bits a value, a float32 scale a block: `scale = max|x| / 127`, `q = rint(x / scale)`.
 
     Args:
         values: contiguous float32 tensor, finite, any shape.

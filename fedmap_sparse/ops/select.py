@@ -260,7 +260,8 @@ def magnitude_threshold(
     tensors, masks, eligible = _prepare(values, within, keep, 1)
     words = [None if m is None else m.words for m in masks]
     picked = _backends.pick(backend, tensors[0].device)
-    return _threshold_op(tensors, words, eligible, keep, picked)
+    threshold: Tensor = _threshold_op(tensors, words, eligible, keep, picked)
+    return threshold
 
 
 @overload

@@ -1,0 +1,675 @@
+"""The paper's round (FedMap, arXiv 2406.19050, in our reading): bytes in, bytes out.
+
+    server                                          client
+    begin_round(): prune the aggregated model
+    broadcast(have=the client's mask)      ------>  receive(bytes)
+                                                    train the survivors
+    aggregate((client, bytes), ...)        <------  update(num_samples)
+
+The ranking is of the aggregated global model, global over all prunable tensors, so all parties get
+one mask; each mask is a subset of the one before; a pruned weight never comes back. No transport,
+no files, no clock: engines and experiments bring these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse import codec, ops
+from fedmap_sparse.codec import Body, FormatError, Message
+from fedmap_sparse.layout import FlatParameters
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.optim import MaskedOptimizer
+from fedmap_sparse.schedule import Schedule
+from fedmap_sparse.server_optim import FedAvg, ServerOptimizer, fresh_state
+
+ClientId = int | str
+Bytes = bytes | bytearray | memoryview
+MakeOptimizer = Callable[[FlatParameters, Mask, float | None], MaskedOptimizer]
+
+
+class NeedsMask(ValueError):
+    """The client lacks the mask that a broadcast builds on; nothing was changed.
+
+    Attributes:
+        have: digest of the client's mask, to pass to `FedMapServer.broadcast`, or None.
+    """
+
+    def __init__(self, have: bytes | None) -> None:
+        held = "no mask yet" if have is None else f"the mask {have.hex()}"
+        super().__init__(
+            f"the broadcast builds on a mask that this client lacks (it has {held}): "
+            "ask for broadcast(have=client.have)"
+        )
+        self.have = have
+
+    def __reduce__(self) -> tuple[type[NeedsMask], tuple[bytes | None]]:
+        return type(self), (self.have,)
+
+
+class RoundFailed(RuntimeError):
+    """Too few usable updates; the server is as it was and takes the same bytes again.
+
+    Attributes:
+        refused: client id to the reason why its update was refused.
+    """
+
+    def __init__(self, message: str, refused: dict[ClientId, str]) -> None:
+        reasons = "; ".join(f"{client}: {reason}" for client, reason in refused.items())
+        super().__init__(f"{message}{f' (refused: {reasons})' if reasons else ''}")
+        self.refused = refused
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round did.
+
+    Attributes:
+        round, epoch: which round, and how many prunings its mask has behind it.
+        accepted: the clients in the mean, in the order they were added.
+        refused: client id to reason.
+        num_samples: of the accepted updates together.
+        loss: mean of the losses that updates reported, by samples; None if none did.
+        uplink_bytes: `len` of every message that came, refused ones too.
+    """
+
+    round: int
+    epoch: int
+    accepted: tuple[ClientId, ...]
+    refused: dict[ClientId, str]
+    num_samples: int
+    loss: float | None
+    uplink_bytes: int
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The global model. A step makes a new one and commits it at its end, so none is left half."""
+
+    mask: Mask
+    values: Tensor  # float32[mask.nnz], the survivors
+    tail: Tensor  # float32
+    pruned_at: Tensor  # the epoch that pruned each weight, one byte each; 0: alive, or padding
+    digests: tuple[bytes, ...]  # of the mask of each epoch
+    state: dict[str, Tensor]  # of the server's optimizer, packed like values and tail
+
+    @property
+    def epoch(self) -> int:
+        return len(self.digests) - 1
+
+    def pruned(self, keep: int) -> _Model:
+        """With only the `keep` largest survivors; selection and packing cost O(survivors)."""
+        kept = ops.magnitude_mask(self.values, keep)
+        mask = ops.nest(kept, self.mask)
+        nnz = self.mask.nnz
+        state = {
+            name: torch.cat([ops.pack(t[:nnz], kept), t[nnz:]]) for name, t in self.state.items()
+        }
+        epoch = self.epoch + 1
+        if epoch > torch.iinfo(self.pruned_at.dtype).max:
+            pruned_at = self.pruned_at.to(torch.int16)
+        else:
+            pruned_at = self.pruned_at.clone()
+        pruned_at[(self.mask & ~mask).to_bool()] = epoch
+        digests = (*self.digests, mask.digest())
+        values = ops.pack(self.values, kept)
+        return _Model(mask, values, self.tail, pruned_at, digests, state)
+
+    def mask_at(self, epoch: int) -> Mask:
+        """The mask of an earlier epoch."""
+        return self.mask | Mask.from_bool(self.pruned_at > epoch)
+
+
+@dataclass
+class _Open:
+    """A round in progress: what was added so far."""
+
+    values: ops.Accumulator
+    tail: ops.Accumulator
+    floats: dict[str, ops.Accumulator]
+    others: dict[str, Tensor] = field(default_factory=dict)
+    accepted: list[ClientId] = field(default_factory=list)
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    num_samples: int = 0
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    uplink_bytes: int = 0
+
+
+class FedMapServer:
+    """Holds the global model: its survivors packed, its mask, and when each weight was pruned.
+
+    Args:
+        params: the flattened global model, which also serves evaluation: after `begin_round` and
+            `aggregate` its parameters are the global model's.
+        schedule: how many weights survive which round.
+        dtype: of the values in a broadcast: "float32", "float16" or "bfloat16". With the last two
+            the server adopts what the receivers decode, so that all hold the same model.
+        lr: the clients' learning rate, which travels in the broadcast: a number, a function of the
+            round, or None to leave it to the clients.
+        min_updates: a round with fewer accepted updates fails.
+        server_optimizer: what to do with the mean; FedAvg takes it as the model.
+
+    Raises:
+        ValueError: `min_updates` below 1, an unknown dtype.
+    """
+
+    def __init__(
+        self,
+        params: FlatParameters,
+        schedule: Schedule,
+        *,
+        dtype: str = "float32",
+        lr: float | Callable[[int], float] | None = None,
+        min_updates: int = 1,
+        server_optimizer: ServerOptimizer | None = None,
+    ) -> None:
+        if min_updates < 1:
+            raise ValueError(f"min_updates: expected at least 1, got {min_updates}")
+        if dtype not in codec.DTYPES:
+            wanted = ", ".join(codec.DTYPES)
+            raise ValueError(f"dtype: expected one of {wanted}, got {dtype!r}")
+        params.check_bound()
+        self.params = params
+        self.layout = params.layout
+        self.schedule = schedule
+        self.dtype = dtype
+        self.lr = lr
+        self.min_updates = min_updates
+        self.server_optimizer = server_optimizer or FedAvg()
+        self.round = 0
+        self._body: Body | None = None
+        self._messages: dict[bytes | None, bytes] = {}
+        self._open: _Open | None = None
+        mask, device = params.mask, params.values.device
+        values = ops.pack(params.prunable, mask, out=torch.empty(mask.nnz, device=device))
+        size = mask.nnz + self.layout.tail_numel
+        self._model = _Model(
+            mask,
+            values,
+            params.tail.detach().to(torch.float32, copy=True),
+            torch.zeros(mask.numel, dtype=torch.uint8, device=device),
+            (mask.digest(),),
+            fresh_state(self.server_optimizer, size, device),
+        )
+
+    @property
+    def mask(self) -> Mask:
+        """The mask of the global model; all parties' after `begin_round`."""
+        return self._model.mask
+
+    @property
+    def epoch(self) -> int:
+        """How many times the mask has been pruned."""
+        return self._model.epoch
+
+    def begin_round(self) -> None:
+        """Prune if the schedule's count for this round is below nnz, and encode the broadcast.
+
+        Idempotent within a round.
+
+        Raises:
+            ValueError: a weight beyond the range of the broadcast's dtype; nothing is changed.
+        """
+        if self._body is not None:
+            return
+        model = self._model
+        keep = self.schedule.keep(self.round, self.layout.eligible)
+        if keep < model.mask.nnz:
+            model = model.pruned(keep)
+        values, tail = (codec.as_wire(t, self.dtype) for t in (model.values, model.tail))
+        lr = self.lr(self.round) if callable(self.lr) else self.lr
+        self._body = codec.encode_body(
+            self.layout,
+            model.mask,
+            values,
+            tail,
+            self.params.buffers,
+            round=self.round,
+            epoch=model.epoch,
+            meta=None if lr is None else {"lr": float(lr)},
+        )
+        if self.dtype != "float32":  # the model is what the receivers decode
+            model = replace(model, values=values.float(), tail=tail.float())
+        if model is not self._model:
+            self._commit(model)
+
+    def _commit(self, model: _Model) -> None:
+        self._model = model
+        _write_model(self.params, model.mask, model.values, model.tail)
+
+    def broadcast(self, have: bytes | None = None) -> bytes:
+        """This round's message for a client that holds the mask of digest `have`. Pure.
+
+        Args:
+            have: `client.have`. None gives a self-contained message, enough for a client never
+                seen; the digest of the current mask gives no mask section; the digest of an
+                earlier mask a delta over it; an unknown digest the full mask.
+
+        Raises:
+            RuntimeError: before `begin_round`.
+        """
+        body = self._require_body("broadcast")
+        known = have if have in self._model.digests else None
+        if known not in self._messages:
+            if known is None:
+                message = body.message("full")
+            elif known == self.mask.digest():
+                message = body.message("none")
+            else:
+                parent = self._model.mask_at(self._model.digests.index(known))
+                message = body.message("delta", parent)
+            self._messages[known] = message
+        return self._messages[known]
+
+    def _require_body(self, what: str) -> Body:
+        if self._body is None:
+            raise RuntimeError(f"{what}: expected begin_round() first in round {self.round}")
+        return self._body
+
+    def aggregate(self, updates: Iterable[tuple[ClientId, Bytes]]) -> RoundResult:
+        """Admit each update whole or refuse it, then take the weighted mean of the admitted.
+
+        Args:
+            updates: (client id, message), in any order: they are added in order of client id, so
+                the same updates give the same bits. Ids are all ints or all strings. A client that
+                sends two different messages has both refused.
+
+        Returns:
+            What was done; the model has moved, and the next round can begin.
+
+        Raises:
+            RoundFailed: fewer than `min_updates` were admitted, or their mean is not finite. The
+                server is as it was and takes the same bytes again.
+            RuntimeError: before `begin_round`, or while a stream (`add`) is under way.
+        """
+        self._require_body("aggregate")
+        if self._open is not None:
+            raise RuntimeError("aggregate: expected no stream under way; close_round() ends it")
+        received: dict[ClientId, set[bytes]] = {}
+        total = 0
+        for client, data in updates:
+            total += len(data)
+            received.setdefault(client, set()).add(bytes(data))
+        try:
+            for client in _in_order(received):
+                messages = received[client]
+                if len(messages) > 1:
+                    reason = f"expected one update, got {len(messages)} that differ"
+                    self._opened().refused[client] = reason
+                else:
+                    self.add(client, messages.pop())
+            self._opened().uplink_bytes = total
+            return self.close_round()
+        finally:
+            self._open = None
+
+    def add(self, client: ClientId, data: Bytes) -> str | None:
+        """The streaming form: admit one update and add it at once; `close_round` ends the round.
+
+        Memory is one accumulator, whatever the number of clients. The order of the calls is the
+        order of the sum.
+
+        Returns:
+            None if it was admitted, else the reason why it was refused. A client's second message
+            is refused, unless its first one was.
+
+        Raises:
+            RuntimeError: before `begin_round`.
+        """
+        body = self._require_body("add")
+        current = self._opened()
+        current.uplink_bytes += len(data)
+        if client in current.accepted:
+            reason = "expected one update, got a second one; the first one counts"
+            current.refused[client] = reason
+            return reason
+        try:
+            message = self._admit(body, data)
+            self._check_others(current, message)
+        except (FormatError, ValueError) as error:
+            current.refused[client] = str(error)
+            return str(error)
+        current.refused.pop(client, None)
+        weight = message.num_samples
+        device = self.mask.device
+        current.values.add(message.packed.to(device), weight)
+        current.tail.add(message.tail.to(device), weight)
+        for name, sums in current.floats.items():
+            sums.add(message.buffers[name].reshape(-1).to(torch.float32), weight)
+        for name, b in message.buffers.items():
+            if b.dtype == torch.int64:
+                held = current.others.get(name, b)
+                current.others[name] = torch.maximum(held, b)
+            elif b.dtype == torch.bool:
+                current.others[name] = b.clone()
+        current.accepted.append(client)
+        current.num_samples += weight
+        loss = message.meta.get("loss")
+        if isinstance(loss, float):
+            current.losses.append((loss, weight))
+        return None
+
+    def _opened(self) -> _Open:
+        if self._open is None:
+            device = self.mask.device
+            self._open = _Open(
+                ops.Accumulator(self.mask.nnz, device=device),
+                ops.Accumulator(self.layout.tail_numel, device=device),
+                {
+                    b.name: ops.Accumulator(torch.Size(b.shape).numel())
+                    for b in self.layout.buffers
+                    if b.kind == "float"
+                },
+            )
+        return self._open
+
+    def _admit(self, body: Body, data: Bytes) -> Message:
+        """The decoded message, or FormatError/ValueError with the reason to refuse it."""
+        message = codec.decode(data, self.layout, mask=self.mask)
+        if message.answers != body.digest:
+            raise ValueError(
+                f"expected an answer to the broadcast {body.digest.hex()} of round {self.round}, "
+                f"got one to {message.answers.hex()} of round {message.round}"
+            )
+        if message.num_samples < 1:
+            raise ValueError(f"expected at least 1 sample, got {message.num_samples}")
+        if not message.all_finite():
+            raise ValueError("expected finite values, got NaN or infinity")
+        return message
+
+    def _check_others(self, current: _Open, message: Message) -> None:
+        for name, b in message.buffers.items():
+            held = current.others.get(name)
+            if b.dtype == torch.bool and held is not None and not torch.equal(held, b):
+                raise ValueError(f"{name}: expected the Boolean buffer of the others, got another")
+
+    def close_round(self) -> RoundResult:
+        """End a stream of `add`: the mean becomes the model. Raises as `aggregate`."""
+        self._require_body("close_round")
+        current = self._opened()
+        self._open = None
+        if len(current.accepted) < self.min_updates:
+            raise RoundFailed(
+                f"round {self.round}: expected at least {self.min_updates} usable updates, got "
+                f"{len(current.accepted)}",
+                current.refused,
+            )
+        old = self._model
+        try:
+            mean = torch.cat([current.values.mean(), current.tail.mean()])
+            floats = {name: sums.mean() for name, sums in current.floats.items()}
+            state = {name: t.clone() for name, t in old.state.items()}
+            stepped = self.server_optimizer.step(torch.cat([old.values, old.tail]), mean, state)
+            if not ops.all_finite(stepped):
+                raise ValueError("expected a finite model after the server's step")
+        except ValueError as error:
+            raise RoundFailed(f"round {self.round}: {error}", current.refused) from error
+        values, tail = (t.contiguous() for t in stepped.split([old.mask.nnz, old.tail.numel()]))
+        self._commit(replace(old, values=values, tail=tail, state=state))
+        _write_buffers(self.params, {**floats, **current.others})
+        result = RoundResult(
+            self.round,
+            self.epoch,
+            tuple(current.accepted),
+            current.refused,
+            current.num_samples,
+            _mean_loss(current.losses),
+            current.uplink_bytes,
+        )
+        self.round += 1
+        self._body = None
+        self._messages = {}
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` wants, as tensors and plain values, taken between rounds.
+
+        Raises:
+            RuntimeError: between `begin_round` and the end of `aggregate`; take it before or after.
+        """
+        if self._body is not None:
+            raise RuntimeError("state_dict: expected no round in progress")
+        model = self._model
+        return {
+            "round": self.round,
+            "layout": self.layout.digest().hex(),
+            "digests": [d.hex() for d in model.digests],
+            "mask": model.mask.words.clone(),
+            "pruned_at": model.pruned_at.clone(),
+            "values": model.values.clone(),
+            "tail": model.tail.clone(),
+            "buffers": {name: b.clone() for name, b in self.params.buffers.items()},
+            "optimizer": {name: t.clone() for name, t in model.state.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; schedule and options are the constructor's.
+
+        Raises:
+            ValueError: a state of another layout, or one whose parts disagree; nothing is changed.
+        """
+        if state["layout"] != self.layout.digest().hex():
+            wanted = self.layout.digest().hex()
+            raise ValueError(f"state: expected layout {wanted}, got {state['layout']}")
+        device = self.mask.device
+        mask = Mask.from_words(state["mask"].to(device, copy=True), self.layout.prunable_numel)
+        self.layout.check_mask(mask)
+        digests = tuple(bytes.fromhex(d) for d in state["digests"])
+        if not digests or digests[-1] != mask.digest():
+            raise ValueError(f"state: expected the mask {state['digests'][-1:]}, got another")
+        tail = self.layout.tail_numel
+        names = self.server_optimizer.state_names
+        if set(state["optimizer"]) != set(names):
+            raise ValueError(f"optimizer: expected {names}, got {sorted(state['optimizer'])}")
+        sizes = [("values", state["values"], mask.nnz), ("tail", state["tail"], tail)]
+        sizes += [("pruned_at", state["pruned_at"], mask.numel)]
+        sizes += [(name, t, mask.nnz + tail) for name, t in state["optimizer"].items()]
+        for name, t, numel in sizes:
+            if t.numel() != numel:
+                raise ValueError(f"{name}: expected {numel} elements, got {t.numel()}")
+        _check_buffers(self.params, state["buffers"])
+        self.round = state["round"]
+        self._body, self._messages, self._open = None, {}, None
+        self._commit(
+            _Model(
+                mask,
+                state["values"].to(device, torch.float32, copy=True),
+                state["tail"].to(device, torch.float32, copy=True),
+                state["pruned_at"].to(device, copy=True),
+                digests,
+                {n: t.to(device, copy=True) for n, t in state["optimizer"].items()},
+            )
+        )
+        _write_buffers(self.params, state["buffers"])
+
+
+class FedMapClient:
+    """Receives the global model into its own module, and answers with what it trained.
+
+    Args:
+        params: the flattened local model; same layout as the server's, any of the three dtypes.
+        optimizer: `(params, mask, lr) -> MaskedOptimizer`, called at each `receive` (state is fresh
+            each round); lr is the broadcast's, or None. Its result is `client.optimizer`. None:
+            the caller trains as it likes.
+        keep_optimizer: keep one optimizer over rounds; its state follows the mask, its learning
+            rate the broadcast.
+        dtype: of the values in an update: "float32", "float16" or "bfloat16".
+        prox_mu: FedProx (Li et al., arXiv 1812.06127): each step of `optimizer` adds
+            `prox_mu * (w - w_received)` to the gradient. 0: off.
+    """
+
+    def __init__(
+        self,
+        params: FlatParameters,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        keep_optimizer: bool = False,
+        dtype: str = "float32",
+        prox_mu: float = 0.0,
+    ) -> None:
+        if dtype not in codec.DTYPES:
+            wanted = ", ".join(codec.DTYPES)
+            raise ValueError(f"dtype: expected one of {wanted}, got {dtype!r}")
+        if not prox_mu >= 0:
+            raise ValueError(f"prox_mu: expected at least 0, got {prox_mu}")
+        if prox_mu and optimizer is None:
+            raise ValueError("prox_mu: expected an optimizer to add the term in, got None")
+        params.check_bound()
+        self.params = params
+        self.layout = params.layout
+        self.dtype = dtype
+        self.prox_mu = prox_mu
+        self.keep_optimizer = keep_optimizer
+        self.optimizer: MaskedOptimizer | None = None
+        self._make_optimizer = optimizer
+        self._received: tuple[bytes, int, int] | None = None
+        self._mask: Mask | None = None
+        self._anchor: Tensor | None = None
+
+    @property
+    def have(self) -> bytes | None:
+        """Digest of the mask this client holds, for `FedMapServer.broadcast`; None at first."""
+        return None if self._mask is None else self._mask.digest()
+
+    def receive(self, data: Bytes) -> Message:
+        """Take a broadcast: weights (+0.0 where pruned), tail, buffers and mask.
+
+        Returns:
+            The decoded message; `.round` and `.meta` (with "lr") may be of use. Its tensors view
+            `data`.
+
+        Raises:
+            NeedsMask: it builds on a mask that this client lacks.
+            FormatError: it is not sound, or of another layout.
+            RuntimeError: the module's parameters are no longer views (see `rebind`).
+            In each case nothing is changed.
+        """
+        self.params.check_bound()
+        try:
+            message = codec.decode(data, self.layout, mask=self._mask)
+        except codec.MaskNeeded as error:
+            raise NeedsMask(self.have) from error
+        lr = message.meta.get("lr")
+        device = self.params.values.device
+        mask = message.mask.to(device)
+        _write_model(self.params, mask, message.packed.to(device), message.tail.to(device))
+        _write_buffers(self.params, message.buffers)
+        self._mask = mask
+        self._received = (message.broadcast_digest, message.round, message.epoch)
+        if self.prox_mu:
+            self._anchor = self.params.values.clone()
+        self._renew_optimizer(lr if isinstance(lr, float) else None)
+        return message
+
+    def _renew_optimizer(self, lr: float | None) -> None:
+        if self._make_optimizer is None or self._mask is None:
+            return
+        if self.optimizer is not None and self.keep_optimizer:
+            if lr is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+            return
+        self.optimizer = self._make_optimizer(self.params, self._mask, lr)
+        if self.prox_mu:
+            self.optimizer.register_step_pre_hook(self._add_proximal)
+
+    @torch.no_grad()
+    def _add_proximal(self, *_: Any) -> None:
+        assert self._anchor is not None
+        for p, e in zip(self.params.parameters, self.layout.entries, strict=True):
+            if p.grad is not None:
+                start = self._anchor[e.offset : e.offset + e.numel].view(e.shape)
+                p.grad.add_(p - start, alpha=self.prox_mu)
+
+    def update(self, num_samples: int, loss: float | None = None) -> bytes:
+        """The answer to the last broadcast: survivors' values, tail and buffers; no mask.
+
+        Args:
+            num_samples: this client's weight in the mean, at least 1.
+            loss: its mean training loss, for the round's result.
+
+        Raises:
+            RuntimeError: nothing was received yet, or the parameters are no longer views.
+            ValueError: `num_samples` below 1, or values beyond the wire dtype's range.
+        """
+        if self._received is None or self._mask is None:
+            raise RuntimeError("update: expected receive() first")
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        self.params.check_bound()
+        digest, round, epoch = self._received
+        return codec.encode(
+            self.params,
+            self._mask,
+            dtype=self.dtype,
+            round=round,
+            epoch=epoch,
+            num_samples=num_samples,
+            answers=digest,
+            meta=None if loss is None else {"loss": float(loss)},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a client keeps between rounds beside its data: its mask, and a kept optimizer."""
+        return {
+            "mask": None if self._mask is None else self._mask.words.clone(),
+            "optimizer": self.optimizer.state_dict()
+            if self.optimizer is not None and self.keep_optimizer
+            else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`: the next `receive` may bring a delta over the mask.
+
+        Raises:
+            ValueError: a mask of another layout.
+        """
+        if state["mask"] is None:
+            self._mask = None
+            return
+        words = state["mask"].to(self.params.values.device, copy=True)
+        mask = Mask.from_words(words, self.layout.prunable_numel)
+        self.params.mask = mask
+        self._mask = mask
+        if state["optimizer"] is not None and self._make_optimizer is not None:
+            self._renew_optimizer(None)
+            assert self.optimizer is not None
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _in_order(clients: Iterable[ClientId]) -> list[ClientId]:
+    ids = list(clients)
+    if len({type(c) for c in ids}) > 1:
+        raise TypeError("updates: expected client ids that are all ints or all strings, got both")
+    return sorted(ids)
+
+
+def _write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor) -> None:
+    params.mask = mask
+    ops.unpack(values, mask, out=params.prunable)
+    with torch.no_grad():
+        ops.cast(tail, params.values.dtype, out=params.tail)
+    params.mark_written()
+
+
+def _check_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
+    for b in params.layout.buffers:
+        if b.name not in buffers or tuple(buffers[b.name].shape) != b.shape:
+            got = tuple(buffers[b.name].shape) if b.name in buffers else "none"
+            raise ValueError(f"{b.name}: expected a buffer of shape {b.shape}, got {got}")
+
+
+@torch.no_grad()
+def _write_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
+    for name, b in params.buffers.items():
+        b.copy_(buffers[name].view(b.shape))
+
+
+def _mean_loss(losses: list[tuple[float, int]]) -> float | None:
+    weight = sum(w for _, w in losses)
+    return sum(loss * w for loss, w in losses) / weight if weight else None
