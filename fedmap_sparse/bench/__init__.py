@@ -1,0 +1,125 @@
+"""Benchmarks of every op beside its peers and the memory's floor: `fedmap-sparse bench`.
+
+What fails its check is not timed. Ours and the peers take turns within one process, over inputs
+that rotate beyond the cache, with outputs allocated beforehand on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["add_arguments", "main", "run"]
+
+
+def _strings(text: str) -> list[str]:
+    return [part for part in (piece.strip() for piece in text.split(",")) if part]
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(part.replace("_", "")) for part in _strings(text)]
+
+
+def _densities(text: str) -> list[float]:
+    found = [float(part) for part in _strings(text)]
+    if not all(0 < d <= 1 for d in found):
+        raise argparse.ArgumentTypeError(f"expected densities above 0, at most 1, got {text}")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fedmap-sparse bench`."""
+    parser.add_argument("--ops", type=_strings, help="names of ops or groups; default: all of them")
+    parser.add_argument("--sizes", type=_sizes, help="elements; default 26214400, or as trained")
+    parser.add_argument("--densities", type=_densities, help="default: each op's own")
+    parser.add_argument("--dtypes", type=_strings, default=["float32"], help="default float32")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--inputs", default="normal", help="normal, uniform, ties, sorted or trained:PACKAGE"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and records there")
+    parser.add_argument("--quick", action="store_true", help="a check of the machinery in seconds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 1 if a case failed its check; 2 for a wrong option or what is missing here."""
+    from fedmap_sparse.bench import report, runner
+
+    try:
+        options = _options(args)
+        header = runner.header(options, _words(args))
+        console = report.console()
+    except (ValueError, RuntimeError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    console.print(report.header_line(header), highlight=False)
+    records, refused = [], []
+    with console.status("") as status:
+        for result in runner.run(options):
+            if isinstance(result, runner.Refused):
+                refused.append(result)
+                console.print(report.refusal(result), style="red", highlight=False)
+            else:
+                records.append(result)
+                status.update(f"{result['op']} {report.seconds(result['median_s'])}")
+    console.print(report.table(records))
+    if args.json is not None:
+        found = {"header": header, "records": records, "refused": [r.as_dict() for r in refused]}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if refused else 0
+
+
+def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see runner.Options
+    import torch
+
+    from fedmap_sparse import _backends, _checks
+    from fedmap_sparse.bench import cases, inputs, latency, runner, steps, timing  # noqa: F401
+    from fedmap_sparse.bench.case import REGISTRY
+
+    inputs.check_name(args.inputs)
+    known = {one.op: [one] for one in REGISTRY.values()}
+    for one in REGISTRY.values():
+        if one.group != one.op:
+            known.setdefault(one.group, []).append(one)
+    for name in args.ops or ():
+        if name not in known:
+            raise ValueError(f"ops: expected any of {', '.join(known)}, got {name!r}")
+    dtypes = {_checks.short(d): d for d in _checks.FLOAT_DTYPES}
+    for name in args.dtypes:
+        if name not in dtypes:
+            raise ValueError(f"dtypes: expected any of {', '.join(dtypes)}, got {name!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device: expected a CUDA device, but torch finds none on this machine")
+    if args.device == "cpu" and (reason := _backends._missing("cpu")):
+        raise RuntimeError(f"device: {reason}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    chosen = [one for name in args.ops or REGISTRY for one in known[name]]
+    return runner.Options(
+        cases=list(dict.fromkeys(chosen)),
+        sizes=args.sizes or runner.default_sizes(args.inputs, args.quick),
+        densities=args.densities,
+        dtypes=[dtypes[name] for name in args.dtypes],
+        device=torch.device(args.device),
+        inputs=args.inputs,
+        plan=timing.QUICK if args.quick else timing.Plan(),
+        most_sets=2 if args.quick else runner.MOST_SETS,
+    )
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    given = {k: v for k, v in vars(args).items() if v not in (None, False) and k != "json"}
+    return [f"{k}={v}" for k, v in given.items() if isinstance(v, str | int | list | bool)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m fedmap_sparse.bench`: the same as `fedmap-sparse bench`."""
+    parser = argparse.ArgumentParser(prog="fedmap-sparse bench", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))

@@ -1,0 +1,5 @@
+import sys
+
+from fedmap_sparse.bench import main
+
+sys.exit(main())

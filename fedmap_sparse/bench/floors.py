@@ -1,0 +1,87 @@
+"""The least time that memory allows: plain streams of as many bytes, with the same threads.
+
+Each returns a function to time. A case adds up the streams that its bytes make: what is only read,
+what is copied, what is updated in place, what is touched line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse import _backends
+from fedmap_sparse._backends import native
+from fedmap_sparse.mask import Mask
+
+LINE = 64  # bytes
+
+Stream = Callable[[], None]
+
+
+def _within(buffer: Tensor, nbytes: int) -> int:
+    """Whole lines of `nbytes`, at most the buffer."""
+    return min(int(nbytes), buffer.nbytes) // LINE * LINE
+
+
+def read(buffer: Tensor, nbytes: int | None = None) -> Stream:
+    size = _within(buffer, buffer.nbytes if nbytes is None else nbytes)
+    return lambda: native.stream_read(buffer.data_ptr(), size, _backends.threads())
+
+
+def copy(source: Tensor, target: Tensor, nbytes: int | None = None) -> Stream:
+    """Reads `nbytes` and writes as many."""
+    size = _within(source, _within(target, target.nbytes if nbytes is None else nbytes))
+    return lambda: native.stream_copy(
+        source.data_ptr(), target.data_ptr(), size, _backends.threads()
+    )
+
+
+def inplace(buffer: Tensor, nbytes: int | None = None) -> Stream:
+    """Reads and writes `nbytes`, adding integers to whatever the buffer holds."""
+    size = _within(buffer, buffer.nbytes if nbytes is None else nbytes)
+    return lambda: native.stream_inplace(buffer.data_ptr(), size, _backends.threads())
+
+
+def touched(buffer: Tensor, mask: Mask) -> Stream:
+    """Reads the bitmap; reads and writes the lines of `buffer` that hold a survivor."""
+    if buffer.element_size() != 4:  # that stream knows lines of 16 elements
+        return inplace(buffer, LINE * touched_lines(mask, buffer.element_size()))
+    return lambda: native.stream_touched(
+        buffer.data_ptr(), mask.words.data_ptr(), mask.numel, _backends.threads()
+    )
+
+
+def together(*streams: Stream) -> Stream:
+    def run() -> None:
+        for stream in streams:
+            stream()
+
+    return run
+
+
+def device_copy(nbytes: int, device: torch.device) -> Stream:
+    """On a GPU: a copy that moves `nbytes` in all, half of them read."""
+    source = torch.zeros(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: torch.ops.aten.copy_(target, source) and None
+
+
+def touched_lines(mask: Mask, element_size: int) -> int:
+    """How many 64-byte lines hold a survivor."""
+    per_line = LINE // element_size
+    kept = mask.to_bool()
+    padded = torch.nn.functional.pad(kept, (0, -kept.numel() % per_line))
+    return int(padded.view(-1, per_line).any(1).sum())
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of CPU 0; 32 MiB where the system does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text.endswith("K"):
+            sizes.append(int(text[:-1]) * 1024)
+    return max(sizes, default=32 << 20)

@@ -1,0 +1,129 @@
+"""What the cases run on: synthetic values, or the weights that a PyPI package carries."""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SYNTHETIC = ("normal", "uniform", "ties", "sorted")
+TRAINED = "trained:"
+
+#: Smaller storages of a checkpoint are counters and scales.
+_LEAST_STORAGE_BYTES = 4096
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is one that `values` knows."""
+    if name not in SYNTHETIC and not name.removeprefix(TRAINED) != name:
+        known = ", ".join(SYNTHETIC)
+        raise ValueError(f"inputs: expected {known} or {TRAINED}PACKAGE, got {name!r}")
+
+
+def size(name: str) -> int | None:
+    """How many values there are; None where any number can be had."""
+    if name.startswith(TRAINED):
+        return trained(name.removeprefix(TRAINED)).numel()
+    return None
+
+
+def values(name: str, n: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """`n` values on the CPU. `ties`: 33 distinct values; `sorted`: ascending, sign included.
+
+    `trained:PACKAGE`: the first `n` weights of the package, rolled by `seed` tenths.
+
+    Raises:
+        ValueError: unknown name, or more values than the package has.
+        RuntimeError: the package is missing, or carries no weights that can be read.
+    """
+    check_name(name)
+    if name.startswith(TRAINED):
+        weights = trained(name.removeprefix(TRAINED))
+        if n > weights.numel():
+            raise ValueError(f"sizes: expected at most {weights.numel()} ({name}), got {n}")
+        return torch.roll(weights[:n], seed * (n // 10)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    if name == "uniform":
+        drawn = torch.rand(n, generator=generator) * 2 - 1
+    elif name == "ties":
+        drawn = torch.randint(-16, 17, (n,), generator=generator) / 16
+    else:
+        drawn = torch.randn(n, generator=generator)
+    if name == "sorted":
+        drawn = drawn.sort().values
+    return drawn.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def trained(package: str) -> Tensor:
+    """Every float32 weight that the installed `package` carries, in the order of its files.
+
+    Read from safetensors, or from the raw storages of a torch checkpoint; nothing of the package
+    is imported, executed or unpickled.
+    """
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise RuntimeError(
+            f"inputs: package {package!r} is not installed; `pip install --no-deps {package}` "
+            "(nothing of it is imported)"
+        ) from None
+    parts: list[Tensor] = []
+    for file in sorted(files):
+        path = Path(str(file.locate()))
+        if path.suffix == ".safetensors":
+            parts += _safetensors(path)
+        elif path.suffix in (".pth", ".pt", ".bin") and zipfile.is_zipfile(path):
+            parts += _checkpoint(path)
+    if not parts:
+        raise RuntimeError(
+            f"inputs: expected a .safetensors file or a torch checkpoint in {package!r}, found none"
+        )
+    return torch.cat(parts)
+
+
+def _safetensors(path: Path) -> list[Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118  # not a mapping
+    return [t.reshape(-1) for t in tensors if t.dtype == torch.float32]
+
+
+def _checkpoint(path: Path) -> list[Tensor]:
+    """The storages of a zipped checkpoint: raw little-endian members named `<archive>/data/<key>`.
+
+    Their types stand in the pickle beside them, which is scanned for names of storage classes and
+    never run.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickled = next((name for name in names if name.endswith("/data.pkl")), None)
+        if pickled is None:
+            return []
+        kinds = _storage_kinds(archive.read(pickled))
+        if kinds - {"FloatStorage", "LongStorage"}:
+            raise RuntimeError(f"inputs: expected float32 storages in {path.name}, got {kinds}")
+        folder = pickled.removesuffix("data.pkl") + "data/"
+        keys = [name for name in names if name.startswith(folder)]
+        keys.sort(key=lambda name: int(name.removeprefix(folder)))
+        raw = [archive.read(key) for key in keys]
+    return [
+        torch.from_numpy(np.frombuffer(data, dtype="<f4").copy())
+        for data in raw
+        if len(data) >= _LEAST_STORAGE_BYTES
+    ]
+
+
+def _storage_kinds(pickled: bytes) -> set[str]:
+    return {
+        str(argument).split()[-1]
+        for opcode, argument, _ in pickletools.genops(pickled)
+        if opcode.name == "GLOBAL" and str(argument).endswith("Storage")
+    }

@@ -1,0 +1,76 @@
+"""Records on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmap_sparse.bench.runner import Record, Refused
+
+
+def console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise RuntimeError(
+            "bench: rich is not installed; `pip install fedmap-sparse[experiments]`"
+        ) from error
+    found = Console()
+    return found if found.is_terminal else Console(width=120)  # in a log: not 80
+
+
+def header_line(header: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    return (
+        f"{header.get('device', header['machine'])}, {header['cores']} cores, {header['isa']}, "
+        f"{header['threads']} threads; {versions}; commit {header['commit'][:12]}"
+        f"{' with changes' if header['commit'].endswith('changes') else ''}"
+    )
+
+
+def table(records: list[Record]) -> Any:
+    """One row a record; a column of dtypes only where they differ."""
+    from rich.table import Table
+
+    mixed = len({r["dtype"] for r in records}) > 1
+    grid = Table(box=None, pad_edge=False)
+    for name in ("op", "n", "density", *(["dtype"] if mixed else [])):
+        grid.add_column(name, no_wrap=True)
+    for name in ("median", "p20–p80", "GB/s", "× floor"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("peers: median, × ours")
+    for r in records:
+        peers = [
+            f"{name} {seconds(p['median_s'])}, ×{p['speedup']:.3g}"
+            for name, p in r["peers"].items()
+        ]
+        grid.add_row(
+            r["op"],
+            f"{r['n']:,}",
+            f"{r['density']:g}",
+            *([r["dtype"]] if mixed else []),
+            seconds(r["median_s"]),
+            f"{seconds(r['p20_s'])}–{seconds(r['p80_s'])}",
+            f"{r['gbps']:.3g}",
+            over_floor(r),
+            "\n".join(peers),
+        )
+    return grid
+
+
+def over_floor(r: Record) -> str:
+    """Of latencies the time beyond an empty op, of the rest the ratio to the memory's time."""
+    if r["op"].startswith("latency_"):
+        return f"+{(r['median_s'] - r['floor_s']) * 1e6:.1f} µs"
+    return f"{r['ratio_to_floor']:.2f}"
+
+
+def refusal(refused: Refused) -> str:
+    s = refused.setting
+    return f"{refused.op} n={s.n} density={s.density:g} was not timed: {refused.reason}"
+
+
+def seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"

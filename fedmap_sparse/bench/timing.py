@@ -1,0 +1,94 @@
+"""Fair timing: contenders interleaved over the same rounds, medians and spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, repeat
+
+import torch
+
+#: After its parallel region libgomp spins for some milliseconds before it sleeps, and so does our
+#: pool for less; without a pause the one that comes next shares its cores with the last.
+PAUSE_S = 0.005
+
+
+@dataclass
+class Contender:
+    """One thing to time, over rotating input sets.
+
+    Attributes:
+        runs: one callable an input set.
+        resets: run before each timing, untimed (what an in-place peer destroys); may be empty.
+        calls: calls per timing, for what is too short for the clock.
+    """
+
+    name: str
+    runs: Sequence[Callable[[], object]]
+    resets: Sequence[Callable[[], object]] = ()
+    calls: int = 1
+    samples: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        nothing: Callable[[], object] = lambda: None  # noqa: E731
+        self._next: Iterator[tuple[Callable[[], object], Callable[[], object]]] = cycle(
+            zip(self.runs, self.resets or repeat(nothing), strict=False)
+        )
+
+    def once(self, clock: Callable[[Callable[[], object], int], float]) -> float:
+        run, reset = next(self._next)
+        reset()
+        return clock(run, self.calls)
+
+    def quantile(self, q: float) -> float:
+        """Of the samples in seconds, interpolated."""
+        at = torch.tensor(self.samples, dtype=torch.float64)
+        return float(torch.quantile(at, q))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: rounds, and seconds a contender may take in them."""
+
+    rounds: int = 41
+    budget_s: float = 1.5
+    least: int = 5
+
+
+QUICK = Plan(rounds=5, budget_s=0.05, least=3)
+
+
+def cpu_clock(run: Callable[[], object], calls: int) -> float:
+    if calls == 1:
+        time.sleep(PAUSE_S)
+    start = time.perf_counter()
+    for _ in repeat(None, calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def cuda_clock(run: Callable[[], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in repeat(None, calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / calls
+
+
+def interleave(contenders: Sequence[Contender], plan: Plan, device: torch.device) -> None:
+    """Fill every contender's samples, round by round; slow ones sit out evenly spread rounds."""
+    clock = cuda_clock if device.type == "cuda" else cpu_clock
+    strides = []
+    for contender in contenders:
+        for _ in contender.runs:  # touch every page of every set, compile what compiles
+            seconds = contender.once(clock) * contender.calls
+        affordable = max(plan.least, int(plan.budget_s / max(seconds, 1e-9)))
+        strides.append(max(1, plan.rounds // min(affordable, plan.rounds)))
+    for turn in range(plan.rounds):
+        for contender, stride in zip(contenders, strides, strict=True):
+            if turn % stride == 0:
+                contender.samples.append(contender.once(clock))
