@@ -30,7 +30,7 @@ bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
 	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)
 
 vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never changes one
-	$(BIN)/python tools/make_vectors.py
+	$(BIN)/python tests/vectors/make_vectors.py
 
 package: $(VENV)/dev.stamp ## sdist, wheel from it, and the wheel in a new environment without a compiler
 	$(BIN)/python tools/check_package.py

@@ -2,7 +2,13 @@
 
 from fedmap_sparse import ops, optim, schedule
 from fedmap_sparse._backends import backends
-from fedmap_sparse.codec import FormatError, decode, encode
+from fedmap_sparse.codec import (
+    FormatError,
+    decode,
+    decode_state_dict,
+    encode,
+    encode_state_dict,
+)
 from fedmap_sparse.fedmap import FedMapClient, FedMapServer
 from fedmap_sparse.layout import FlatLayout, FlatParameters, flatten
 from fedmap_sparse.mask import Mask
@@ -19,7 +25,9 @@ __all__ = [
     "__version__",
     "backends",
     "decode",
+    "decode_state_dict",
     "encode",
+    "encode_state_dict",
     "flatten",
     "ops",
     "optim",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from fedmap_sparse.codec.container import Id, Section, Wire
+from fedmap_sparse.codec.container import RAW, Id, Section, Wire
 from fedmap_sparse.codec.errors import FormatError
 
 MAX_BYTES = 4096
@@ -59,8 +59,9 @@ def _write_value(key: str, value: object) -> bytes:
 def read(section: Section) -> dict[str, Value]:
     """The record. Raises FormatError for anything but its one form."""
     data, base = bytes(section.payload[: MAX_BYTES + 1]), section.offset
-    if section.dtype != Wire.RECORD:
-        raise FormatError(f"META: expected a record, got dtype {section.dtype}", base)
+    if section.dtype != Wire.RECORD or section.encoding != RAW:
+        got = f"dtype {section.dtype}, encoding {section.encoding}"
+        raise FormatError(f"META: expected a record in encoding 0, got {got}", base)
     if len(data) > MAX_BYTES:
         got = len(section.payload)
         raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {got}", base)
@@ -101,6 +102,6 @@ def _read_value(data: bytes, at: int) -> tuple[Value, int]:
     if kind == 2:
         return float(_FLOAT.unpack_from(data, at)[0]), at + 8
     if kind == 3:
-        text, at = _take(data, at + 2, _LENGTH.unpack_from(data, at)[0])
-        return text.decode(), at
+        text, end = _take(data, at + 2, _LENGTH.unpack_from(data, at)[0])
+        return text.decode(), end
     raise IndexError(f"unknown type {kind}")

@@ -17,7 +17,7 @@ from fedmap_sparse.codec.container import (
     Wire,
 )
 from fedmap_sparse.codec.errors import FormatError
-from fedmap_sparse.layout import BufferEntry, FlatLayout
+from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
 
 FLOATS = (Wire.FLOAT32, Wire.FLOAT16, Wire.BFLOAT16)
 
@@ -57,11 +57,9 @@ def read(section: Section, count: int, dtypes: Sequence[Wire]) -> Tensor:
 def check_tail(section: Section, layout: FlatLayout) -> None:
     """Raise FormatError unless the gaps between the tail's tensors are zero."""
     size = TORCH_OF_WIRE[Wire(section.dtype)].itemsize
-    ends = [e.offset for e in layout.tail_entries[1:]] + [layout.numel]
-    for entry, end in zip(layout.tail_entries, ends, strict=True):
+    for entry in layout.tail_entries:
         start = entry.offset + entry.numel
-        if start == end:
-            continue
+        end = -(-start // TAIL_ALIGN) * TAIL_ALIGN
         begin, stop = ((i - layout.prunable_numel) * size for i in (start, end))
         if any(section.payload[begin:stop]):
             at = section.offset + begin
@@ -113,9 +111,9 @@ def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[st
         if section is None:
             flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]])
             continue
-        if kind == "bool" and max(section.payload, default=0) > 1:
-            raise FormatError("BOOLS: expected bytes of 0 or 1", section.offset)
         flat[kind] = read(section, count, dtypes)
+        if kind == "bool" and bool((flat[kind].view(torch.uint8) > 1).any()):
+            raise FormatError("BOOLS: expected bytes of 0 or 1", section.offset)
     used = dict.fromkeys(flat, 0)
     buffers = {}
     for b in layout.buffers:
