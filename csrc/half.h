@@ -39,10 +39,14 @@ inline constexpr uint32_t kOverflowBits<Float16> = 0x477ff000;
 template <>
 inline constexpr uint32_t kOverflowBits<Bfloat16> = 0x7f7f8000;
 
-// Whether a finite x becomes infinite in T.
+// Whether x is NaN or infinite once in T, and whether it is so for its size alone.
 template <class T>
-inline bool overflows(float x) {
-  return (float_bits(x) & 0x7fffffff) - kOverflowBits<T> < 0x7f800000 - kOverflowBits<T>;
+inline int not_finite(float x) {
+  return (float_bits(x) & 0x7fffffff) >= kOverflowBits<T>;
+}
+template <class T>
+inline int overflows(float x) {
+  return not_finite<T>(x) - not_finite<float>(x);
 }
 
 inline float widen(float x) { return x; }
@@ -135,15 +139,41 @@ inline void store(Bfloat16* dst, __m256 x) {
       _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 
-// How many of the lanes are finite and become infinite in T.
+// The low half of each 64-bit lane.
+inline __m128i low_halves(__m256d mask) {
+  const __m128 low = _mm_castpd_ps(_mm256_castpd256_pd128(mask));
+  const __m128 high = _mm_castpd_ps(_mm256_extractf128_pd(mask, 1));
+  return _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+}
+
+// How many lanes are NaN or infinite once in T, and how many are so for their size alone.
 template <class T>
-inline int overflows(__m256 x) {
+inline int not_finite(__m256 x) {
   const __m256i magnitude =
       _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
   const __m256i large = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kOverflowBits<T> - 1));
-  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), magnitude);
-  return _mm_popcnt_u32(
-      _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_and_si256(large, finite))));
+  return _mm_popcnt_u32(_mm256_movemask_ps(_mm256_castsi256_ps(large)));
+}
+template <class T>
+inline int overflows(__m256 x) {
+  return not_finite<T>(x) - not_finite<float>(x);
+}
+
+template <class T>
+inline __m128 shorten(__m256d x) {
+  const __m128 nearest = _mm256_cvtpd_ps(x);
+  if constexpr (sizeof(T) == sizeof(float))
+    return nearest;
+  const __m256d back = _mm256_cvtps_pd(nearest), sign = _mm256_set1_pd(-0.0);
+  const __m128i bits = _mm_castps_si128(nearest);
+  const __m128i one = _mm_set1_epi32(1);
+  const __m128i inexact = low_halves(_mm256_cmp_pd(back, x, _CMP_NEQ_OQ));
+  const __m128i away = low_halves(_mm256_cmp_pd(_mm256_andnot_pd(sign, back),
+                                                _mm256_andnot_pd(sign, x), _CMP_GT_OQ));
+  const __m128i even = _mm_cmpeq_epi32(_mm_and_si128(bits, one), _mm_setzero_si128());
+  const __m128i step = _mm_or_si128(away, one); // -1 or 1
+  return _mm_castsi128_ps(
+      _mm_add_epi32(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
 }
 
 } // namespace avx2
@@ -180,13 +210,29 @@ inline void store(Bfloat16* dst, __m512 x) {
 }
 
 template <class T>
-inline int overflows(__m512 x) {
+inline int not_finite(__m512 x) {
   const __m512i magnitude =
       _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 large =
-      _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(kOverflowBits<T>));
-  return _mm_popcnt_u32(
-      _mm512_mask_cmplt_epi32_mask(large, magnitude, _mm512_set1_epi32(0x7f800000)));
+  return _mm_popcnt_u32(_mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(kOverflowBits<T>)));
+}
+template <class T>
+inline int overflows(__m512 x) {
+  return not_finite<T>(x) - not_finite<float>(x);
+}
+
+template <class T>
+inline __m256 shorten(__m512d x) {
+  const __m256 nearest = _mm512_cvtpd_ps(x);
+  if constexpr (sizeof(T) == sizeof(float))
+    return nearest;
+  const __m512d back = _mm512_cvtps_pd(nearest);
+  const __m256i bits = _mm256_castps_si256(nearest), one = _mm256_set1_epi32(1);
+  const __mmask8 inexact = _mm512_cmp_pd_mask(back, x, _CMP_NEQ_OQ);
+  const __mmask8 even = _mm256_mask_testn_epi32_mask(inexact, bits, one);
+  const __mmask8 away =
+      _mm512_cmp_pd_mask(_mm512_abs_pd(back), _mm512_abs_pd(x), _CMP_GT_OQ);
+  const __m256i up = _mm256_mask_add_epi32(bits, even, bits, one);
+  return _mm256_castsi256_ps(_mm256_mask_sub_epi32(up, even & away, bits, one));
 }
 
 } // namespace avx512

@@ -162,8 +162,97 @@ void bind_bytes(py::module_& m) {
       Unlocked());
 }
 
-// A2's region: bind_steps, bind_accumulate, bind_quantize go here, and are called below.
-// (end of A2's region)
+void bind_steps(py::module_& m) {
+  m.def(
+      "masked_sgd",
+      [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
+         Address segments, int64_t nseg, Address scalars, Address momentum, Address master,
+         int threads) {
+        masked_sgd(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable,
+                   numel, at<Segment>(segments), nseg, at<double>(scalars), at<float>(momentum),
+                   at<float>(master), threads);
+      },
+      Unlocked());
+  m.def(
+      "masked_adamw",
+      [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
+         Address segments, int64_t nseg, Address scalars, Address exp_avg, Address exp_avg_sq,
+         Address max_exp_avg_sq, Address master, int threads) {
+        masked_adamw(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable,
+                     numel, at<Segment>(segments), nseg, at<double>(scalars), at<float>(exp_avg),
+                     at<float>(exp_avg_sq), at<float>(max_exp_avg_sq), at<float>(master), threads);
+      },
+      Unlocked());
+}
+
+void bind_accumulate(py::module_& m) {
+  m.def(
+      "weighted_mean",
+      [](const std::vector<Address>& payloads, int dtype, const std::vector<double>& weights,
+         int64_t n, Address out, int out_dtype, int threads) {
+        return weighted_mean(at_each<const void>(payloads), dtype, weights, n, at<void>(out),
+                             out_dtype, threads);
+      },
+      Unlocked());
+  m.def(
+      "weighted_mean_int8",
+      [](const std::vector<Address>& payloads, const std::vector<Address>& scales, int64_t block,
+         const std::vector<double>& weights, int64_t n, Address out, int out_dtype, int threads) {
+        return weighted_mean_int8(at_each<const int8_t>(payloads), at_each<const float>(scales),
+                                  block, weights, n, at<void>(out), out_dtype, threads);
+      },
+      Unlocked());
+  m.def(
+      "accumulate_add",
+      [](Address sums, Address payload, int dtype, double weight, int64_t n, int threads) {
+        accumulate_add(at<double>(sums), at<void>(payload), dtype, weight, n, threads);
+      },
+      Unlocked());
+  m.def(
+      "accumulate_add_int8",
+      [](Address sums, Address payload, Address scales, int64_t block, double weight, int64_t n,
+         int threads) {
+        accumulate_add_int8(at<double>(sums), at<int8_t>(payload), at<float>(scales), block, weight,
+                            n, threads);
+      },
+      Unlocked());
+  m.def(
+      "accumulate_mean",
+      [](Address sums, double total_weight, int64_t n, Address out, int out_dtype, int threads) {
+        return accumulate_mean(at<double>(sums), total_weight, n, at<void>(out), out_dtype,
+                               threads);
+      },
+      Unlocked());
+}
+
+void bind_quantize(py::module_& m) {
+  m.def(
+      "cast",
+      [](Address src, int src_dtype, Address dst, int dst_dtype, int64_t n, int threads) {
+        return cast(at<void>(src), src_dtype, at<void>(dst), dst_dtype, n, threads);
+      },
+      Unlocked());
+  m.def(
+      "all_finite",
+      [](Address src, int dtype, int64_t n, int threads) {
+        return all_finite(at<void>(src), dtype, n, threads);
+      },
+      Unlocked());
+  m.def(
+      "quantize_int8",
+      [](Address src, int64_t n, int64_t block, Address q, Address scales, Address residual,
+         int threads) {
+        quantize_int8(at<float>(src), n, block, at<int8_t>(q), at<float>(scales),
+                      at<float>(residual), threads);
+      },
+      Unlocked());
+  m.def(
+      "dequantize_int8",
+      [](Address q, Address scales, int64_t block, int64_t n, Address dst, int threads) {
+        dequantize_int8(at<int8_t>(q), at<float>(scales), block, n, at<float>(dst), threads);
+      },
+      Unlocked());
+}
 
 } // namespace
 
@@ -176,5 +265,8 @@ PYBIND11_MODULE(_native, m) {
   bind_select(m);
   bind_pack(m);
   bind_nest(m);
+  bind_steps(m);
+  bind_accumulate(m);
+  bind_quantize(m);
   bind_bytes(m);
 }

@@ -1,0 +1,233 @@
+// Moving the survivors of one block between their places and a packed buffer, for each ISA level.
+//
+// T has 4 or 2 bytes and is moved as bits. `words` holds the mask of `n` elements; bits past n are
+// ignored, and nothing of `src` or `dst` past n is touched. Packed buffers need kPackSlack bytes of
+// room past their survivors: whole vectors are written and read there.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace fedmap {
+
+constexpr int64_t kPackSlack = 64;
+
+namespace scalar {
+
+inline uint32_t low_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+inline int64_t count_block(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    count += __builtin_popcount(words[i / 32] & low_bits(n - i));
+  return count;
+}
+
+template <class T>
+inline T* pack_word(const T* src, uint32_t word, T* out) {
+  for (; word; word &= word - 1)
+    *out++ = src[__builtin_ctz(word)];
+  return out;
+}
+
+template <class T>
+inline const T* unpack_word(const T* packed, uint32_t word, T* dst, int64_t n) {
+  std::memset(static_cast<void*>(dst), 0, n * sizeof(T));
+  for (; word; word &= word - 1)
+    dst[__builtin_ctz(word)] = *packed++;
+  return packed;
+}
+
+// Returns the end of what it wrote, as the other levels' forms do.
+template <class T>
+inline T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i += 32)
+    out = pack_word(src + i, words[i / 32] & low_bits(n - i), out);
+  return out;
+}
+
+template <class T>
+inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  for (int64_t i = 0; i < n; i += 32)
+    if (const uint32_t word = words[i / 32] & low_bits(n - i))
+      packed = unpack_word(packed, word, dst + i, n - i < 32 ? n - i : 32);
+}
+
+} // namespace scalar
+
+#if FEDMAP_X86
+
+// Far enough ahead to hide memory, near enough that L1 still holds it: 1024 float32.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// For each byte of mask: `pack` lists the set bits, lowest first; `unpack` gives each set bit's
+// place among them, and 0x80, which shuffles read as zero, to the others.
+struct ByteTables {
+  uint8_t pack[256][8], unpack[256][8];
+};
+constexpr ByteTables make_byte_tables() {
+  ByteTables t{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, place = 0; bit < 8; ++bit) {
+      t.unpack[byte][bit] = byte >> bit & 1 ? place : 0x80;
+      if (byte >> bit & 1)
+        t.pack[byte][place++] = bit;
+    }
+  return t;
+}
+alignas(64) inline constexpr ByteTables kByteTables = make_byte_tables();
+
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+
+inline int64_t count_block(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    count += _mm_popcnt_u32(words[i / 32] & scalar::low_bits(n - i));
+  return count;
+}
+
+inline __m128i table_row(const uint8_t (&row)[8]) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+}
+
+// A shuffle of bytes from one of 2-byte elements; 0x80 saturates and stays "zero".
+inline __m128i byte_pairs(__m128i elements) {
+  const __m128i low = _mm_adds_epu8(elements, elements);
+  return _mm_unpacklo_epi8(low, _mm_or_si128(low, _mm_set1_epi8(1)));
+}
+
+template <class T>
+inline void pack_8(const T* src, uint32_t byte, T* out) {
+  const __m128i places = table_row(kByteTables.pack[byte]);
+  if constexpr (sizeof(T) == 4) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(places)));
+  } else {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(v, byte_pairs(places)));
+  }
+}
+
+template <class T>
+inline void unpack_8(const T* packed, uint32_t byte, T* dst) {
+  const __m128i places = table_row(kByteTables.unpack[byte]);
+  if constexpr (sizeof(T) == 4) {
+    const __m256i index = _mm256_cvtepi8_epi32(places);
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                        _mm256_andnot_si256(_mm256_srai_epi32(index, 31),
+                                            _mm256_permutevar8x32_epi32(v, index)));
+  } else {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, byte_pairs(places)));
+  }
+}
+
+template <class T>
+T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    const char* ahead = reinterpret_cast<const char*>(src + i) + kPrefetchBytes;
+    for (size_t line = 0; line < 32 * sizeof(T); line += 64)
+      _mm_prefetch(ahead + line, _MM_HINT_T0);
+    for (int byte = 0; byte < 32; byte += 8) {
+      pack_8(src + i + byte, word >> byte & 0xff, out);
+      out += _mm_popcnt_u32(word >> byte & 0xff);
+    }
+  }
+  return scalar::pack_block(src + i, words + i / 32, n - i, out);
+}
+
+template <class T>
+void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    if (!word)
+      continue;
+    for (int byte = 0; byte < 32; byte += 8) {
+      unpack_8(packed, word >> byte & 0xff, dst + i + byte);
+      packed += _mm_popcnt_u32(word >> byte & 0xff);
+    }
+  }
+  scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
+}
+
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+
+using avx2::count_block;
+
+// Zen 4 and 5: the zero-masked forms of compress and expand wait for their destination's old
+// value, and the forms that go to or from memory are microcoded. Merging into a register runs at
+// full speed; the empty asm keeps the compiler from seeing that this one is zero.
+inline __m512i opaque_zero() {
+  __m512i zero = _mm512_setzero_si512();
+  __asm__("" : "+v"(zero));
+  return zero;
+}
+
+template <class T>
+inline T* pack_vector(const T* src, uint32_t bits, T* out) {
+  const __m512i v = _mm512_loadu_si512(src);
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_si512(out, _mm512_mask_compress_epi32(v, static_cast<__mmask16>(bits), v));
+  else
+    _mm512_storeu_si512(out, _mm512_mask_compress_epi16(v, bits, v));
+  return out + _mm_popcnt_u32(bits);
+}
+
+template <class T>
+inline const T* unpack_vector(const T* packed, uint32_t bits, T* dst, __m512i zero) {
+  const __m512i v = _mm512_loadu_si512(packed);
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_si512(dst, _mm512_mask_expand_epi32(zero, static_cast<__mmask16>(bits), v));
+  else
+    _mm512_storeu_si512(dst, _mm512_mask_expand_epi16(zero, bits, v));
+  return packed + _mm_popcnt_u32(bits);
+}
+
+template <class T>
+T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  constexpr int kLanes = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    const char* ahead = reinterpret_cast<const char*>(src + i) + kPrefetchBytes;
+    for (int lane = 0; lane < 32; lane += kLanes) {
+      _mm_prefetch(ahead + lane * sizeof(T), _MM_HINT_T0);
+      out = pack_vector(src + i + lane, kLanes == 32 ? word : word >> lane & 0xffff, out);
+    }
+  }
+  return scalar::pack_block(src + i, words + i / 32, n - i, out);
+}
+
+template <class T>
+void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  constexpr int kLanes = 64 / sizeof(T);
+  const __m512i zero = opaque_zero();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    if (!word)
+      continue;
+    for (int lane = 0; lane < 32; lane += kLanes)
+      packed = unpack_vector(packed, kLanes == 32 ? word : word >> lane & 0xffff, dst + i + lane,
+                             zero);
+  }
+  scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
+}
+
+} // namespace avx512
+FEDMAP_TARGET_END
+#endif
+
+} // namespace fedmap
