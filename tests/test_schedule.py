@@ -1,0 +1,111 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmap_sparse.schedule import (
+    Cubic,
+    Dense,
+    Iterative,
+    OneShot,
+    from_dict,
+    keep_count,
+)
+
+TARGETS = st.integers(0, 1000).map(lambda t: t / 1000)
+
+
+@given(TARGETS, st.integers(0, 10**9))
+def test_keep_count_is_exact_in_decimals(sparsity, eligible):
+    pruned = Fraction(str(sparsity)) * eligible
+    assert keep_count(eligible, sparsity) == eligible - round(pruned)  # half to even, too
+
+
+def test_keep_count_by_hand():
+    assert keep_count(10, 0.9) == 1
+    assert keep_count(1_000_005, 0.9) == 100_001  # 900004.5 pruned: half to even
+    assert keep_count(5, 0.5) == 3  # 2.5 pruned: 2
+    assert keep_count(7, 0.5) == 3  # 3.5 pruned: 4
+    assert keep_count(0, 0.9) == 0
+
+
+SCHEDULES = st.one_of(
+    st.just(Dense()),
+    st.builds(OneShot, TARGETS, st.integers(0, 30)),
+    st.builds(
+        lambda t, s, d, e: Iterative(t, s, s + d, e),
+        TARGETS,
+        st.integers(0, 20),
+        st.integers(0, 20),
+        st.integers(1, 7),
+    ),
+    st.builds(
+        lambda t, s, d, e: Cubic(t, s, s + d, e),
+        TARGETS,
+        st.integers(0, 20),
+        st.integers(0, 20),
+        st.integers(1, 7),
+    ),
+)
+
+
+@given(SCHEDULES, st.integers(0, 10**6))
+def test_never_grows_starts_dense_ends_at_the_target(schedule, eligible):
+    counts = [schedule.keep(r, eligible) for r in range(45)]
+    assert counts == sorted(counts, reverse=True)
+    assert all(0 <= c <= eligible for c in counts)
+    first = getattr(schedule, "start", getattr(schedule, "at", 100))
+    assert all(c == eligible for c in counts[:first])
+    target = getattr(schedule, "target", 0)
+    assert counts[-1] == keep_count(eligible, target)
+
+
+@given(SCHEDULES)
+def test_saved_and_printed(schedule):
+    assert from_dict(schedule.to_dict()) == schedule
+    assert type(schedule).__name__ in repr(schedule)
+    assert eval(repr(schedule)) == schedule
+
+
+def test_iterative_keeps_a_constant_share():
+    schedule = Iterative(target=0.9, start=2, end=11, every=1)
+    counts = [10**9, *(schedule.keep(r, 10**9) for r in range(2, 12))]
+    shares = [b / a for a, b in zip(counts, counts[1:], strict=False)]
+    assert all(abs(s - 0.1**0.1) < 1e-8 for s in shares)
+    assert counts[-1] == 10**8
+
+
+def test_iterative_holds_between_its_rounds():
+    schedule = Iterative(target=0.75, start=1, end=6, every=3)  # prunes at 1 and 4: half each
+    assert [schedule.keep(r, 1000) for r in range(8)] == [1000, 500, 500, 500, 250, 250, 250, 250]
+
+
+def test_cubic_by_hand():
+    schedule = Cubic(target=0.8, start=0, end=4)
+    # sparsity 0.8 (1 - (1 - t/4)^3): 0, .4625, .7, .7875, .8
+    assert [schedule.keep(r, 10_000) for r in range(6)] == [10_000, 5375, 3000, 2125, 2000, 2000]
+
+
+def test_oneshot_and_dense():
+    assert [OneShot(0.5, 2).keep(r, 100) for r in range(4)] == [100, 100, 50, 50]
+    assert Dense().keep(10**6, 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: OneShot(1.1, 0), ValueError, "0 to 1, got 1.1"),
+        (lambda: OneShot("0.5", 0), TypeError, "a number, got str"),
+        (lambda: OneShot(0.5, -1), ValueError, "at least 0, got -1"),
+        (lambda: Iterative(0.5, 3, 2), ValueError, "not before start=3, got 2"),
+        (lambda: Iterative(0.5, 0, 2, 0), ValueError, "at least 1, got 0"),
+        (lambda: Cubic(0.5, 0, 2.0), TypeError, "end: expected an int, got float"),
+        (lambda: Cubic(float("nan"), 0, 2), ValueError, "got nan"),
+        (lambda: from_dict({"kind": "linear"}), ValueError, "dense, oneshot.*got 'linear'"),
+        (lambda: from_dict({"kind": "oneshot", "when": 3}), ValueError, "oneshot.*when"),
+    ],
+)
+def test_bad_values(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
