@@ -29,7 +29,7 @@ find_python() {
     "Install one, or name it: make PYTHON=/path/to/python3.12 ..." "$install_hint"
 }
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python cannot make virtual environments: its venv module is missing." "$install_hint"
@@ -47,11 +47,13 @@ echo 'int main() { return 0; }' | ${compiler} -std=c++17 -x c++ -fsyntax-only - 
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 if ! "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
   cat <<MESSAGE
-Installing torch $torch into $venv. On Linux x86-64 the default build is the one for CUDA: 2.7 GB to
-download with its libraries. A CPU build is 0.2 GB: to have that one, run make with
+Installing torch $torch into $venv. On Linux the default build is the one for CUDA: 2.7 GB to download
+with its libraries. A CPU build is 0.2 GB: to have that one, run make with
 PIP_ARGS="--extra-index-url URL", URL being the CPU index that pytorch.org names under "Start Locally".
-On macOS it is 0.1 GB.
+On macOS it is about 0.1 GB. With make test, Triton is 0.2 GB more on Linux.
 MESSAGE
 fi
+quiet=--quiet
+[ ! -t 1 ] || quiet=  # a person waits for gigabytes: show the progress
 # shellcheck disable=SC2086  # PIP_ARGS is a list of arguments
-"$python" -m pip install --disable-pip-version-check --quiet -c constraints.txt ${PIP_ARGS:-} -e ".[$extras]"
+"$python" -m pip install --disable-pip-version-check $quiet -c constraints.txt ${PIP_ARGS:-} -e ".[$extras]"
