@@ -49,7 +49,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._grouped: list[list[int]] = []
         self._parameters = params.parameters
         self._packed: dict[str, Tensor] = {}
-        self._versions: list[int] = []
+        self._versions = [-1] * len(params.parameters)
+        self._stale = True
         chosen = list(groups) if groups is not None else [{"params": params.parameters}]
         super().__init__(chosen, defaults)
 
@@ -77,6 +78,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             new[mask.nnz :] = old[kept.numel :]
             self._packed[name] = new
         self._mask = mask
+        self._stale = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the parameters must be among the flattened ones."""
@@ -130,11 +132,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             self.set_mask(self.flat.mask)
         grads = self._gradients()
         self._write_segments(np.array([g is not None for g in grads], dtype=bool))
+        self._follow_writes()
         self._prepare_state()
         self._apply(grads)
         self.flat.mark_written()
-        if "master" in self._packed:
-            self._versions = [p._version for p in self.flat.parameters]
+        self._versions = [p._version for p in self.flat.parameters]
         return loss
 
     def _gradients(self) -> list[Tensor | None]:
@@ -154,38 +156,45 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             group["params"] = [self.flat.parameters[i] for i in indices]
         self._parameters = self.flat.parameters
         self._packed = {k: t.to(self.flat.values.device) for k, t in self._packed.items()}
-        self._packed.pop("master", None)
+        self._packed.pop("master", None)  # the values are what was taken in: start from them
         self._mask = self._mask.to(self.flat.values.device)
 
     def _prepare_state(self) -> None:
-        """Allocate what this step wants and lacks, and renew masters of parameters that changed."""
+        """Allocate what this step wants and lacks."""
         size = self._mask.nnz + self.flat.layout.tail_numel
         for name in self._wanted_state():
             if name not in self._packed:
                 self._packed[name] = torch.zeros(size, device=self.flat.values.device)
-        if self.flat.values.dtype == torch.float32:
-            return
-        if "master" not in self._packed:
-            self._packed["master"] = torch.empty(size, device=self.flat.values.device)
-            self._versions = [-1] * len(self.flat.parameters)
-        changed = [
-            i
-            for i, (p, seen) in enumerate(zip(self.flat.parameters, self._versions, strict=True))
-            if p._version != seen
-        ]
-        if changed:
-            self._renew_masters(changed)
+        if self.flat.values.dtype != torch.float32 and "master" not in self._packed:
+            self._packed["master"] = self._masters()
 
-    def _renew_masters(self, changed: list[int]) -> None:
-        """Masters of parameters that someone else wrote (load_state_dict) start from the values."""
-        fresh = torch.empty_like(self._packed["master"])
+    def _follow_writes(self) -> None:
+        """What someone else wrote (load_state_dict, a new mask) since the last step.
+
+        The kernels touch only memory lines with a survivor, so pruned weights must be zero before;
+        masters of parameters that changed start again from the values. torch counts in-place
+        writes a parameter, so nothing is read to find out.
+        """
+        now = [p._version for p in self.flat.parameters]
+        if now == self._versions and not self._stale:
+            return
+        self.flat.zero_pruned()
+        self._stale = False
+        if "master" in self._packed:
+            fresh = self._masters()
+            for e, version, seen in zip(self.flat.layout.entries, now, self._versions, strict=True):
+                if version != seen:
+                    start, stop = self._state_span(e.offset, e.numel)
+                    self._packed["master"][start:stop] = fresh[start:stop]
+
+    def _masters(self) -> Tensor:
+        """The values in float32, packed like state."""
         nnz = self._mask.nnz
+        size = nnz + self.flat.layout.tail_numel
+        fresh = torch.empty(size, device=self.flat.values.device)
         ops.pack(self.flat.prunable, self._mask, out=fresh[:nnz])
         fresh[nnz:] = self.flat.tail
-        for i in changed:
-            e = self.flat.layout.entries[i]
-            start, stop = self._state_span(e.offset, e.numel)
-            self._packed["master"][start:stop] = fresh[start:stop]
+        return fresh
 
     def _state_span(self, offset: int, numel: int) -> tuple[int, int]:
         """Where a segment's survivors lie in packed state."""

@@ -98,8 +98,9 @@ def masked_sgd_(
     Per segment, in float32, every operation rounded, in this order (as `torch.optim.SGD`):
     `g = grad` (negated with maximize); `g += weight_decay * p`; with momentum
     `buf = momentum * buf + (1 - dampening) * g` (`buf = g` at first), then
-    `g = g + momentum * buf` with nesterov, else `g = buf`; `p -= lr * g`. Pruned elements of a
-    segment that steps become +0.0, whatever their gradient; what no segment covers is not touched.
+    `g = g + momentum * buf` with nesterov, else `g = buf`; `p -= lr * g`. Pruned elements are
+    +0.0 before (`zero_pruned_`) and after, whatever their gradient: memory lines without a survivor
+    are not touched, nor is what no segment covers.
 
     Args:
         values: flat buffer, 1-D contiguous, float32, float16 or bfloat16.

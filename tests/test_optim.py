@@ -1,0 +1,418 @@
+"""MaskedSGD and MaskedAdamW beside torch.optim, step by step, and what they keep and notice."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import fedmap_sparse as fs
+from fedmap_sparse.optim import MaskedAdamW, MaskedSGD
+
+# float32 against torch.optim over 20 steps: parameters of size 1 move by some hundredths a step;
+# torch's kernels contract and reorder, ours do not, so a step differs by some 1e-7.
+FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
+
+SGD = {
+    "plain": {"lr": 0.05},
+    "momentum": {"lr": 0.05, "momentum": 0.9},
+    "dampened": {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
+    "nesterov": {"lr": 0.03, "momentum": 0.7, "nesterov": True, "weight_decay": 0.02},
+    "maximize": {"lr": 0.002, "momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+}
+ADAMW = {
+    "plain": {"lr": 0.01},
+    "betas": {"lr": 0.02, "betas": (0.7, 0.95), "eps": 1e-3, "weight_decay": 0.2},
+    "amsgrad": {"lr": 0.01, "betas": (0.8, 0.9), "amsgrad": True, "eps": 1e-4},
+    "maximize": {"lr": 0.002, "maximize": True, "weight_decay": 0.0, "eps": 1e-4},
+}
+PAIRS = [
+    *((MaskedSGD, torch.optim.SGD, kw, f"sgd-{name}") for name, kw in SGD.items()),
+    *((MaskedAdamW, torch.optim.AdamW, kw, f"adamw-{name}") for name, kw in ADAMW.items()),
+]
+EACH = pytest.mark.parametrize(
+    ("ours", "theirs", "kw"), [p[:3] for p in PAIRS], ids=[p[3] for p in PAIRS]
+)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 6))
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 9, generator=g), torch.randint(6, (16,), generator=g)
+    dtype = next(model.parameters()).dtype
+    return nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+
+
+def train(model, optimizer, seed, closure=False):
+    optimizer.zero_grad()
+    if closure:
+
+        def evaluate():
+            loss = loss_of(model, seed)
+            loss.backward()
+            return loss
+
+        return optimizer.step(evaluate)
+    loss_of(model, seed).backward()
+    optimizer.step()
+    return None
+
+
+def dense_state(optimizer, name):
+    """Packed state as one tensor a parameter."""
+    flat, mask = optimizer.flat, optimizer.mask
+    packed = optimizer.state_dict()["state"][name]
+    whole = torch.cat([fs.ops.unpack(packed[: mask.nnz], mask), packed[mask.nnz :]])
+    return [whole[e.offset : e.offset + e.numel].view(e.shape) for e in flat.layout.entries]
+
+
+@EACH
+def test_dense_mask_gives_torchs_result_over_20_steps(ours, theirs, kw):
+    model = net()
+    twin = copy.deepcopy(model)
+    flat = fs.flatten(model)
+    a, b = ours(flat, **kw), theirs(twin.parameters(), **kw)
+    for seed in range(20):
+        train(model, a, seed)
+        train(twin, b, seed)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, **FLOAT32)
+    by_name = dict(twin.named_parameters())
+    names = [n for n in ours.state_names if n in a.state_dict()["state"]]
+    for name in names:
+        for e, mine in zip(flat.layout.entries, dense_state(a, name), strict=True):
+            torch.testing.assert_close(mine, b.state[by_name[e.name]][name], **FLOAT32)
+    assert bool(names) is (ours is MaskedAdamW or kw.get("momentum", 0) != 0)
+
+
+@EACH
+def test_masked_equals_torch_with_gradients_and_weights_masked(ours, theirs, kw):
+    """The oracle: torch on the dense model, gradients and weights multiplied by the mask."""
+    model = net()
+    flat = fs.flatten(model)
+    mask = fs.ops.prune_(flat.prunable, 90, within=flat.mask)
+    twin = copy.deepcopy(model)
+    a, b = ours(flat, mask, **kw), theirs(twin.parameters(), **kw)
+    keep = flat.layout.mask_dict(mask)
+    for seed in range(20):
+        train(model, a, seed)
+        b.zero_grad()
+        loss_of(twin, seed).backward()
+        for name, p in twin.named_parameters():
+            if name in keep:
+                p.grad *= keep[name]
+        b.step()
+        for (name, p), q in zip(twin.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q, p, **FLOAT32)
+            if name in keep:
+                assert q[~keep[name]].view(torch.int32).eq(0).all()  # +0.0, never -0.0
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e38])
+def test_pruned_weights_stay_zero_whatever_the_gradient(make, poison):
+    flat = fs.flatten(net())
+    mask = fs.ops.prune_(flat.prunable, 60, within=flat.mask)
+    kw = {"momentum": 0.9} if make is MaskedSGD else {}
+    optimizer = make(flat, mask, lr=0.1, weight_decay=0.5, **kw)
+    keep = flat.layout.mask_dict(mask)
+    for step in range(3):
+        train(flat.module, optimizer, step)
+        for name, p in flat.module.named_parameters():
+            if name in keep:
+                p.grad[~keep[name]] = poison
+        optimizer.step()
+        gone = flat.prunable[~mask.to_bool()]
+        assert gone.view(torch.int32).eq(0).all()
+        assert flat.values.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+def test_state_follows_the_nested_mask(make):
+    flat = fs.flatten(net())
+    kw = {"momentum": 0.9} if make is MaskedSGD else {"amsgrad": True}
+    optimizer = make(flat, lr=0.05, **kw)
+    train(flat.module, optimizer, 0)
+    before = {n: dense_state(optimizer, n) for n in optimizer.state_names}
+    mask = fs.ops.magnitude_mask(flat.prunable, 77, within=flat.mask)
+    values = flat.values.clone()
+    optimizer.set_mask(mask)
+    assert torch.equal(flat.values, values)  # set_mask touches the state alone
+    assert flat.mask is mask
+    keep = flat.layout.mask_dict(mask)
+    for name, old in before.items():
+        size = optimizer.state_dict()["state"][name].numel()
+        assert size == 77 + flat.layout.tail_numel
+        for e, was, now in zip(flat.layout.entries, old, dense_state(optimizer, name), strict=True):
+            wanted = was * keep[e.name] if e.name in keep else was
+            assert torch.equal(now, wanted)
+    with pytest.raises(ValueError, match="subset of the parent"):
+        optimizer.set_mask(flat.layout.initial_mask())
+    assert optimizer.mask is mask
+
+
+def test_a_step_follows_a_mask_set_on_the_parameters():
+    flat = fs.flatten(net())
+    optimizer = MaskedSGD(flat, lr=0.1, momentum=0.9)
+    train(flat.module, optimizer, 0)
+    flat.mask = fs.ops.prune_(flat.prunable, 50, within=flat.mask)
+    train(flat.module, optimizer, 1)
+    assert optimizer.mask is flat.mask
+    assert optimizer.state_dict()["state"]["momentum_buffer"].numel() == 50 + flat.layout.tail_numel
+    assert int(flat.prunable.count_nonzero()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("make", "kw", "tensors"),
+    [
+        (MaskedSGD, {}, 0),
+        (MaskedSGD, {"momentum": 0.9}, 1),
+        (MaskedAdamW, {}, 2),
+        (MaskedAdamW, {"amsgrad": True}, 3),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_memory_by_allocation(make, kw, tensors, dtype):
+    """Counted by torch's own allocator profile, not by our formula."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)).to(dtype)
+    flat = fs.flatten(model)
+    keep = flat.layout.eligible // 10
+    mask = fs.ops.prune_(flat.prunable, keep, within=flat.mask)
+    optimizer = make(flat, mask, lr=0.1, **kw)
+    for p in flat.parameters:
+        p.grad = torch.ones_like(p)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    left = sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "[memory]")
+    left = left or sum(e.self_cpu_memory_usage for e in profile.key_averages())
+    held = 4 * (keep + flat.layout.tail_numel) * (tensors + (dtype == torch.bfloat16))
+    assert held <= left <= held + 4096
+    dense = 4 * flat.layout.eligible * max(tensors, 1)
+    assert held < dense / 4
+
+
+def test_groups_schedulers_and_parameters_of_no_group():
+    model = net()
+    twin = copy.deepcopy(model)
+    flat = fs.flatten(model)
+
+    def groups(m):
+        return [
+            {"params": [m[0].weight, m[0].bias], "lr": 0.2, "momentum": 0.5},
+            {"params": [m[3].weight], "weight_decay": 0.3, "nesterov": True},
+        ]
+
+    a = MaskedSGD(flat, lr=0.05, momentum=0.9, groups=groups(model))
+    b = torch.optim.SGD(groups(twin), lr=0.05, momentum=0.9)
+    sa = torch.optim.lr_scheduler.StepLR(a, 3, gamma=0.5)
+    sb = torch.optim.lr_scheduler.StepLR(b, 3, gamma=0.5)
+    alone = model[3].bias.detach().clone()
+    for seed in range(12):
+        if seed == 6:
+            a.add_param_group({"params": [model[1].weight], "lr": 0.01})
+            b.add_param_group({"params": [twin[1].weight], "lr": 0.01})
+        train(model, a, seed)
+        train(twin, b, seed)
+        sa.step()
+        sb.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, **FLOAT32)
+    assert torch.equal(model[3].bias, alone)
+    assert [g["lr"] for g in a.param_groups] == [g["lr"] for g in b.param_groups]
+
+
+@pytest.mark.parametrize("pair", [(MaskedSGD, torch.optim.SGD), (MaskedAdamW, torch.optim.AdamW)])
+def test_frozen_missing_and_tied_parameters_behave_as_in_torch(pair):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(12, 8)
+            self.middle = nn.Linear(8, 8)
+            self.unused = nn.Linear(3, 3)
+            self.head = nn.Linear(8, 12)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.middle(self.embed(x)))
+
+    model = Tied()
+    model.middle.bias.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    kw = {"lr": 0.01, "weight_decay": 0.1}
+    if pair[0] is MaskedSGD:
+        kw["momentum"] = 0.9
+    a, b = pair[0](fs.flatten(model), **kw), pair[1](twin.parameters(), **kw)
+    for step in range(6):
+        for m, o in ((model, a), (twin, b)):
+            o.zero_grad()
+            out = m(torch.tensor([1, 5, 7]))
+            if step >= 3:  # its gradient, and so its state, begins late
+                out = out.mean() + m.unused(torch.ones(3)).mean()
+            out.square().mean().backward()
+            o.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, **FLOAT32)
+
+
+@pytest.mark.parametrize("pair", [(MaskedSGD, torch.optim.SGD), (MaskedAdamW, torch.optim.AdamW)])
+def test_closure_accumulation_and_zero_grad_in_place(pair):
+    model = net()
+    twin = copy.deepcopy(model)
+    a, b = pair[0](fs.flatten(model), lr=0.05), pair[1](twin.parameters(), lr=0.05)
+    for step in range(4):
+        one, two = train(model, a, step, closure=True), train(twin, b, step, closure=True)
+        torch.testing.assert_close(one, two)
+        for m, o in ((model, a), (twin, b)):
+            o.zero_grad(set_to_none=step % 2 == 0)
+            for seed in (step, step + 50):
+                loss_of(m, seed).backward()
+            o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **FLOAT32)
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("shrink", [False, True])
+def test_state_dict_round_trip_also_into_another_density(make, shrink):
+    kw = {"momentum": 0.9} if make is MaskedSGD else {}
+    flat = fs.flatten(net())
+    a = make(flat, lr=0.05, **kw)
+    for seed in range(3):
+        train(flat.module, a, seed)
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = fs.flatten(copy.deepcopy(flat.module))
+    mask = other.layout.initial_mask()
+    if shrink:
+        mask = fs.ops.prune_(other.prunable, 70, within=mask)
+        fs.ops.prune_(flat.prunable, 70, within=flat.mask)
+        a.set_mask(mask)
+    b = make(other, mask, lr=99.0, **kw)
+    b.load_state_dict(saved)
+    assert b.param_groups[0]["lr"] == 0.05
+    for seed in range(3, 6):
+        train(flat.module, a, seed)
+        train(other.module, b, seed)
+    assert torch.equal(flat.values.view(torch.int32), other.values.view(torch.int32))
+    broken = copy.deepcopy(saved)
+    broken["param_groups"][0]["params"] = [0]
+    with pytest.raises(ValueError, match="groups of this optimizer"):
+        b.load_state_dict(broken)
+
+
+def test_bfloat16_master_copies_catch_small_steps():
+    model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    flat = fs.flatten(model)
+    mask = fs.ops.prune_(flat.prunable, 2048, within=flat.mask)
+    optimizer = MaskedSGD(flat, mask, lr=1e-4)
+    for _ in range(100):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    # each step alone would be lost: 1 - 1e-4 rounds back to 1 in bfloat16
+    assert flat.prunable[:2048].eq(torch.tensor(0.99, dtype=torch.bfloat16)).all()
+    assert flat.prunable[2048:].eq(0).all()
+    with torch.no_grad():
+        model.load_state_dict({"weight": torch.full((64, 64), 2.0)})
+    optimizer.step()  # the masters start again from what was loaded
+    assert flat.prunable[:2048].eq(2.0).all()
+    assert flat.prunable[2048:].eq(0).all()
+
+
+def test_clip_grad_norm_counts_survivors():
+    flat = fs.flatten(net())
+    mask = fs.ops.prune_(flat.prunable, 30, within=flat.mask)
+    optimizer = MaskedSGD(flat, mask, lr=0.1)
+    loss_of(flat.module, 0).backward()
+    keep = flat.layout.mask_dict(mask)
+    kept = [p.grad[keep[n]] if n in keep else p.grad for n, p in flat.module.named_parameters()]
+    wanted = torch.cat([g.reshape(-1) for g in kept]).norm()
+    norm = optimizer.clip_grad_norm_(0.01)
+    torch.testing.assert_close(norm, wanted)
+    total = torch.cat([p.grad.reshape(-1) for p in flat.parameters]).norm()
+    torch.testing.assert_close(total, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_grad_scaler_and_autocast():
+    model = net()
+    flat = fs.flatten(model)
+    optimizer = MaskedSGD(flat, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = flat.values.clone()
+    for seed in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, seed)
+        scaler.scale(loss).backward()
+        if seed == 1:
+            model[0].weight.grad[0, 0] = float("inf")
+            held = flat.values.clone()
+        scaler.step(optimizer)
+        scaler.update()
+        if seed == 1:
+            assert torch.equal(flat.values, held)  # an overflow skips the step
+    assert not torch.equal(flat.values, before)
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+def test_stale_views_raise_and_rebind_mends(make):
+    model = net()
+    flat = fs.flatten(model)
+    optimizer = make(flat, lr=0.1)
+    train(model, optimizer, 0)
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"rebind\(\)"):
+        train(model, optimizer, 1)
+    flat.rebind()
+    train(model, optimizer, 1)
+    assert flat.values.dtype == torch.bfloat16
+    model[3].weight = nn.Parameter(torch.ones(6, 40, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match=r"3\.weight"):
+        train(model, optimizer, 2)
+    flat.rebind()
+    train(model, optimizer, 2)
+    assert not model[3].weight.eq(1).all()  # the new Parameter is the one that trains
+
+
+def test_channels_last_inputs_and_gradients():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    twin = copy.deepcopy(model)
+    a = MaskedSGD(fs.flatten(model), lr=0.1, momentum=0.9)
+    b = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 4, 9, 9).to(memory_format=torch.channels_last)
+    for _ in range(3):
+        for m, o in ((model, a), (twin, b)):
+            o.zero_grad()
+            m(x).square().mean().backward()
+            for p in m.parameters():
+                if p.ndim == 4:
+                    p.grad = p.grad.to(memory_format=torch.channels_last)
+            o.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda f: MaskedSGD(f, lr=-1), "lr: expected at least 0"),
+        (lambda f: MaskedSGD(f, nesterov=True), "nesterov"),
+        (lambda f: MaskedAdamW(f, betas=(0.9, 1.0)), "betas"),
+        (lambda f: MaskedSGD(f, fs.Mask.full(3)), "384 elements, got 3"),
+        (
+            lambda f: MaskedSGD(f, groups=[{"params": [nn.Parameter(torch.ones(2))]}]),
+            "parameters of the flattened module",
+        ),
+    ],
+)
+def test_bad_arguments(make, says):
+    with pytest.raises(ValueError, match=says):
+        make(fs.flatten(nn.Linear(16, 20)))
+    with pytest.raises(TypeError, match="FlatParameters"):
+        MaskedSGD(nn.Linear(2, 2).parameters())
