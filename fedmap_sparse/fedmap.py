@@ -637,7 +637,7 @@ class FedMapClient:
         self.params.mask = mask
         self._mask = mask
         if state["optimizer"] is not None and self._make_optimizer is not None:
-            self._renew_optimizer(None)
+            self._renew_optimizer(state["optimizer"]["param_groups"][0]["lr"])
             assert self.optimizer is not None
             self.optimizer.load_state_dict(state["optimizer"])
 
