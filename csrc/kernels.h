@@ -27,16 +27,20 @@ void mask_to_bools(const uint32_t* words, int64_t numel, uint8_t* bools, int thr
 bool mask_subset(const uint32_t* a, const uint32_t* b, int64_t numel, int threads);
 std::array<uint64_t, 2> mask_digest(const uint32_t* words, int64_t numel, int threads);
 
+int64_t count_bits(const uint32_t* words, int64_t count);
+
 // select.cpp
 struct SelectInput {
   const void* values;
   int64_t numel;
   const uint32_t* within; // null: every element
-  uint32_t* words;        // null: only the threshold is wanted
-  int64_t* rank;
+  uint32_t* words;
+  int64_t* rank; // null: only the threshold is wanted
 };
 uint32_t select(const std::vector<SelectInput>& inputs, int dtype, int64_t eligible, int64_t keep,
                 int threads);
+
+// prune.cpp
 void zero_pruned(void* values, const uint32_t* before, const uint32_t* after, int64_t numel,
                  int dtype, int threads);
 

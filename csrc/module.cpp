@@ -78,7 +78,7 @@ void bind_select(py::module_& m) {
         for (size_t i = 0; i < values.size(); ++i)
           inputs.push_back({at<void>(values[i]), numels[i], at<uint32_t>(within[i]),
                             words.empty() ? nullptr : at<uint32_t>(words[i]),
-                            words.empty() ? nullptr : at<int64_t>(ranks[i])});
+                            ranks.empty() ? nullptr : at<int64_t>(ranks[i])});
         return select(inputs, dtype, eligible, keep, threads);
       },
       Unlocked());

@@ -1,0 +1,39 @@
+// The scan of the two vector levels: select_scan.cpp includes this once in each one's target
+// region, after its `Keys`, since a template outside of the region would be compiled for no level.
+//
+// `within` is tested before the values are read, so that its empty words cost no memory.
+template <class T, bool kTies>
+Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& bracket,
+           uint32_t* words, int64_t* counts, uint32_t* candidates) {
+  const T* values = static_cast<const T*>(bytes);
+  const Keys<T> keys(bracket);
+  const int64_t whole = n / 64 * 64;
+  Tally tally;
+  uint32_t* out = candidates;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    int64_t kept_in_block = 0;
+    for (int64_t j = i, end = std::min(whole, i + kBlock); j < end; j += 64) {
+      const uint64_t eligible = within ? load_64(within + j / 32) : ~uint64_t{0};
+      if (!eligible) {
+        store_64(words + j / 32, 0);
+        continue;
+      }
+      typename Keys<T>::Group group = keys.load(values + j);
+      const uint64_t kept = keys.above(group, keys.top) & eligible;
+      const uint64_t between = keys.above(group, keys.below) & eligible & ~kept;
+      store_64(words + j / 32, kept);
+      kept_in_block += __builtin_popcountll(kept);
+      if (kTies) {
+        tally.at_below += __builtin_popcountll(keys.equal(group, keys.below) & eligible);
+        tally.above_top += __builtin_popcountll(keys.equal(group, keys.after) & eligible);
+      }
+      out = keys.emit(group, between, static_cast<uint32_t>(j), out);
+    }
+    counts[i / kBlock] = kept_in_block;
+    tally.kept += kept_in_block;
+  }
+  tally.candidates = out - candidates;
+  if (whole < n)
+    tally += scalar::scan_from<T, kTies>(whole, values, within, n, bracket, words, counts, out);
+  return tally;
+}
