@@ -15,6 +15,10 @@ from pathlib import Path
 __all__ = ["add_arguments", "main", "run"]
 
 
+#: Without --ops a quick run leaves larger models out: to build them takes seconds.
+QUICK_MODEL = 1_000_000
+
+
 def _strings(text: str) -> list[str]:
     return [part for part in (piece.strip() for piece in text.split(",")) if part]
 
@@ -77,7 +81,7 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
     import torch
 
     from fedmap_sparse import _backends, _checks
-    from fedmap_sparse.bench import cases, inputs, latency, runner, steps, timing  # noqa: F401
+    from fedmap_sparse.bench import cases, inputs, latency, models, runner, steps, timing  # noqa: F401
     from fedmap_sparse.bench.case import REGISTRY
 
     inputs.check_name(args.inputs)
@@ -101,6 +105,8 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
             raise ValueError(f"threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     chosen = [one for name in args.ops or REGISTRY for one in known[name]]
+    if args.quick and not args.ops:
+        chosen = [one for one in chosen if (one.fixed_n or 0) < QUICK_MODEL]
     return runner.Options(
         cases=list(dict.fromkeys(chosen)),
         sizes=args.sizes or runner.default_sizes(args.inputs, args.quick),

@@ -13,6 +13,7 @@ from fedmap_sparse.bench import inputs
 from fedmap_sparse.mask import Mask
 
 Run = Callable[[], object]
+CPU = torch.device("cpu")
 
 
 class CheckFailed(Exception):
@@ -26,7 +27,7 @@ class Setting:
     n: int
     density: float
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     inputs: str = "normal"
     seed: int = 0
 
@@ -88,7 +89,7 @@ class Case:
 
     Attributes:
         group: a name for several cases: `--ops GROUP` means all of them.
-        fixed_n: the size it always has; None: any.
+        fixed_n, fixed_inputs: the size it always has and what it always runs on; None: any.
     """
 
     op: str
@@ -98,6 +99,7 @@ class Case:
     devices: tuple[str, ...]
     group: str
     fixed_n: int | None = None
+    fixed_inputs: str | None = None
 
 
 REGISTRY: dict[str, Case] = {}
@@ -111,12 +113,20 @@ def case(
     devices: Sequence[str] = ("cpu", "cuda"),
     group: str | None = None,
     fixed_n: int | None = None,
+    fixed_inputs: str | None = None,
 ) -> Callable[[Callable[[Setting], Trial]], Callable[[Setting], Trial]]:
     """Register the function below as the case of `op`."""
 
     def register(build: Callable[[Setting], Trial]) -> Callable[[Setting], Trial]:
         REGISTRY[op] = Case(
-            op, build, tuple(densities), tuple(dtypes), tuple(devices), group or op, fixed_n
+            op,
+            build,
+            tuple(densities),
+            tuple(dtypes),
+            tuple(devices),
+            group or op,
+            fixed_n,
+            fixed_inputs,
         )
         return build
 

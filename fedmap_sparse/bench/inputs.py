@@ -21,7 +21,7 @@ _LEAST_STORAGE_BYTES = 4096
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is one that `values` knows."""
-    if name not in SYNTHETIC and not name.removeprefix(TRAINED) != name:
+    if name not in SYNTHETIC and not name.startswith(TRAINED):
         known = ", ".join(SYNTHETIC)
         raise ValueError(f"inputs: expected {known} or {TRAINED}PACKAGE, got {name!r}")
 
@@ -91,7 +91,7 @@ def trained(package: str) -> Tensor:
 def _safetensors(path: Path) -> list[Tensor]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as file:
         tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118  # not a mapping
     return [t.reshape(-1) for t in tensors if t.dtype == torch.float32]
 

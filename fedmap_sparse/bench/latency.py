@@ -30,15 +30,18 @@ _TIMED: dict[str, Callable[[Setting], Trial]] = {
 }
 
 
+#: A library unregisters its ops when it is collected.
+_libraries: list[torch.library.Library] = []
+
+
 @cache
 def empty_op() -> Callable[[Any], None]:
     library = torch.library.Library("fedmap_sparse_bench", "FRAGMENT")
     library.define("empty(Tensor x) -> ()")
     library.impl("empty", lambda x: None, "CompositeExplicitAutograd")
-    op = torch.ops.fedmap_sparse_bench.empty.default
-    op.library = library  # which unregisters the op when it is collected
-    run: Callable[[Any], None] = op
-    return run
+    _libraries.append(library)
+    op: Callable[[Any], None] = torch.ops.fedmap_sparse_bench.empty.default
+    return op
 
 
 def _register(name: str, build: Callable[[Setting], Trial]) -> None:

@@ -72,7 +72,7 @@ def run(options: Options) -> Iterator[Record | Refused]:
 def settings(one: Case, options: Options) -> list[Setting]:
     sizes = options.sizes if one.fixed_n is None else [one.fixed_n]
     return [
-        Setting(n, density, dtype, options.device, options.inputs)
+        Setting(n, density, dtype, options.device, one.fixed_inputs or options.inputs)
         for n in sizes
         for dtype in options.dtypes
         if dtype in one.dtypes
@@ -180,11 +180,9 @@ def header(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
 def _machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
-            if ":" in line
-        )
+        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+        pairs = (line.partition(":") for line in lines)
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
         if "model name" in fields:
             family, model = fields.get("cpu family", "?"), fields.get("model", "?")
             return f"{fields['model name']} (family {family}, model {model})"

@@ -22,6 +22,7 @@ ADAMW_SCALARS = (1e-4, 0.9, 0.999, 1e-8, 1e-2, 0.9**10, 0.999**10)
 #: What a step changes: values, master copies (16-bit values only), states.
 Buffers = tuple[Tensor, Tensor | None, list[Tensor]]
 Step = Callable[[Buffers, str | None], Tensor]
+Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 @case("masked_sgd", densities=DENSITIES)
@@ -75,7 +76,7 @@ def _trial(
     grad: Tensor,
     step: Step,
     states: int,
-    optimizer: type[torch.optim.Optimizer],
+    optimizer: Optimizer,
     options: dict[str, Any],
 ) -> Trial:
     def buffers(fill: Callable[[int], Tensor]) -> Buffers:
@@ -114,7 +115,7 @@ def _peer(
     s: Setting,
     mask: Mask,
     grad: Tensor,
-    optimizer: type[torch.optim.Optimizer],
+    optimizer: Optimizer,
     options: dict[str, Any],
 ) -> Peer:
     """torch's fused step over everything, then `mul_` by the mask in the values' dtype.
