@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help run test lint bench vectors package clean
+.PHONY: help run test lint bench vectors sanitize package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,9 @@ bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
 
 vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never changes one
 	$(BIN)/python tests/vectors/make_vectors.py
+
+sanitize: $(VENV)/dev.stamp ## the extension under ASan and UBSan through the tests, the pool under TSan
+	PYTHON=$(BIN)/python tools/sanitize.sh
 
 package: $(VENV)/dev.stamp ## sdist, wheel from it, and the wheel in a new environment without a compiler
 	$(BIN)/python tools/check_package.py

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,9 @@ class TestSubset:
     def test_is_what_the_script_builds(self) -> None:
         script = ROOT / "tools" / "build_fashion_mnist_subset.py"
         done = subprocess.run(
-            [sys.executable, script, "--check"], env={"PYTHONPATH": str(ROOT)}, check=False
+            [sys.executable, script, "--check"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
         )
         assert done.returncode == 0
 
