@@ -11,7 +11,7 @@ BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard
 .PHONY: help run test lint bench vectors sanitize package clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on CPU
 	$(BIN)/fedmap-sparse run $(RUN_ARGS)
