@@ -8,6 +8,7 @@ backend that cannot serve raises; nothing falls back after a failure.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -29,6 +30,7 @@ except ImportError as error:  # a source tree that was not built: only `referenc
     _native_error = str(error)
 
 
+@functools.cache
 def _missing(name: str) -> str:
     """Why `name` cannot run on this machine, or an empty string."""
     if name == "cpu" and native is None:
@@ -65,11 +67,9 @@ def pick(backend: str | None, device: torch.device) -> str:
         name = "cpu" if device.type == "cpu" else "triton"
     elif name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    if name == "cpu" and native is not None and device.type == "cpu":
-        return name
-    if name == "cpu" and device.type != "cpu":
+    elif name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' serves CPU tensors, got a tensor on {device}")
-    if name != "reference" and (reason := _missing(name)):
+    if reason := _missing(name):
         usable = ", ".join(n for n in NAMES if not _missing(n))
         raise RuntimeError(f"backend {name!r} is not available: {reason}. Available: {usable}")
     return name

@@ -28,6 +28,7 @@ class Segments:
         self.rows = torch.zeros(len(offsets), 4, dtype=torch.int64)
         self.rows[:, 0] = torch.tensor(list(offsets), dtype=torch.int64)
         self.rows[:, 1] = torch.tensor(list(numels), dtype=torch.int64)
+        self.numels = tuple(numels)
         self.scalars = torch.zeros(len(offsets), 8, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ def check_step(
         raise ValueError(f"mask: expected at most {values.numel()} elements, got {mask.numel}")
     if len(grads) != len(segments):
         raise ValueError(f"grads: expected {len(segments)}, one a segment, got {len(grads)}")
-    for grad, numel in zip(grads, segments.rows[:, 1].tolist(), strict=True):
+    for grad, numel in zip(grads, segments.numels, strict=True):
         if grad is not None:
             _checks.check_tensor("grads", grad, (values.dtype,))
             _checks.check_numel("grads", grad, numel, "the segment's size")
@@ -57,7 +58,7 @@ def check_step(
     size = mask.nnz + values.numel() - mask.numel
     for name, state in states.items():
         if state is not None:
-            _checks.check_out(name, state, size, torch.float32, values.device)
+            _checks.check_out(name, state, size, (torch.float32,), values.device)
     if values.dtype != torch.float32 and states["master"] is None:
         raise ValueError(
             f"master: expected float32 master copies for {_checks.short(values.dtype)} values"

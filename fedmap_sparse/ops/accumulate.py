@@ -173,10 +173,9 @@ def weighted_mean(
     if out is None:
         out = torch.empty(first.numel(), dtype=first.dtype, device=first.device)
     else:
-        _checks.check_tensor("out", out)
-        _checks.check_out("out", out, first.numel(), out.dtype, first.device)
+        _checks.check_out("out", out, first.numel(), _checks.FLOAT_DTYPES, first.device)
     picked = _backends.pick(backend, first.device)
-    _require_finite(int(_mean_op([p.detach() for p in payloads], checked, out, picked)))
+    _require_finite(int(_mean_op([_checks.plain(p) for p in payloads], checked, out, picked)))
     return out
 
 
@@ -214,7 +213,7 @@ class Accumulator:
         _checks.check_numel("payload", payload, self.sums.numel(), "the accumulator's size")
         _checks.check_device("payload", payload, self.sums.device)
         checked = _check_weight(weight)
-        _add_op(self.sums, payload.detach(), checked, self._backend)
+        _add_op(self.sums, _checks.plain(payload), checked, self._backend)
         self.total += checked
 
     def mean(self, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -223,7 +222,6 @@ class Accumulator:
             raise ValueError("mean: expected at least one payload, got none")
         if out is None:
             out = torch.empty(self.sums.numel(), dtype=dtype, device=self.sums.device)
-        _checks.check_tensor("out", out)
-        _checks.check_out("out", out, self.sums.numel(), out.dtype, self.sums.device)
+        _checks.check_out("out", out, self.sums.numel(), _checks.FLOAT_DTYPES, self.sums.device)
         _require_finite(int(_round_op(self.sums, self.total, out, self._backend)))
         return out

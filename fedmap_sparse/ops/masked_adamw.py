@@ -128,7 +128,7 @@ def masked_adamw_(
 
     `0.125 + 16 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
     """
-    if max_exp_avg_sq is None and bool((segments.rows[:, 3] & AMSGRAD).any()):
+    if max_exp_avg_sq is None and (segments.rows.numpy()[:, 3] & AMSGRAD).any():
         raise ValueError("max_exp_avg_sq: expected a tensor for segments with amsgrad, got None")
     states = {
         "exp_avg": exp_avg,
@@ -138,12 +138,12 @@ def masked_adamw_(
     }
     _segments.check_step(values, mask, grads, segments, states)
     _op(
-        values.detach(),
+        _checks.plain(values),
         mask.words,
         mask.rank,
         mask.numel,
         mask.nnz,
-        [None if g is None else g.detach() for g in grads],
+        [None if g is None else _checks.plain(g) for g in grads],
         segments.rows,
         segments.scalars,
         exp_avg,

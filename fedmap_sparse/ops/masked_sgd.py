@@ -123,12 +123,12 @@ def masked_sgd_(
         values, mask, grads, segments, {"momentum_buffer": momentum_buffer, "master": master}
     )
     _op(
-        values.detach(),
+        _checks.plain(values),
         mask.words,
         mask.rank,
         mask.numel,
         mask.nnz,
-        [None if g is None else g.detach() for g in grads],
+        [None if g is None else _checks.plain(g) for g in grads],
         segments.rows,
         segments.scalars,
         momentum_buffer,

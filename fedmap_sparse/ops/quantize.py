@@ -87,8 +87,8 @@ def cast(
     if out is None:
         out = torch.empty(values.shape, dtype=dtype, device=values.device)
     else:
-        _checks.check_out("out", out, values.numel(), dtype, values.device)
-    overflowed = _cast_op(values.detach(), out, _backends.pick(backend, values.device))
+        _checks.check_out("out", out, values.numel(), (dtype,), values.device)
+    overflowed = _cast_op(_checks.plain(values), out, _backends.pick(backend, values.device))
     return out, int(overflowed)
 
 
@@ -206,13 +206,13 @@ def quantize_int8(
     _checks.check_tensor("values", values, (torch.float32,))
     _check_block(block)
     if residual is not None:
-        _checks.check_out("residual", residual, values.numel(), torch.float32, values.device)
+        _checks.check_out("residual", residual, values.numel(), (torch.float32,), values.device)
     if not all_finite(values):
         raise ValueError("values: expected finite values, got NaN or infinity")
     q = torch.empty(values.numel(), dtype=torch.int8, device=values.device)
     scales = torch.empty(num_blocks(values.numel(), block), device=values.device)
     _quantize_op(
-        values.detach(), block, q, scales, residual, _backends.pick(backend, values.device)
+        _checks.plain(values), block, q, scales, residual, _backends.pick(backend, values.device)
     )
     return q, scales
 
@@ -228,6 +228,6 @@ def dequantize_int8(
     """
     _checks.check_tensor("q", q, (torch.int8,))
     _check_block(block)
-    _checks.check_out("scales", scales, num_blocks(q.numel(), block), torch.float32, q.device)
+    _checks.check_out("scales", scales, num_blocks(q.numel(), block), (torch.float32,), q.device)
     out: Tensor = _dequantize_op(q.view(-1), scales, block, _backends.pick(backend, q.device))
     return out

@@ -312,7 +312,7 @@ def zero_pruned_(
         _checks.check_mask("before", before, values.numel())
         _checks.check_same_device("before", before, values)
     _zero_op(
-        values.detach(),
+        _checks.plain(values),
         None if before is None else before.words,
         mask.words,
         _backends.pick(backend, values.device),
