@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -71,7 +72,7 @@ def test_saved_and_printed(schedule):
 def test_iterative_keeps_a_constant_share():
     schedule = Iterative(target=0.9, start=2, end=11, every=1)
     counts = [10**9, *(schedule.keep(r, 10**9) for r in range(2, 12))]
-    shares = [b / a for a, b in zip(counts, counts[1:], strict=False)]
+    shares = [b / a for a, b in pairwise(counts)]
     assert all(abs(s - 0.1**0.1) < 1e-8 for s in shares)
     assert counts[-1] == 10**8
 
