@@ -1,0 +1,5 @@
+import sys
+
+from fedmap_sparse.cli import main
+
+sys.exit(main())

@@ -1,0 +1,236 @@
+"""`fedmap-sparse run | bench | inspect | info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fedmap_sparse import __version__
+
+if TYPE_CHECKING:
+    from fedmap_sparse.experiments.config import Config
+
+PROG = "fedmap-sparse"
+
+_RUN = """\
+Runs FedMap and, beside it, dense FedAvg: every message encoded, sent as bytes, decoded.
+
+Options are key=value words, on top of those of CONFIG.toml (`key = value` lines) if there is one.
+Rounds are counted from 0. A key is shown with its default; <...> where that depends on others.
+"""
+
+_FILES = """\
+files in the output folder:
+  config.toml             the options, complete; `fedmap-sparse run` takes it as CONFIG.toml
+  metrics.jsonl           a line a round: accuracy and loss on validation, density, bytes, seconds
+  summary.json            accuracy and loss on test, bytes and seconds of each arm
+  curves.png              accuracy, density and bytes over rounds
+  checkpoint.safetensors  what --resume goes on from
+  broadcast.fedmap        the last broadcast; `fedmap-sparse inspect` shows it
+  model.safetensors       the final global model, dense, zeros where pruned
+
+exit codes: 0 done; 1 a round failed; 2 an option, a file or an extra is wrong or missing;
+130 interrupted, --resume goes on
+"""
+
+
+class _Fault(Exception):
+    """One line for stderr, and an exit code."""
+
+    def __init__(self, text: str, code: int = 2) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser, commands = _parser()
+    args, rest = parser.parse_known_args(argv)
+    try:
+        if args.command == "run":
+            # argparse takes no positional word after an option, so those come back here.
+            args.words += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        if rest:
+            commands[args.command].error(f"unknown option {rest[0]}; --help lists them all")
+        return int(args.do(args))
+    except _Fault as fault:
+        print(f"{PROG} {args.command}: {fault}", file=sys.stderr)
+        return fault.code
+    except BrokenPipeError:  # the reader, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(prog=PROG, description="Federated training of sparse models with FedMap.")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="an experiment", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run.usage = f"{PROG} run [CONFIG.toml] [key=value ...] [--out DIR] [--data DIR] [...]"
+    run.description = _RUN
+    run.format_help = lambda: _run_help(run)  # type: ignore[method-assign]
+    run.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    run.add_argument("--out", metavar="DIR", help="same as out=DIR")
+    run.add_argument("--data", metavar="DIR", help="same as data=DIR")
+    run.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    run.add_argument(
+        "--show-partition", action="store_true", help="print each client's classes, and end"
+    )
+    run.set_defaults(do=_run)
+
+    bench = commands.add_parser("bench", help="every kernel beside its peers and its floor")
+    inspect = commands.add_parser("inspect", help="what a message file holds")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a message, as run saves one")
+    inspect.set_defaults(do=_inspect)
+    info = commands.add_parser("info", help="versions, backends, ISA, threads, GPU")
+    info.set_defaults(do=_info)
+    _add_bench(bench)
+    return parser, {"run": run, "bench": bench, "inspect": inspect, "info": info}
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from fedmap_sparse import bench
+
+    bench.add_arguments(parser)
+    parser.set_defaults(do=bench.run)
+
+
+def _run_help(parser: argparse.ArgumentParser) -> str:
+    # Read here, so that `info` and `inspect` need none of what experiments import.
+    from fedmap_sparse.experiments.config import Config
+    from fedmap_sparse.experiments.options import help_text
+
+    parser.epilog = f"{help_text(Config)}\n\n{_FILES}"
+    return argparse.ArgumentParser.format_help(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fedmap_sparse.experiments import config, options, progress, runner
+    from fedmap_sparse.experiments.data import DataError
+    from fedmap_sparse.fedmap import RoundFailed
+
+    if importlib.util.find_spec("safetensors") is None:
+        raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")
+    watch = progress.observer()
+    folder: Path | None = None
+    try:
+        given = _given(args)
+        folder = config.folder_of(given)
+        if args.resume and (folder / "config.toml").exists():
+            given = {**options.read_file(folder / "config.toml"), **given, "out": str(folder)}
+        chosen = config.build(given)
+        if args.show_partition:
+            _show_partition(chosen)
+        else:
+            runner.run(chosen, resume=args.resume, overwrite=args.overwrite, observer=watch)
+    except (options.ConfigError, DataError) as error:
+        raise _Fault(str(error)) from error
+    except RoundFailed as error:
+        raise _Fault(str(error), 1) from error
+    except KeyboardInterrupt:
+        how = "" if folder is None else f"; go on with: {PROG} run --resume --out {folder}"
+        raise _Fault(f"interrupted{how}", 130) from None
+    finally:
+        watch.close()
+    return 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    from fedmap_sparse.experiments import config, options
+
+    words = list(args.words)
+    values: dict[str, Any] = {}
+    if words and "=" not in words[0]:
+        path = Path(words.pop(0))
+        if path.suffix != ".toml":
+            raise options.ConfigError(f"expected CONFIG.toml or key=value, got {str(path)!r}")
+        values = options.read_file(path)
+    values |= options.read_words(config.Config, words)
+    values |= {key: text for key in ("out", "data") if (text := getattr(args, key)) is not None}
+    options.check_names(config.Config, values)
+    return values
+
+
+def _show_partition(config: Config) -> None:
+    from fedmap_sparse.experiments import partition, runner
+    from fedmap_sparse.experiments.data import load
+
+    dataset = load(config.dataset or "", config.data)
+    parts = runner.partition(config, dataset)
+    counts = partition.class_counts(parts, dataset.train.labels.numpy(), dataset.classes)
+    print(partition.format_class_counts(counts))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from fedmap_sparse import codec
+
+    try:
+        print(codec.inspect(args.file.read_bytes()))
+    except OSError as error:
+        raise _Fault(f"{args.file}: cannot be read: {error.strerror}") from error
+    except codec.FormatError as error:
+        raise _Fault(f"{args.file}: no message, or damaged: {error}") from error
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    import torch
+
+    from fedmap_sparse import _backends
+
+    rows = {
+        "fedmap-sparse": __version__,
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("numpy", "triton")},
+    }
+    rows |= {f"backend {name}": state for name, state in _backends.backends().items()}
+    native = _backends.native
+    if native is not None:
+        rows["isa"] = f"{native.isa()} (this machine: {', '.join(native.isa_levels())})"
+    rows["processor"] = _processor()
+    rows["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            rows[f"gpu {i}"] = (
+                f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}, "
+                f"CUDA {torch.version.cuda}"
+            )
+    else:
+        rows["gpu"] = "none that torch can use"
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({platform.machine()})"

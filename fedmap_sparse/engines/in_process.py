@@ -1,0 +1,183 @@
+"""Server and clients in one process: clients run one after another, over real messages.
+
+    server.begin_round()
+    for each client of the cohort:
+        client.receive(server.broadcast(what the client has))
+        train
+        updates += client.update(...)
+    server.aggregate(updates)
+
+Every message is encoded, held as bytes, and decoded; traffic is the `len` of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from fedmap_sparse.codec import Message
+from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.fedmap import ClientId, FedMapClient, FedMapServer, NeedsMask, RoundResult
+
+#: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
+Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round through the engine.
+
+    Attributes:
+        result: what the server made of it: accepted and refused updates, loss, uplink bytes.
+        cohort: the clients that were sent the broadcast, in ascending order.
+        dropped: those of the cohort that never answered.
+        downlink_bytes: `len` of every message to a client, sent anew or not.
+    """
+
+    result: RoundResult
+    cohort: tuple[ClientId, ...]
+    dropped: tuple[ClientId, ...]
+    downlink_bytes: int
+
+    @property
+    def uplink_bytes(self) -> int:
+        """`len` of every update that was sent, refused ones too."""
+        return self.result.uplink_bytes
+
+
+class InProcessEngine:
+    """Runs the rounds of a `FedMapServer` over clients in this process.
+
+    Args:
+        server: its round counter is the engine's.
+        clients: by id, all ints or all strings. They may share one FlatParameters, so that a
+            thousand clients cost one model: a client's weights and buffers come with each
+            broadcast, and between rounds it has nothing but its mask (and a kept optimizer).
+        train: trains the client's module in place after each `receive`. With `client.optimizer`,
+            or without.
+        cohort: how many clients take part in a round, drawn at random; None: all.
+        dropout: probability that a client of the cohort receives the broadcast and then never
+            answers.
+        seed: the cohort and the dropouts of a round depend on this and the round alone, so an
+            engine that resumes needs no random state.
+        phases: seconds are added to it: `select` (`begin_round`: selection, pruning, packing the
+            broadcast's values), `encode` (`broadcast`, `update`), `decode` (`receive`) and
+            `aggregate` (with decoding and checking every update). `train` may add its own.
+
+    Raises:
+        ValueError: no clients, a cohort outside 1 to their number, a dropout outside 0 <= p < 1.
+    """
+
+    def __init__(
+        self,
+        server: FedMapServer,
+        clients: Mapping[ClientId, FedMapClient],
+        train: Train,
+        *,
+        cohort: int | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        phases: Phases | None = None,
+    ) -> None:
+        if not clients:
+            raise ValueError("clients: expected at least one, got none")
+        size = len(clients) if cohort is None else cohort
+        if not 1 <= size <= len(clients):
+            raise ValueError(f"cohort: expected 1 to {len(clients)} clients, got {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        self.server = server
+        self.clients = dict(clients)
+        self.train = train
+        self.cohort = size
+        self.dropout = dropout
+        self.seed = seed
+        self.phases = Phases() if phases is None else phases
+
+    def draw(self, round: int) -> tuple[list[ClientId], set[ClientId]]:
+        """The cohort of a round, ascending, and those of it that will not answer."""
+        rng = generator(self.seed, 0, round)
+        ids = sorted(self.clients)
+        chosen = np.sort(rng.permutation(len(ids))[: self.cohort])
+        silent = rng.random(self.cohort) < self.dropout
+        cohort = [ids[i] for i in chosen]
+        return cohort, {c for c, lost in zip(cohort, silent, strict=True) if lost}
+
+    def round(self) -> Round:
+        """One round, from `begin_round` to `aggregate`.
+
+        Raises:
+            RoundFailed: fewer usable updates than the server's `min_updates`; the model is as it
+                was, and another call repeats the round with the same cohort.
+        """
+        phases = self.phases
+        with phases("select"):
+            self.server.begin_round()
+        cohort, silent = self.draw(self.server.round)
+        updates: list[tuple[ClientId, bytes]] = []
+        downlink = 0
+        for name in cohort:
+            client = self.clients[name]
+            message, size = self._send(client)
+            downlink += size
+            if name in silent:
+                continue
+            num_samples, loss = self.train(name, client, message)
+            with phases("encode"):
+                updates.append((name, client.update(num_samples, loss)))
+            if not client.keep_optimizer:
+                client.optimizer = None  # else its state would lie idle until the next receive
+        with phases("aggregate"):
+            result = self.server.aggregate(updates)
+        dropped = tuple(c for c in cohort if c in silent)
+        return Round(result, tuple(cohort), dropped, downlink)
+
+    def _send(self, client: FedMapClient) -> tuple[Message, int]:
+        """Send the broadcast until the client can use it; the message and the bytes it took."""
+        sent = 0
+        have = client.have
+        while True:
+            with self.phases("encode"):
+                data = self.server.broadcast(have)
+            sent += len(data)
+            try:
+                with self.phases("decode"):
+                    return client.receive(data), sent
+            except NeedsMask as error:
+                if error.have == have:  # it was sent what it says it needs: asking again is vain
+                    raise
+                have = error.have
+
+    def state_dict(self) -> dict[str, Any]:
+        """Server and clients between rounds; see their own `state_dict`."""
+        return {
+            "server": self.server.state_dict(),
+            "clients": [[name, self.clients[name].state_dict()] for name in sorted(self.clients)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`, with the same clients.
+
+        Raises:
+            ValueError: other clients, or a state that does not fit server or client.
+        """
+        saved: Sequence[tuple[ClientId, dict[str, Any]]] = state["clients"]
+        if [name for name, _ in saved] != sorted(self.clients):
+            wanted, got = len(self.clients), len(saved)
+            raise ValueError(f"clients: expected the {wanted} of this engine, got {got} others")
+        for name, own in saved:
+            self.clients[name].load_state_dict(own)
+        self.server.load_state_dict(state["server"])
+
+
+def generator(*key: int) -> Generator:
+    """A random generator that depends on `key` alone: non-negative ints, such as (seed, round).
+
+    With one for each purpose, round and client, a run needs no random state to resume, and the
+    order in which clients run changes nothing.
+    """
+    return np.random.default_rng(np.random.SeedSequence(key))

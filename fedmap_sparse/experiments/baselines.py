@@ -1,0 +1,21 @@
+"""What FedMap is run beside: arms of an experiment that share everything but the schedule."""
+
+from __future__ import annotations
+
+from fedmap_sparse.experiments.config import Config
+from fedmap_sparse.schedule import Dense, Schedule
+
+
+def arms(config: Config) -> dict[str, Schedule]:
+    """The schedule of each arm by name, in the order they run.
+
+    `dense` is plain FedAvg: the same weights at the start, the same samples, order, cohorts and
+    dropouts, the same messages without a mask, and nothing pruned. A run that is dense itself has
+    no other arm.
+    """
+    if config.schedule == Dense.kind:
+        return {"dense": Dense()}
+    found: dict[str, Schedule] = {"fedmap": config.make_schedule()}
+    if config.baseline:
+        found["dense"] = Dense()
+    return found

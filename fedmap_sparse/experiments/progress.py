@@ -1,0 +1,123 @@
+"""What a run shows while it runs: a bar on a terminal, a line a round elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from fedmap_sparse.experiments.folder import Record
+from fedmap_sparse.experiments.report import human_bytes
+
+
+class Observer:
+    """Is told how a run goes; this one does nothing."""
+
+    def begin(self, lines: list[str]) -> None:
+        """What will be run."""
+
+    def arm(self, name: str, records: list[Record], rounds: int) -> None:
+        """An arm starts, or goes on after the rounds of `records`."""
+
+    def round(self, record: Record) -> None:
+        """A round has ended, and is in the checkpoint."""
+
+    def end(self, lines: list[str]) -> None:
+        """Everything is written."""
+
+    def close(self) -> None:
+        """No more is to come, for whatever reason; may be called twice."""
+
+
+class Lines(Observer):
+    """A line a round, for logs."""
+
+    def __init__(self) -> None:
+        self._rounds = 0
+
+    def begin(self, lines: list[str]) -> None:
+        _print(lines)
+
+    def arm(self, name: str, records: list[Record], rounds: int) -> None:
+        self._rounds = rounds
+        if records:
+            _print([f"{name}: going on after {len(records)} of {rounds} rounds"])
+
+    def round(self, record: Record) -> None:
+        sent = human_bytes(record["uplink_bytes"] + record["downlink_bytes"])
+        line = (
+            f"{record['arm']:<6}  {record['round'] + 1:>3}/{self._rounds} rounds  "
+            f"accuracy {record['accuracy']:.2%}  density {record['density']:.2%}  "
+            f"{sent}  {record['seconds']['total']:.1f} s{_troubles(record)}"
+        )
+        _print([line])
+
+    def end(self, lines: list[str]) -> None:
+        _print(lines)
+
+
+class Bar(Lines):
+    """A bar an arm, with accuracy, density and bytes so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description:<6}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} rounds"),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
+        self._task: Any = None
+        self._sent = 0
+
+    def arm(self, name: str, records: list[Record], rounds: int) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task(name, total=rounds, state="")
+        self._sent = 0
+        for record in records:
+            self.round(record)
+
+    def round(self, record: Record) -> None:
+        self._sent += record["uplink_bytes"] + record["downlink_bytes"]
+        state = (
+            f"accuracy {record['accuracy']:.2%}  density {record['density']:.2%}  "
+            f"{human_bytes(self._sent)}"
+        )
+        self._progress.update(self._task, advance=1, state=state)
+        if troubles := _troubles(record):
+            self._progress.console.print(
+                f"{record['arm']}, round {record['round']}:{troubles}",
+                highlight=False,
+                markup=False,
+            )
+
+    def end(self, lines: list[str]) -> None:
+        self.close()
+        super().end(lines)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def observer() -> Observer:
+    """Bars on a terminal where rich is installed, else lines."""
+    if sys.stdout.isatty():
+        try:
+            return Bar()
+        except ImportError:
+            pass
+    return Lines()
+
+
+def _troubles(record: Record) -> str:
+    parts = [f"  refused {client}: {reason}" for client, reason in record["refused"].items()]
+    if record["dropped"]:
+        parts.append(f"  no answer from {', '.join(map(str, record['dropped']))}")
+    return "".join(parts)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print(line, flush=True)

@@ -1,0 +1,147 @@
+"""A run's results as text and as a picture."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmap_sparse.experiments.config import Config
+from fedmap_sparse.experiments.data import Dataset
+from fedmap_sparse.experiments.folder import Record
+
+Summary = dict[str, dict[str, Any]]
+
+_NAMES = {"fedmap": "FedMap", "dense": "dense FedAvg"}
+_COLOURS = {"fedmap": "#0b6e99", "dense": "#d1701a"}
+
+
+def human_bytes(count: int) -> str:
+    """Decimal units, three or four figures: "412 B", "3.30 MB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.{2 if value < 99.5 else 0}f} {unit}"
+
+
+def opening(config: Config, dataset: Dataset, model: nn.Module) -> list[str]:
+    """What will be run, before the first round."""
+    train, validation, test = (
+        f"{len(split):,}" for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    name = config.model if type(model) is nn.Sequential else type(model).__name__
+    cohort = "" if config.cohort == config.clients else f", {config.cohort} a round"
+    threads = torch.get_num_threads()
+    rows = {
+        "data": f"{dataset.provenance}",
+        "split": f"{train} training, {validation} validation, {test} test images",
+        "model": f"{name}, {parameters:,} parameters, {threads} threads on {config.device}",
+        "clients": f"{config.clients}, {config.partition}{cohort}",
+        "schedule": f"{config.make_schedule()}",
+    }
+    return [f"{key:<9} {text}" for key, text in rows.items()]
+
+
+def phases(records: list[Record]) -> dict[str, float]:
+    """Seconds by phase, over all rounds."""
+    names = dict.fromkeys(name for record in records for name in record["seconds"])
+    return {name: sum(r["seconds"].get(name, 0.0) for r in records) for name in names}
+
+
+def closing(summary: Summary) -> list[str]:
+    """The arms side by side: accuracy, survivors, bytes, time and where it went."""
+    rows = [
+        ["", *(_NAMES[name] for name in summary)],
+        ["test accuracy", *(f"{arm['accuracy']:.2%}" for arm in summary.values())],
+        [
+            "validation accuracy",
+            *(f"{arm['validation_accuracy']:.2%}" for arm in summary.values()),
+        ],
+        ["pruned", *(f"{1 - arm['density']:.3%}" for arm in summary.values())],
+        [
+            "weights left",
+            *(f"{arm['survivors']:,} of {arm['prunable']:,}" for arm in summary.values()),
+        ],
+        ["uplink", *(human_bytes(arm["uplink_bytes"]) for arm in summary.values())],
+        ["downlink", *(human_bytes(arm["downlink_bytes"]) for arm in summary.values())],
+        ["time", *(f"{arm['seconds']:.1f} s" for arm in summary.values())],
+        [
+            "not forward, backward, evaluation",
+            *(f"{arm['overhead']:.1%}" for arm in summary.values()),
+        ],
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return ["", *table, *_comparison(summary), *_where(summary), ""]
+
+
+def _comparison(summary: Summary) -> list[str]:
+    if not {"fedmap", "dense"} <= summary.keys():
+        return []
+    sparse, dense = summary["fedmap"], summary["dense"]
+    up, down = (dense[k] / sparse[k] for k in ("uplink_bytes", "downlink_bytes"))
+    points = 100 * (sparse["accuracy"] - dense["accuracy"])
+    return [
+        "",
+        f"FedMap: {points:+.2f} points of test accuracy, uplink / {up:.2f}, downlink / {down:.2f}",
+    ]
+
+
+def _where(summary: Summary) -> list[str]:
+    lines = [""]
+    for name, arm in summary.items():
+        total = arm["phases"]["total"]
+        parts = [
+            f"{phase} {seconds / total:.1%}"
+            for phase, seconds in arm["phases"].items()
+            if phase != "total"
+        ]
+        lines.append(f"{_NAMES[name]}'s time: {', '.join(parts)}")
+    return lines
+
+
+def curves(path: Path, records: list[Record]) -> None:
+    """Accuracy, density and cumulated bytes over rounds, as a picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, density, sent = figure.subplots(1, 3)
+    for name in dict.fromkeys(r["arm"] for r in records):
+        own = [r for r in records if r["arm"] == name]
+        rounds = [r["round"] + 1 for r in own]
+        style: dict[str, Any] = {"color": _COLOURS[name], "label": _NAMES[name], "linewidth": 2}
+        marker = "o" if len(own) == 1 else None
+        accuracy.plot(rounds, [100 * r["accuracy"] for r in own], marker=marker, **style)
+        density.step(rounds, [100 * r["density"] for r in own], where="mid", marker=marker, **style)
+        total = accumulate(r["uplink_bytes"] + r["downlink_bytes"] for r in own)
+        sent.plot(rounds, [b / 1e6 for b in total], marker=marker, **style)
+    accuracy.set_title("validation accuracy, %")
+    density.set_title("density: weights left, %")
+    density.set_ylim(0, 105)
+    sent.set_title("bytes sent so far, both ways, MB")
+    sent.set_ylim(bottom=0)
+    for axes in (accuracy, density, sent):
+        axes.set_xlabel("rounds")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(frameon=False)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format="png")
+    beside.replace(path)

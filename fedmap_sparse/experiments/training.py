@@ -1,0 +1,107 @@
+"""What a client does with its samples, and what the server does with held-out ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmap_sparse.codec import Message
+from fedmap_sparse.engines.in_process import generator
+from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.experiments.config import Config
+from fedmap_sparse.experiments.data import Split
+from fedmap_sparse.experiments.partition import Index
+from fedmap_sparse.fedmap import ClientId, FedMapClient, MakeOptimizer
+from fedmap_sparse.layout import FlatParameters
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
+
+_EVALUATION_BATCH = 500
+
+
+class LocalTraining:
+    """Epochs of minibatches over a client's samples, with cross-entropy.
+
+    The order of samples, and torch's generator for what the model draws, depend on (seed, round,
+    client) alone. The last batch of an epoch may be smaller.
+
+    Args:
+        samples: of each client, on the device to train on.
+        phases: `train` is forward and backward, `step` the optimizer's, `batch` drawing samples.
+    """
+
+    def __init__(self, config: Config, samples: Mapping[ClientId, Split], phases: Phases) -> None:
+        self._config = config
+        self._samples = samples
+        self._phases = phases
+        self._order = {name: i for i, name in enumerate(sorted(samples))}
+
+    def __call__(
+        self, name: ClientId, client: FedMapClient, message: Message
+    ) -> tuple[int, float | None]:
+        """Train `client` in place; its number of samples and its mean loss."""
+        config, phases, samples = self._config, self._phases, self._samples[name]
+        optimizer, module = client.optimizer, client.params.module
+        assert optimizer is not None
+        rng = generator(config.seed, 1, message.round, self._order[name])
+        torch.manual_seed(int(rng.integers(2**63)))
+        module.train()
+        device = samples.labels.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for _ in range(config.local_epochs):
+            order = torch.from_numpy(rng.permutation(len(samples))).to(device)
+            for chosen in order.split(config.batch_size):
+                with phases("batch"):
+                    images, labels = samples.images[chosen], samples.labels[chosen]
+                with phases("train"):
+                    loss = F.cross_entropy(module(images), labels)
+                    loss.backward()
+                    total += loss.detach() * len(labels)
+                with phases("step"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+        mean = total.item() / (config.local_epochs * len(samples))
+        return len(samples), mean
+
+
+def make_optimizer(config: Config) -> MakeOptimizer:
+    """The optimizer that the options name, for a FedMapClient."""
+
+    def make(params: FlatParameters, mask: Mask, lr: float | None) -> MaskedOptimizer:
+        rate = config.learning_rate(0) if lr is None else lr
+        if config.optimizer == "adamw":
+            return MaskedAdamW(params, mask, lr=rate, weight_decay=config.weight_decay)
+        assert config.momentum is not None
+        return MaskedSGD(
+            params, mask, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+
+    return make
+
+
+def share_out(split: Split, parts: list[Index], device: torch.device) -> dict[ClientId, Split]:
+    """Each client's own samples: clients are numbered from 0."""
+    chosen = [torch.from_numpy(part) for part in parts]
+    return {
+        i: Split(split.images[c].to(device), split.labels[c].to(device))
+        for i, c in enumerate(chosen)
+    }
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, split: Split) -> tuple[float, float | None]:
+    """Accuracy and mean cross-entropy (None where it is not finite) over held-out samples."""
+    module.eval()
+    right, total = 0, 0.0
+    for images, labels in zip(
+        split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
+    ):
+        logits: Tensor = module(images)
+        right += int((logits.argmax(1) == labels).sum())
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+    loss = total / len(split)
+    return right / len(split), loss if math.isfinite(loss) else None
