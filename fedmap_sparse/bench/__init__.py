@@ -24,7 +24,10 @@ def _strings(text: str) -> list[str]:
 
 
 def _sizes(text: str) -> list[int]:
-    return [int(part.replace("_", "")) for part in _strings(text)]
+    found = [int(part) for part in _strings(text)]
+    if not all(n > 0 for n in found):
+        raise argparse.ArgumentTypeError(f"expected sizes above 0, got {text}")
+    return found
 
 
 def _densities(text: str) -> list[float]:
@@ -81,12 +84,12 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
     import torch
 
     from fedmap_sparse import _backends, _checks
-    from fedmap_sparse.bench import cases, inputs, latency, models, runner, steps, timing  # noqa: F401
-    from fedmap_sparse.bench.case import REGISTRY
+    from fedmap_sparse.bench import inputs, runner, timing
 
     inputs.check_name(args.inputs)
-    known = {one.op: [one] for one in REGISTRY.values()}
-    for one in REGISTRY.values():
+    cases = runner.registry()
+    known = {one.op: [one] for one in cases.values()}
+    for one in cases.values():
         if one.group != one.op:
             known.setdefault(one.group, []).append(one)
     for name in args.ops or ():
@@ -104,7 +107,7 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
         if args.threads < 1:
             raise ValueError(f"threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    chosen = [one for name in args.ops or REGISTRY for one in known[name]]
+    chosen = [one for name in args.ops or cases for one in known[name]]
     if args.quick and not args.ops:
         chosen = [one for one in chosen if (one.fixed_n or 0) < QUICK_MODEL]
     return runner.Options(

@@ -19,13 +19,21 @@ import fedmap_sparse
 from fedmap_sparse import _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse.bench import floors, inputs
-from fedmap_sparse.bench.case import Case, Setting, Trial
+from fedmap_sparse.bench.case import REGISTRY, Case, Setting, Trial
 from fedmap_sparse.bench.timing import Contender, Plan, interleave
 
 Record = dict[str, Any]
 
 #: Input sets of a small setting; more would take longer to make than to measure.
 MOST_SETS = 32
+
+
+def registry() -> dict[str, Case]:
+    """Every case by its op's name."""
+    # Each registers its cases when it is imported.
+    from fedmap_sparse.bench import cases, latency, models, steps  # noqa: F401
+
+    return REGISTRY
 
 
 @dataclass(frozen=True)
@@ -209,8 +217,8 @@ def _commit() -> str:
 
 
 def default_sizes(name: str, quick: bool) -> list[int]:
-    """26,214,400, or 262,144 when quick; of trained weights every one that there is."""
-    wanted = 1 << 18 if quick else 26_214_400
+    """26,214,400, or 65,536 when quick; of trained weights every one that there is."""
+    wanted = 1 << 16 if quick else 26_214_400
     available = inputs.size(name)
     if available is None or quick:
         return [min(wanted, available or wanted)]

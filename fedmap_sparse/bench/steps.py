@@ -16,8 +16,8 @@ from fedmap_sparse.mask import Mask
 DENSITIES = (1.0, 0.5, 0.1, 0.01)
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-#: AdamW's tenth step: lr, beta1, beta2, eps, weight_decay, beta1^t, beta2^t.
-ADAMW_SCALARS = (1e-4, 0.9, 0.999, 1e-8, 1e-2, 0.9**10, 0.999**10)
+#: AdamW's first step: lr, beta1, beta2, eps, weight_decay, beta1^t, beta2^t.
+ADAMW_SCALARS = (1e-4, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.999)
 
 #: What a step changes: values, master copies (16-bit values only), states.
 Buffers = tuple[Tensor, Tensor | None, list[Tensor]]
