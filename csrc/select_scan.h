@@ -43,6 +43,10 @@ constexpr int64_t kScanSlack = 16;
 
 Scan scan_for(int dtype, bool count_ties);
 
+// How many of n values whose bits in `within` (null: all) are set have a key above the limit.
+int64_t count_above(const void* values, int dtype, const uint32_t* within, int64_t n,
+                    uint32_t limit);
+
 // Positions of the set bits of the given ranks (ascending), within `words`.
 void locate(const uint32_t* words, int64_t count, const int64_t* ranks, int64_t n,
             int64_t* positions);

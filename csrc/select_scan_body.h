@@ -18,16 +18,10 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
         store_64(words + j / 32, 0);
         continue;
       }
-      typename Keys<T>::Group group = keys.load(values + j);
-      const uint64_t kept = keys.above(group, keys.top) & eligible;
-      const uint64_t between = keys.above(group, keys.below) & eligible & ~kept;
+      const uint64_t kept =
+          keys.template take<kTies>(values + j, eligible, static_cast<uint32_t>(j), tally, out);
       store_64(words + j / 32, kept);
       kept_in_block += __builtin_popcountll(kept);
-      if (kTies) {
-        tally.at_below += __builtin_popcountll(keys.equal(group, keys.below) & eligible);
-        tally.above_top += __builtin_popcountll(keys.equal(group, keys.after) & eligible);
-      }
-      out = keys.emit(group, between, static_cast<uint32_t>(j), out);
     }
     counts[i / kBlock] = kept_in_block;
     tally.kept += kept_in_block;
@@ -36,4 +30,15 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
   if (whole < n)
     tally += scalar::scan_from<T, kTies>(whole, values, within, n, bracket, words, counts, out);
   return tally;
+}
+
+template <class T>
+int64_t count_above(const void* bytes, const uint32_t* within, int64_t n, uint32_t limit) {
+  const T* values = static_cast<const T*>(bytes);
+  const int64_t whole = n / 64 * 64;
+  int64_t count = 0;
+  for (int64_t j = 0; j < whole; j += 64)
+    count += __builtin_popcountll(Keys<T>::above(values + j, static_cast<int32_t>(limit)) &
+                                  (within ? load_64(within + j / 32) : ~uint64_t{0}));
+  return count + scalar::count_above_from(whole, values, within, n, limit);
 }
