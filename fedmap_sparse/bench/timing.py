@@ -12,6 +12,9 @@ import torch
 #: After its parallel region libgomp spins for some milliseconds before it sleeps, and so does our
 #: pool for less; without a pause the one that comes next shares its cores with the last.
 PAUSE_S = 0.005
+#: What is shorter runs once untimed after the pause, on another input set: to wake sleeping threads
+#: takes 50-100 us on a virtual machine, which is neither's work.
+WAKE_BELOW_S = 0.005
 
 
 @dataclass
@@ -60,8 +63,6 @@ QUICK = Plan(rounds=5, budget_s=0.05, least=3)
 
 
 def cpu_clock(run: Callable[[], object], calls: int) -> float:
-    if calls == 1:
-        time.sleep(PAUSE_S)
     start = time.perf_counter()
     for _ in repeat(None, calls):
         run()
@@ -81,14 +82,20 @@ def cuda_clock(run: Callable[[], object], calls: int) -> float:
 
 def interleave(contenders: Sequence[Contender], plan: Plan, device: torch.device) -> None:
     """Fill every contender's samples, round by round; slow ones sit out evenly spread rounds."""
-    clock = cuda_clock if device.type == "cuda" else cpu_clock
-    strides = []
+    cuda = device.type == "cuda"
+    clock = cuda_clock if cuda else cpu_clock
+    turns = []
     for contender in contenders:
         for _ in contender.runs:  # touch every page of every set, compile what compiles
             seconds = contender.once(clock) * contender.calls
         affordable = max(plan.least, int(plan.budget_s / max(seconds, 1e-9)))
-        strides.append(max(1, plan.rounds // min(affordable, plan.rounds)))
+        stride = max(1, plan.rounds // min(affordable, plan.rounds))
+        turns.append((contender, stride, not cuda and seconds < WAKE_BELOW_S))
     for turn in range(plan.rounds):
-        for contender, stride in zip(contenders, strides, strict=True):
+        for contender, stride, wake in turns:
             if turn % stride == 0:
+                if not cuda:
+                    time.sleep(PAUSE_S)
+                if wake:
+                    contender.once(clock)
                 contender.samples.append(contender.once(clock))
