@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -102,6 +103,8 @@ class Case:
     fixed_inputs: str | None = None
 
 
+Build = TypeVar("Build", bound=Callable[..., Trial])
+
 REGISTRY: dict[str, Case] = {}
 
 
@@ -114,10 +117,10 @@ def case(
     group: str | None = None,
     fixed_n: int | None = None,
     fixed_inputs: str | None = None,
-) -> Callable[[Callable[[Setting], Trial]], Callable[[Setting], Trial]]:
+) -> Callable[[Build], Build]:
     """Register the function below as the case of `op`."""
 
-    def register(build: Callable[[Setting], Trial]) -> Callable[[Setting], Trial]:
+    def register(build: Build) -> Build:
         REGISTRY[op] = Case(
             op,
             build,

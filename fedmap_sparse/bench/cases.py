@@ -247,13 +247,13 @@ CLIENTS = 10
 
 
 @case("accumulate", densities=(0.5,))
-def accumulate(s: Setting) -> Trial:
+def accumulate(s: Setting, clients: int = CLIENTS) -> Trial:
     """Ten clients' packed survivors: `density * n` values each."""
-    payloads = [s.values(seed=c)[: s.keep].clone() for c in range(CLIENTS)]
-    weights = [float(100 + 7 * c) for c in range(CLIENTS)]
+    payloads = [s.values(seed=c)[: s.keep].clone() for c in range(clients)]
+    weights = [float(100 + 7 * c) for c in range(clients)]
     out, other = torch.empty_like(payloads[0]), torch.empty_like(payloads[0])
     shares = torch.tensor([w / sum(weights) for w in weights], device=s.device)
-    stacked = torch.empty(CLIENTS, s.keep, dtype=s.dtype, device=s.device)
+    stacked = torch.empty(clients, s.keep, dtype=s.dtype, device=s.device)
     alphas, column = shares.tolist(), shares.to(s.dtype)[:, None]
 
     def ours() -> Tensor:
@@ -274,7 +274,7 @@ def accumulate(s: Setting) -> Trial:
         lambda: same(
             "weighted_mean", ours(), ops.weighted_mean(payloads, weights, backend="reference")
         ),
-        (CLIENTS + 1) * out.nbytes,
+        (clients + 1) * out.nbytes,
         floors.together(*(floors.read(p) for p in payloads[:-1]), floors.copy(payloads[-1], other)),
         {"add_ loop": Peer(loop), "stack, weighted sum": Peer(stack)},
     )

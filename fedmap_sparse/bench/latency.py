@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _TIMED: dict[str, Callable[[Setting], Trial]] = {
     "nest": cases.nest,
     "masked_sgd": steps.masked_sgd,
     "masked_adamw": steps.masked_adamw,
-    "accumulate": cases.accumulate,
+    "accumulate": partial(cases.accumulate, clients=2),
 }
 
 
