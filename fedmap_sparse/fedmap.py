@@ -14,22 +14,32 @@ no files, no clock: engines and experiments bring these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmap_sparse import codec, ops
-from fedmap_sparse.codec import Body, FormatError, Message
+from fedmap_sparse._intake import Bytes, ClientId, Intake
+from fedmap_sparse._model import GlobalModel, check_buffers, write_buffers, write_model
+from fedmap_sparse.codec import Body, Message
 from fedmap_sparse.layout import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedOptimizer
 from fedmap_sparse.schedule import Schedule
 from fedmap_sparse.server_optim import FedAvg, ServerOptimizer, fresh_state
 
-ClientId = int | str
-Bytes = bytes | bytearray | memoryview
+__all__ = [
+    "Bytes",
+    "ClientId",
+    "FedMapClient",
+    "FedMapServer",
+    "NeedsMask",
+    "RoundFailed",
+    "RoundResult",
+]
+
 MakeOptimizer = Callable[[FlatParameters, Mask, float | None], MaskedOptimizer]
 
 
@@ -87,59 +97,6 @@ class RoundResult:
     uplink_bytes: int
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The global model. A step makes a new one and commits it at its end, so none is left half."""
-
-    mask: Mask
-    values: Tensor  # float32[mask.nnz], the survivors
-    tail: Tensor  # float32
-    pruned_at: Tensor  # the epoch that pruned each weight, one byte each; 0: alive, or padding
-    digests: tuple[bytes, ...]  # of the mask of each epoch
-    state: dict[str, Tensor]  # of the server's optimizer, packed like values and tail
-
-    @property
-    def epoch(self) -> int:
-        return len(self.digests) - 1
-
-    def pruned(self, keep: int) -> _Model:
-        """With only the `keep` largest survivors; selection and packing cost O(survivors)."""
-        kept = ops.magnitude_mask(self.values, keep)
-        mask = ops.nest(kept, self.mask)
-        nnz = self.mask.nnz
-        state = {
-            name: torch.cat([ops.pack(t[:nnz], kept), t[nnz:]]) for name, t in self.state.items()
-        }
-        epoch = self.epoch + 1
-        if epoch > torch.iinfo(self.pruned_at.dtype).max:
-            pruned_at = self.pruned_at.to(torch.int16)
-        else:
-            pruned_at = self.pruned_at.clone()
-        pruned_at[(self.mask & ~mask).to_bool()] = epoch
-        digests = (*self.digests, mask.digest())
-        values = ops.pack(self.values, kept)
-        return _Model(mask, values, self.tail, pruned_at, digests, state)
-
-    def mask_at(self, epoch: int) -> Mask:
-        """The mask of an earlier epoch."""
-        return self.mask | Mask.from_bool(self.pruned_at > epoch)
-
-
-@dataclass
-class _Open:
-    """A round in progress: what was added so far."""
-
-    values: ops.Accumulator
-    tail: ops.Accumulator
-    floats: dict[str, ops.Accumulator]
-    others: dict[str, Tensor] = field(default_factory=dict)
-    accepted: list[ClientId] = field(default_factory=list)
-    refused: dict[ClientId, str] = field(default_factory=dict)
-    num_samples: int = 0
-    losses: list[tuple[float, int]] = field(default_factory=list)
-    uplink_bytes: int = 0
-
-
 class FedMapServer:
     """Holds the global model: its survivors packed, its mask, and when each weight was pruned.
 
@@ -184,11 +141,11 @@ class FedMapServer:
         self.round = 0
         self._body: Body | None = None
         self._messages: dict[bytes | None, bytes] = {}
-        self._open: _Open | None = None
+        self._intake: Intake | None = None
         mask, device = params.mask, params.values.device
         values = ops.pack(params.prunable, mask, out=torch.empty(mask.nnz, device=device))
         size = mask.nnz + self.layout.tail_numel
-        self._model = _Model(
+        self._model = GlobalModel(
             mask,
             values,
             params.tail.detach().to(torch.float32, copy=True),
@@ -238,9 +195,9 @@ class FedMapServer:
         if model is not self._model:
             self._commit(model)
 
-    def _commit(self, model: _Model) -> None:
+    def _commit(self, model: GlobalModel) -> None:
         self._model = model
-        _write_model(self.params, model.mask, model.values, model.tail)
+        write_model(self.params, model.mask, model.values, model.tail)
 
     def broadcast(self, have: bytes | None = None) -> bytes:
         """This round's message for a client that holds the mask of digest `have`. Pure.
@@ -288,7 +245,7 @@ class FedMapServer:
             RuntimeError: before `begin_round`, or while a stream (`add`) is under way.
         """
         self._require_body("aggregate")
-        if self._open is not None:
+        if self._intake is not None:
             raise RuntimeError("aggregate: expected no stream under way; close_round() ends it")
         received: dict[ClientId, set[bytes]] = {}
         total = 0
@@ -296,17 +253,17 @@ class FedMapServer:
             total += len(data)
             received.setdefault(client, set()).add(bytes(data))
         try:
+            intake = self._opened("aggregate")
             for client in _in_order(received):
                 messages = received[client]
-                if len(messages) > 1:
-                    reason = f"expected one update, got {len(messages)} that differ"
-                    self._opened().refused[client] = reason
+                if len(messages) == 1:
+                    intake.add(client, messages.pop())
                 else:
-                    self.add(client, messages.pop())
-            self._opened().uplink_bytes = total
+                    intake.refused[client] = f"expected one update, got {len(messages)} that differ"
+            intake.uplink_bytes = total
             return self.close_round()
         finally:
-            self._open = None
+            self._intake = None
 
     def add(self, client: ClientId, data: Bytes) -> str | None:
         """The streaming form: admit one update and add it at once; `close_round` ends the round.
@@ -321,105 +278,43 @@ class FedMapServer:
         Raises:
             RuntimeError: before `begin_round`.
         """
-        body = self._require_body("add")
-        current = self._opened()
-        current.uplink_bytes += len(data)
-        if client in current.accepted:
-            reason = "expected one update, got a second one; the first one counts"
-            current.refused[client] = reason
-            return reason
-        try:
-            message = self._admit(body, data)
-            self._check_others(current, message)
-        except (FormatError, ValueError) as error:
-            current.refused[client] = str(error)
-            return str(error)
-        current.refused.pop(client, None)
-        weight = message.num_samples
-        device = self.mask.device
-        current.values.add(message.packed.to(device), weight)
-        current.tail.add(message.tail.to(device), weight)
-        for name, sums in current.floats.items():
-            sums.add(message.buffers[name].reshape(-1).to(torch.float32), weight)
-        for name, b in message.buffers.items():
-            if b.dtype == torch.int64:
-                held = current.others.get(name, b)
-                current.others[name] = torch.maximum(held, b)
-            elif b.dtype == torch.bool:
-                current.others[name] = b.clone()
-        current.accepted.append(client)
-        current.num_samples += weight
-        loss = message.meta.get("loss")
-        if isinstance(loss, float):
-            current.losses.append((loss, weight))
-        return None
+        return self._opened("add").add(client, data)
 
-    def _opened(self) -> _Open:
-        if self._open is None:
-            device = self.mask.device
-            self._open = _Open(
-                ops.Accumulator(self.mask.nnz, device=device),
-                ops.Accumulator(self.layout.tail_numel, device=device),
-                {
-                    b.name: ops.Accumulator(torch.Size(b.shape).numel())
-                    for b in self.layout.buffers
-                    if b.kind == "float"
-                },
-            )
-        return self._open
-
-    def _admit(self, body: Body, data: Bytes) -> Message:
-        """The decoded message, or FormatError/ValueError with the reason to refuse it."""
-        message = codec.decode(data, self.layout, mask=self.mask)
-        if message.answers != body.digest:
-            raise ValueError(
-                f"expected an answer to the broadcast {body.digest.hex()} of round {self.round}, "
-                f"got one to {message.answers.hex()} of round {message.round}"
-            )
-        if message.num_samples < 1:
-            raise ValueError(f"expected at least 1 sample, got {message.num_samples}")
-        if not message.all_finite():
-            raise ValueError("expected finite values, got NaN or infinity")
-        return message
-
-    def _check_others(self, current: _Open, message: Message) -> None:
-        for name, b in message.buffers.items():
-            held = current.others.get(name)
-            if b.dtype == torch.bool and held is not None and not torch.equal(held, b):
-                raise ValueError(f"{name}: expected the Boolean buffer of the others, got another")
+    def _opened(self, what: str) -> Intake:
+        body = self._require_body(what)
+        if self._intake is None:
+            self._intake = Intake(self.layout, body, self.mask.device)
+        return self._intake
 
     def close_round(self) -> RoundResult:
         """End a stream of `add`: the mean becomes the model. Raises as `aggregate`."""
-        self._require_body("close_round")
-        current = self._opened()
-        self._open = None
-        if len(current.accepted) < self.min_updates:
+        intake, old = self._opened("close_round"), self._model
+        self._intake = None
+        if len(intake.accepted) < self.min_updates:
             raise RoundFailed(
                 f"round {self.round}: expected at least {self.min_updates} usable updates, got "
-                f"{len(current.accepted)}",
-                current.refused,
+                f"{len(intake.accepted)}",
+                intake.refused,
             )
-        old = self._model
         try:
-            mean = torch.cat([current.values.mean(), current.tail.mean()])
-            floats = {name: sums.mean() for name, sums in current.floats.items()}
+            mean, buffers = intake.mean()
             state = {name: t.clone() for name, t in old.state.items()}
             stepped = self.server_optimizer.step(torch.cat([old.values, old.tail]), mean, state)
             if not ops.all_finite(stepped):
                 raise ValueError("expected a finite model after the server's step")
         except ValueError as error:
-            raise RoundFailed(f"round {self.round}: {error}", current.refused) from error
+            raise RoundFailed(f"round {self.round}: {error}", intake.refused) from error
         values, tail = (t.contiguous() for t in stepped.split([old.mask.nnz, old.tail.numel()]))
         self._commit(replace(old, values=values, tail=tail, state=state))
-        _write_buffers(self.params, {**floats, **current.others})
+        write_buffers(self.params, buffers)
         result = RoundResult(
             self.round,
             self.epoch,
-            tuple(current.accepted),
-            current.refused,
-            current.num_samples,
-            _mean_loss(current.losses),
-            current.uplink_bytes,
+            tuple(intake.accepted),
+            intake.refused,
+            intake.num_samples,
+            intake.loss(),
+            intake.uplink_bytes,
         )
         self.round += 1
         self._body = None
@@ -434,17 +329,11 @@ class FedMapServer:
         """
         if self._body is not None:
             raise RuntimeError("state_dict: expected no round in progress")
-        model = self._model
         return {
             "round": self.round,
             "layout": self.layout.digest().hex(),
-            "digests": [d.hex() for d in model.digests],
-            "mask": model.mask.words.clone(),
-            "pruned_at": model.pruned_at.clone(),
-            "values": model.values.clone(),
-            "tail": model.tail.clone(),
             "buffers": {name: b.clone() for name, b in self.params.buffers.items()},
-            "optimizer": {name: t.clone() for name, t in model.state.items()},
+            **self._model.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -456,36 +345,13 @@ class FedMapServer:
         if state["layout"] != self.layout.digest().hex():
             wanted = self.layout.digest().hex()
             raise ValueError(f"state: expected layout {wanted}, got {state['layout']}")
-        device = self.mask.device
-        mask = Mask.from_words(state["mask"].to(device, copy=True), self.layout.prunable_numel)
-        self.layout.check_mask(mask)
-        digests = tuple(bytes.fromhex(d) for d in state["digests"])
-        if not digests or digests[-1] != mask.digest():
-            raise ValueError(f"state: expected the mask {state['digests'][-1:]}, got another")
-        tail = self.layout.tail_numel
         names = self.server_optimizer.state_names
-        if set(state["optimizer"]) != set(names):
-            raise ValueError(f"optimizer: expected {names}, got {sorted(state['optimizer'])}")
-        sizes = [("values", state["values"], mask.nnz), ("tail", state["tail"], tail)]
-        sizes += [("pruned_at", state["pruned_at"], mask.numel)]
-        sizes += [(name, t, mask.nnz + tail) for name, t in state["optimizer"].items()]
-        for name, t, numel in sizes:
-            if t.numel() != numel:
-                raise ValueError(f"{name}: expected {numel} elements, got {t.numel()}")
-        _check_buffers(self.params, state["buffers"])
+        model = GlobalModel.from_state_dict(state, self.layout, names, self.mask.device)
+        check_buffers(self.params, state["buffers"])
         self.round = state["round"]
-        self._body, self._messages, self._open = None, {}, None
-        self._commit(
-            _Model(
-                mask,
-                state["values"].to(device, torch.float32, copy=True),
-                state["tail"].to(device, torch.float32, copy=True),
-                state["pruned_at"].to(device, copy=True),
-                digests,
-                {n: t.to(device, copy=True) for n, t in state["optimizer"].items()},
-            )
-        )
-        _write_buffers(self.params, state["buffers"])
+        self._body, self._messages, self._intake = None, {}, None
+        self._commit(model)
+        write_buffers(self.params, state["buffers"])
 
 
 class FedMapClient:
@@ -557,8 +423,8 @@ class FedMapClient:
         lr = message.meta.get("lr")
         device = self.params.values.device
         mask = message.mask.to(device)
-        _write_model(self.params, mask, message.packed.to(device), message.tail.to(device))
-        _write_buffers(self.params, message.buffers)
+        write_model(self.params, mask, message.packed.to(device), message.tail.to(device))
+        write_buffers(self.params, message.buffers)
         self._mask = mask
         self._received = (message.broadcast_digest, message.round, message.epoch)
         if self.prox_mu:
@@ -647,29 +513,3 @@ def _in_order(clients: Iterable[ClientId]) -> list[ClientId]:
     if len({type(c) for c in ids}) > 1:
         raise TypeError("updates: expected client ids that are all ints or all strings, got both")
     return sorted(ids)
-
-
-def _write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor) -> None:
-    params.mask = mask
-    ops.unpack(values, mask, out=params.prunable)
-    with torch.no_grad():
-        ops.cast(tail, params.values.dtype, out=params.tail)
-    params.mark_written()
-
-
-def _check_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
-    for b in params.layout.buffers:
-        if b.name not in buffers or tuple(buffers[b.name].shape) != b.shape:
-            got = tuple(buffers[b.name].shape) if b.name in buffers else "none"
-            raise ValueError(f"{b.name}: expected a buffer of shape {b.shape}, got {got}")
-
-
-@torch.no_grad()
-def _write_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
-    for name, b in params.buffers.items():
-        b.copy_(buffers[name].view(b.shape))
-
-
-def _mean_loss(losses: list[tuple[float, int]]) -> float | None:
-    weight = sum(w for _, w in losses)
-    return sum(loss * w for loss, w in losses) / weight if weight else None
