@@ -2,9 +2,14 @@
 //
 // T has 4 or 2 bytes and is moved as bits. `words` holds the mask of `n` elements; bits past n are
 // ignored, and nothing of `src` or `dst` past n is touched. Packed buffers need kPackSlack bytes of
-// room past their survivors: whole vectors are written and read there.
+// room past their survivors: whole vectors are written and read there. Several arrays under one
+// mask are packed in one pass.
+//
+// Nothing prefetches by hand: on Zen 4 prefetching 1024 elements ahead made a step 25% slower than
+// leaving it to the hardware, at densities .5 and .1, on one thread and on two.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -13,6 +18,11 @@
 namespace fedmap {
 
 constexpr int64_t kPackSlack = 64;
+
+template <class T, size_t kArrays>
+using Sources = std::array<const T*, kArrays>;
+template <class T, size_t kArrays>
+using Packed = std::array<T*, kArrays>;
 
 namespace scalar {
 
@@ -25,11 +35,13 @@ inline int64_t count_block(const uint32_t* words, int64_t n) {
   return count;
 }
 
-template <class T>
-inline T* pack_word(const T* src, uint32_t word, T* out) {
-  for (; word; word &= word - 1)
-    *out++ = src[__builtin_ctz(word)];
-  return out;
+// Lists the survivors' places.
+inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1)
+      places[at++] = static_cast<uint16_t>(i + __builtin_ctz(word));
+  return at;
 }
 
 template <class T>
@@ -40,12 +52,21 @@ inline const T* unpack_word(const T* packed, uint32_t word, T* dst, int64_t n) {
   return packed;
 }
 
-// Returns the end of what it wrote, as the other levels' forms do.
-template <class T>
-inline T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; i += 32)
-    out = pack_word(src + i, words[i / 32] & low_bits(n - i), out);
-  return out;
+// Returns the number of survivors, as pack_block does.
+template <class T, size_t kArrays>
+inline int64_t pack_from(int64_t i, int64_t at, Sources<T, kArrays> src, const uint32_t* words,
+                         int64_t n, Packed<T, kArrays> out) {
+  for (; i < n; i += 32)
+    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1, ++at)
+      for (size_t a = 0; a < kArrays; ++a)
+        out[a][at] = src[a][i + __builtin_ctz(word)];
+  return at;
+}
+
+template <class T, size_t kArrays>
+int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
+                   Packed<T, kArrays> out) {
+  return pack_from(0, 0, src, words, n, out);
 }
 
 template <class T>
@@ -58,9 +79,6 @@ inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* d
 } // namespace scalar
 
 #if FEDMAP_X86
-
-// Far enough ahead to hide memory, near enough that L1 still holds it: 1024 float32.
-constexpr int64_t kPrefetchBytes = 4096;
 
 // For each byte of mask: `pack` lists the set bits, lowest first; `unpack` gives each set bit's
 // place among them, and 0x80, which shuffles read as zero, to the others.
@@ -78,6 +96,9 @@ constexpr ByteTables make_byte_tables() {
   return t;
 }
 alignas(64) inline constexpr ByteTables kByteTables = make_byte_tables();
+alignas(64) inline constexpr uint16_t kPlaces[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                     11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                     22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 FEDMAP_TARGET_AVX2
 namespace avx2 {
@@ -88,6 +109,8 @@ inline int64_t count_block(const uint32_t* words, int64_t n) {
     count += _mm_popcnt_u32(words[i / 32] & scalar::low_bits(n - i));
   return count;
 }
+
+using scalar::find_block;
 
 inline __m128i table_row(const uint8_t (&row)[8]) {
   return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
@@ -127,20 +150,20 @@ inline void unpack_8(const T* packed, uint32_t byte, T* dst) {
   }
 }
 
-template <class T>
-T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
-  int64_t i = 0;
+template <class T, size_t kArrays>
+int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
+                   Packed<T, kArrays> out) {
+  int64_t i = 0, at = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
-    const char* ahead = reinterpret_cast<const char*>(src + i) + kPrefetchBytes;
-    for (size_t line = 0; line < 32 * sizeof(T); line += 64)
-      _mm_prefetch(ahead + line, _MM_HINT_T0);
-    for (int byte = 0; byte < 32; byte += 8) {
-      pack_8(src + i + byte, word >> byte & 0xff, out);
-      out += _mm_popcnt_u32(word >> byte & 0xff);
+    for (int64_t bit = 0; bit < 32; bit += 8) {
+      const uint32_t byte = word >> bit & 0xff;
+      for (size_t a = 0; a < kArrays; ++a)
+        pack_8(src[a] + i + bit, byte, out[a] + at);
+      at += _mm_popcnt_u32(byte);
     }
   }
-  return scalar::pack_block(src + i, words + i / 32, n - i, out);
+  return scalar::pack_from(i, at, src, words, n, out);
 }
 
 template <class T>
@@ -175,14 +198,25 @@ inline __m512i opaque_zero() {
   return zero;
 }
 
+inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
+  __m512i place = _mm512_load_si512(kPlaces);
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += 32) {
+    const uint32_t word = words[i / 32] & scalar::low_bits(n - i);
+    _mm512_storeu_si512(places + at, _mm512_mask_compress_epi16(place, word, place));
+    at += _mm_popcnt_u32(word);
+    place = _mm512_add_epi16(place, _mm512_set1_epi16(32));
+  }
+  return at;
+}
+
 template <class T>
-inline T* pack_vector(const T* src, uint32_t bits, T* out) {
+inline void pack_vector(const T* src, uint32_t bits, T* out) {
   const __m512i v = _mm512_loadu_si512(src);
   if constexpr (sizeof(T) == 4)
     _mm512_storeu_si512(out, _mm512_mask_compress_epi32(v, static_cast<__mmask16>(bits), v));
   else
     _mm512_storeu_si512(out, _mm512_mask_compress_epi16(v, bits, v));
-  return out + _mm_popcnt_u32(bits);
 }
 
 template <class T>
@@ -195,19 +229,21 @@ inline const T* unpack_vector(const T* packed, uint32_t bits, T* dst, __m512i ze
   return packed + _mm_popcnt_u32(bits);
 }
 
-template <class T>
-T* pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
-  constexpr int kLanes = 64 / sizeof(T);
-  int64_t i = 0;
+template <class T, size_t kArrays>
+int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
+                   Packed<T, kArrays> out) {
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  int64_t i = 0, at = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
-    const char* ahead = reinterpret_cast<const char*>(src + i) + kPrefetchBytes;
-    for (int lane = 0; lane < 32; lane += kLanes) {
-      _mm_prefetch(ahead + lane * sizeof(T), _MM_HINT_T0);
-      out = pack_vector(src + i + lane, kLanes == 32 ? word : word >> lane & 0xffff, out);
+    for (int64_t lane = 0; lane < 32; lane += kLanes) {
+      const uint32_t bits = kLanes == 32 ? word : word >> lane & 0xffff;
+      for (size_t a = 0; a < kArrays; ++a)
+        pack_vector(src[a] + i + lane, bits, out[a] + at);
+      at += _mm_popcnt_u32(bits);
     }
   }
-  return scalar::pack_block(src + i, words + i / 32, n - i, out);
+  return scalar::pack_from(i, at, src, words, n, out);
 }
 
 template <class T>

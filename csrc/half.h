@@ -182,31 +182,46 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
-inline __m512 load(const float* src) { return _mm512_loadu_ps(src); }
-inline __m512 load(const Float16* src) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+inline __m512 widen(__m256i half, const Float16*) { return _mm512_cvtph_ps(half); }
+inline __m512 widen(__m256i half, const Bfloat16*) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-inline __m512 load(const Bfloat16* src) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline void store(float* dst, __m512 x) { _mm512_storeu_ps(dst, x); }
-inline void store(Float16* dst, __m512 x) {
+inline __m256i narrow(__m512 x, const Float16*) {
   const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
   const __mmask16 nan = _mm256_cmpgt_epi16_mask(magnitude, _mm256_set1_epi16(0x7c00));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
-                      _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+  return _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00));
 }
-inline void store(Bfloat16* dst, __m512 x) {
+inline __m256i narrow(__m512 x, const Bfloat16*) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16),
                                              _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
                                              _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(half));
+  return _mm512_cvtepi32_epi16(half);
+}
+
+// With `lanes`, only those of the 16 places are touched.
+inline __m512 load(const float* src) { return _mm512_loadu_ps(src); }
+inline __m512 load(const float* src, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, src); }
+inline void store(float* dst, __m512 x) { _mm512_storeu_ps(dst, x); }
+inline void store(float* dst, __m512 x, __mmask16 lanes) { _mm512_mask_storeu_ps(dst, lanes, x); }
+template <class T>
+inline __m512 load(const T* src) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)), src);
+}
+template <class T>
+inline __m512 load(const T* src, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, src), src);
+}
+template <class T>
+inline void store(T* dst, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), narrow(x, dst));
+}
+template <class T>
+inline void store(T* dst, __m512 x, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(dst, lanes, narrow(x, dst));
 }
 
 template <class T>
