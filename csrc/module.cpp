@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu.h"
+#include "entropy.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -254,6 +255,75 @@ void bind_quantize(py::module_& m) {
       Unlocked());
 }
 
+// None, or (reason, offset).
+py::object fault_or_none(const Fault& fault) {
+  if (!fault.reason)
+    return py::none();
+  return py::make_tuple(fault.reason, fault.offset);
+}
+
+void bind_entropy(py::module_& m) {
+  m.def(
+      "ranks_at",
+      [](Address words, Address rank, Address positions, int64_t count, Address out) {
+        ranks_at(at<uint32_t>(words), at<int64_t>(rank), at<int64_t>(positions), count,
+                 at<int64_t>(out));
+      },
+      Unlocked());
+  m.def(
+      "encode_mask",
+      [](Address words, Address starts, Address numels, int64_t runs, Address codes,
+         int64_t chunk_steps, Address out, int64_t capacity, int threads) {
+        return encode_mask(at<uint32_t>(words), {at<int64_t>(starts), at<int64_t>(numels), runs},
+                           at<uint8_t>(codes), chunk_steps, at<uint8_t>(out), capacity, threads);
+      },
+      Unlocked());
+  m.def("decode_mask", [](Address payload, int64_t size, Address starts, Address numels,
+                          int64_t runs, int64_t numel, Address words, int threads) {
+    Fault fault;
+    {
+      py::gil_scoped_release unlocked;
+      fault = decode_mask(at<uint8_t>(payload), size,
+                          {at<int64_t>(starts), at<int64_t>(numels), runs}, numel,
+                          at<uint32_t>(words), threads);
+    }
+    return fault_or_none(fault);
+  });
+  m.def(
+      "encode_values",
+      [](Address values, int dtype, int64_t n, Address out, int64_t capacity, int threads) {
+        return encode_values(at<void>(values), dtype, n, at<uint8_t>(out), capacity, threads);
+      },
+      Unlocked());
+  m.def("decode_values",
+        [](Address payload, int64_t size, int dtype, int64_t n, Address out, int threads) {
+          Fault fault;
+          {
+            py::gil_scoped_release unlocked;
+            fault = decode_values(at<uint8_t>(payload), size, dtype, n, at<void>(out), threads);
+          }
+          return fault_or_none(fault);
+        });
+  m.def("check_values", [](Address payload, int64_t size, int dtype, int64_t n, int threads) {
+    Fault fault;
+    bool finite = false;
+    {
+      py::gil_scoped_release unlocked;
+      fault = check_values(at<uint8_t>(payload), size, dtype, n, &finite, threads);
+    }
+    return py::make_tuple(fault_or_none(fault), finite);
+  });
+  m.def("add_values", [](Address payload, int64_t size, int dtype, int64_t n, Address sums,
+                         double weight, int threads) {
+    Fault fault;
+    {
+      py::gil_scoped_release unlocked;
+      fault = add_values(at<uint8_t>(payload), size, dtype, n, at<double>(sums), weight, threads);
+    }
+    return fault_or_none(fault);
+  });
+}
+
 } // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -268,5 +338,6 @@ PYBIND11_MODULE(_native, m) {
   bind_steps(m);
   bind_accumulate(m);
   bind_quantize(m);
+  bind_entropy(m);
   bind_bytes(m);
 }
