@@ -1,0 +1,58 @@
+"""The rungs of the ladder as one fixture: the same test runs interpreted and as compiled PTX."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+#: `make test-gpu-free` sets it: every case on every rung. By default a selection of both.
+WHOLE = os.environ.get("FEDMAP_SPARSE_LADDER") == "whole"
+
+RUNGS = {"interpreter, shuffled 1": ("guard", 1), "ptx sm_90": ("emulate", 3)}
+if WHOLE:
+    RUNGS |= {"interpreter": ("guard", None), "interpreter, shuffled 2": ("guard", 2)}
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer, so that what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=RUNGS)
+def rung(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> Iterator[Any]:
+    """Launches go to one rung; it fails the test for any fault."""
+    from gpucheck.driver import emulate
+    from gpucheck.interpreter import guard
+
+    from fedmap_sparse import _backends, triton_kernels
+
+    # The decorator asks whether kernels are interpreted: import them before a guard says yes.
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
+        importlib.import_module(f"fedmap_sparse.triton_kernels.{module.name}")
+    monkeypatch.setattr(_backends, "_missing", lambda name: "")
+    how, seed = RUNGS[request.param]
+    enter = guard(seed) if how == "guard" else emulate(seed=seed)
+    with np.errstate(all="ignore"), enter as session:
+        yield session
+    assert not session.faults
