@@ -63,9 +63,11 @@ bool subset(const uint32_t* a, const uint32_t* b, int64_t count) {
 // Of `count` words, the first being the 64-bit word number `position`.
 Sums digest(const uint32_t* words, int64_t count, int64_t position) {
   Sums sums;
+  uint64_t at = static_cast<uint64_t>(position) * kPosition;
   for (int64_t j = 0; j < count; j += 2) {
-    uint64_t word = j + 1 < count ? load_64(words + j) : words[j];
-    uint64_t t = word + static_cast<uint64_t>(position + j / 2 + 1) * kPosition;
+    const uint64_t word = j + 1 < count ? load_64(words + j) : words[j];
+    at += kPosition;
+    uint64_t t = word + at;
     t = (t ^ t >> 30) * kMiddle;
     t ^= t >> 27;
     uint64_t u = t * kLast;
@@ -126,8 +128,41 @@ bool subset(const uint32_t* a, const uint32_t* b, int64_t count) {
          scalar::subset(a + whole, b + whole, count - whole);
 }
 
-// Without a 64-bit vector multiplication the scalar units are as fast.
-using scalar::digest;
+// The low halves of 64-bit products, from 32-bit multiplications.
+__m256i multiply(__m256i x, uint64_t factor) {
+  const __m256i low = _mm256_set1_epi64x(static_cast<int64_t>(factor));
+  const __m256i high = _mm256_set1_epi64x(static_cast<int64_t>(factor >> 32));
+  const __m256i crossed =
+      _mm256_add_epi64(_mm256_mul_epu32(x, high), _mm256_mul_epu32(_mm256_srli_epi64(x, 32), low));
+  return _mm256_add_epi64(_mm256_mul_epu32(x, low), _mm256_slli_epi64(crossed, 32));
+}
+
+Sums digest(const uint32_t* words, int64_t count, int64_t position) {
+  const int64_t whole = count / 8 * 8;
+  const __m256i step = _mm256_set1_epi64x(static_cast<int64_t>(4 * kPosition));
+  __m256i at = multiply(
+      _mm256_add_epi64(_mm256_set1_epi64x(position), _mm256_setr_epi64x(1, 2, 3, 4)), kPosition);
+  __m256i middles = _mm256_setzero_si256(), outputs = middles;
+  for (int64_t j = 0; j < whole; j += 8) {
+    __m256i t =
+        _mm256_add_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + j)), at);
+    at = _mm256_add_epi64(at, step);
+    t = multiply(_mm256_xor_si256(t, _mm256_srli_epi64(t, 30)), kMiddle);
+    t = _mm256_xor_si256(t, _mm256_srli_epi64(t, 27));
+    const __m256i u = multiply(t, kLast);
+    middles = _mm256_add_epi64(middles, t);
+    outputs = _mm256_add_epi64(outputs, _mm256_xor_si256(u, _mm256_srli_epi64(u, 31)));
+  }
+  Sums sums = scalar::digest(words + whole, count - whole, position + whole / 2);
+  uint64_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), middles);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 4), outputs);
+  for (int k = 0; k < 4; ++k) {
+    sums.middle += lanes[k];
+    sums.output += lanes[4 + k];
+  }
+  return sums;
+}
 
 } // namespace
 } // namespace avx2

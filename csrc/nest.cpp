@@ -17,32 +17,39 @@ uint64_t load_64(const uint32_t* words) {
   return word;
 }
 
-// Appends bits to an array whose words other threads may share with it at both ends: those are
-// added atomically, onto the zeros that are there, all others are stored.
+// Appends bits to the array from `position` to `end`, both in bits. Other threads may share its
+// first and last word: there bits are added atomically, onto zeros; all others are stored.
 class BitWriter {
  public:
-  BitWriter(uint32_t* words, int64_t position)
-      : next_(words + position / 32), fill_(position % 32), shared_(fill_ > 0) {}
-
-  void append(uint64_t bits, int count) {
-    append_32(static_cast<uint32_t>(bits), std::min(count, 32));
-    if (count > 32)
-      append_32(static_cast<uint32_t>(bits >> 32), count - 32);
-  }
+  BitWriter(uint32_t* words, uint64_t position, uint64_t end)
+      : next_(words + position / 32), last_(words + end / 32), fill_(position % 32),
+        shared_(fill_ > 0) {}
 
   void append_32(uint32_t bits, int count) {
     held_ |= static_cast<uint64_t>(bits) << fill_;
     fill_ += count;
-    if (fill_ < 32)
-      return;
-    if (shared_)
-      add(static_cast<uint32_t>(held_));
-    else
-      *next_ = static_cast<uint32_t>(held_);
-    shared_ = false;
-    ++next_;
-    held_ >>= 32;
-    fill_ -= 32;
+    if (fill_ >= 32)
+      flush_32();
+  }
+
+  // Whether 64 bits can be stored without reaching a shared word.
+  bool roomy() const { return !shared_ && next_ + 2 <= last_; }
+
+  // In roomy places alone. Stores what it has each time, complete or not: no branch to mispredict.
+  void append_64(uint64_t bits, unsigned count) {
+    const uint64_t low = held_ | bits << fill_, high = bits >> 1 >> (63 - fill_);
+    std::memcpy(next_, &low, sizeof low);
+    fill_ += count;
+    const bool full = fill_ >= 64;
+    held_ = full ? high : low;
+    next_ += full ? 2 : 0;
+    fill_ &= 63;
+  }
+
+  // Between append_64 and append_32 or finish.
+  void settle() {
+    if (fill_ >= 32)
+      flush_32();
   }
 
   void finish() {
@@ -53,15 +60,26 @@ class BitWriter {
  private:
   void add(uint32_t bits) { __atomic_fetch_or(next_, bits, __ATOMIC_RELAXED); }
 
-  uint32_t* next_;
-  int64_t fill_;
+  void flush_32() {
+    if (shared_)
+      add(static_cast<uint32_t>(held_));
+    else
+      *next_ = static_cast<uint32_t>(held_);
+    shared_ = false;
+    ++next_;
+    held_ >>= 32;
+    fill_ -= 32;
+  }
+
+  uint32_t *next_, *last_;
+  unsigned fill_;
   uint64_t held_ = 0;
   bool shared_;
 };
 
 // 64 bits from `position` on; bits past the end of the array read as zero.
-uint64_t read_64(const uint32_t* words, int64_t count, int64_t position) {
-  const int64_t word = position / 32, shift = position % 32;
+inline uint64_t read_64(const uint32_t* words, uint64_t count, uint64_t position) {
+  const uint64_t word = position / 32, shift = position % 32;
   if (word + 3 <= count) {
     const uint64_t high = static_cast<uint64_t>(words[word + 2]) << 32 << (31 - shift) << 1;
     return load_64(words + word) >> shift | high;
@@ -76,30 +94,29 @@ uint64_t read_64(const uint32_t* words, int64_t count, int64_t position) {
 
 namespace scalar {
 
-static uint64_t extract(uint64_t bits, uint64_t mask) {
-  uint64_t result = 0;
+static uint32_t extract(uint32_t bits, uint32_t mask) {
+  uint32_t result = 0;
   for (int k = 0; mask; mask &= mask - 1, ++k)
-    result |= (bits >> __builtin_ctzll(mask) & 1) << k;
+    result |= (bits >> __builtin_ctz(mask) & 1) << k;
   return result;
 }
 
-static uint64_t deposit(uint64_t bits, uint64_t mask) {
-  uint64_t result = 0;
+static uint32_t deposit(uint32_t bits, uint32_t mask) {
+  uint32_t result = 0;
   for (; mask; mask &= mask - 1, bits >>= 1)
-    result |= (mask & -mask) & (0 - (bits & 1));
+    result |= (mask & (0 - mask)) & (0 - (bits & 1));
   return result;
 }
 
 static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, BitWriter& out) {
   for (int64_t j = 0; j < count; ++j)
-    out.append_32(static_cast<uint32_t>(extract(child[j], parent[j])),
-                  __builtin_popcount(parent[j]));
+    out.append_32(extract(child[j], parent[j]), __builtin_popcount(parent[j]));
 }
 
-static void nest(const uint32_t* kept, int64_t kept_count, int64_t position, const uint32_t* parent,
-                 int64_t count, uint32_t* out) {
+static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
+                 const uint32_t* parent, int64_t count, uint32_t* out) {
   for (int64_t j = 0; j < count; ++j) {
-    out[j] = static_cast<uint32_t>(deposit(read_64(kept, kept_count, position), parent[j]));
+    out[j] = deposit(static_cast<uint32_t>(read_64(kept, kept_count, position)), parent[j]);
     position += __builtin_popcount(parent[j]);
   }
 }
@@ -110,17 +127,28 @@ static void nest(const uint32_t* kept, int64_t kept_count, int64_t position, con
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, BitWriter& out) {
-  const int64_t whole = count / 2 * 2;
-  for (int64_t j = 0; j < whole; j += 2) {
+static void relative(const uint32_t* child, const uint32_t* parent, int64_t count,
+                     BitWriter& shared) {
+  BitWriter out = shared; // a copy whose members can stay in registers
+  int64_t j = 0;
+  const auto one = [&] {
+    out.append_32(_pext_u32(child[j], parent[j]), _mm_popcnt_u32(parent[j]));
+    ++j;
+  };
+  while (j < count && !out.roomy())
+    one();
+  for (; j + 2 <= count && out.roomy(); j += 2) {
     const uint64_t mask = load_64(parent + j);
-    out.append(_pext_u64(load_64(child + j), mask), static_cast<int>(_mm_popcnt_u64(mask)));
+    out.append_64(_pext_u64(load_64(child + j), mask), static_cast<unsigned>(_mm_popcnt_u64(mask)));
   }
-  scalar::relative(child + whole, parent + whole, count - whole, out);
+  out.settle();
+  while (j < count)
+    one();
+  shared = out;
 }
 
-static void nest(const uint32_t* kept, int64_t kept_count, int64_t position, const uint32_t* parent,
-                 int64_t count, uint32_t* out) {
+static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
+                 const uint32_t* parent, int64_t count, uint32_t* out) {
   const int64_t whole = count / 2 * 2;
   for (int64_t j = 0; j < whole; j += 2) {
     const uint64_t mask = load_64(parent + j);
@@ -152,7 +180,7 @@ void relative(const uint32_t* child, const uint32_t* parent, const int64_t* pare
   parallel_ranges(
       blocks, kShareBlocks, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kBlockWords;
-        BitWriter writer(out, parent_rank[begin]);
+        BitWriter writer(out, parent_rank[begin], parent_rank[end]);
         form(child + first, parent + first, std::min(count, end * kBlockWords) - first, writer);
         writer.finish();
       });
