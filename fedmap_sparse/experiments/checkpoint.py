@@ -102,7 +102,7 @@ def _stored(value: Any, name: str, tensors: dict[str, Tensor], known: dict[bytes
 
 
 def _store(t: Tensor, name: str, tensors: dict[str, Tensor], known: dict[bytes, str]) -> str:
-    t = t.detach().cpu().contiguous()
+    t = t.detach().cpu().clone(memory_format=torch.contiguous_format)  # views share no memory then
     state = hashlib.blake2b(f"{t.dtype} {list(t.shape)}".encode())
     state.update(t.reshape(-1).view(torch.uint8).numpy().data)
     digest = state.digest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,42 +77,61 @@ def run(
     with _settings(config):
         template = _template(config, dataset, model).to(device)
         folder.config.write_text(_head(model, data) + config.to_toml(), encoding="utf-8")
-        records: list[Record] = [] if saved is None else saved["records"]
-        states: dict[str, Any] = {} if saved is None else saved["arms"]
-        folder.write_metrics(records)
+        journal = _Journal(folder, config, dataset, saved)
         watch.begin(report.opening(config, dataset, template))
+        schedules = baselines.arms(config)
+        first = next(iter(schedules))
         summary = {}
-        for name, schedule in baselines.arms(config).items():
+        for name, schedule in schedules.items():
             arm = Arm(name, config, schedule, template, dataset, parts, device)
-            if name in states:
-                arm.load_state_dict(states[name])
-            own = [r for r in records if r["arm"] == name]
-            watch.arm(name, own, config.rounds)
-            spent = 0.0
+            if name in journal.states:
+                arm.engine.load_state_dict(journal.states[name])
+            watch.arm(name, journal.of(name), config.rounds)
+            saving = 0.0
             while arm.round < config.rounds:
-                record = arm.play(spent)
+                record = arm.play(saving)
                 start = perf_counter()
-                own.append(record)
-                records.append(record)
-                states[name] = arm.state_dict()
-                if name == next(iter(baselines.arms(config))):
+                if name == first:
                     checkpoint.write_atomically(folder.broadcast, arm.broadcast)
-                state = {"config": config.to_dict(), "data": dataset.digest}
-                checkpoint.save(folder.checkpoint, {**state, "records": records, "arms": states})
-                folder.add_metrics(record)
-                spent = perf_counter() - start
+                journal.add(arm, record)
+                saving = perf_counter() - start
                 watch.round(record)
-            summary[name] = arm.summary(own, dataset)
-            if name == next(iter(baselines.arms(config))):
+            summary[name] = arm.summary(journal.of(name), dataset)
+            if name == first:
                 arm.save_model(folder.model)
     folder.write_summary(summary)
     lines = report.closing(summary)
     try:
-        report.curves(folder.curves, records)
+        report.curves(folder.curves, journal.records)
     except ImportError:
-        lines.append("no curves.png: it wants matplotlib; pip install 'fedmap-sparse[plots]'")
+        lines.append("no curves.png without matplotlib: pip install 'fedmap-sparse[plots]'")
     watch.end([*lines, f"everything is in {folder.path}"])
     return summary
+
+
+class _Journal:
+    """What a run has done so far, in memory and on the disk."""
+
+    def __init__(
+        self, folder: RunFolder, config: Config, dataset: Dataset, saved: dict[str, Any] | None
+    ) -> None:
+        self.records: list[Record] = [] if saved is None else saved["records"]
+        self.states: dict[str, Any] = {} if saved is None else saved["arms"]
+        self._fixed = {"config": config.to_dict(), "data": dataset.digest}
+        self._folder = folder
+        folder.write_metrics(self.records)
+
+    def of(self, name: str) -> list[Record]:
+        """The rounds of an arm."""
+        return [record for record in self.records if record["arm"] == name]
+
+    def add(self, arm: Arm, record: Record) -> None:
+        """A round has ended: from here on a run goes on after it."""
+        self.records.append(record)
+        self.states[arm.name] = arm.engine.state_dict()
+        state = {**self._fixed, "records": self.records, "arms": self.states}
+        checkpoint.save(self._folder.checkpoint, state)
+        self._folder.add_metrics(record)
 
 
 class Arm:
@@ -236,14 +256,6 @@ class Arm:
         state = {n: t.cpu().contiguous() for n, t in self.server.params.to_state_dict().items()}
         checkpoint.write_atomically(path, save(state))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The engine's."""
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.engine.load_state_dict(state)
-
 
 def partition(config: Config, dataset: Dataset) -> list[Index]:
     """Which training samples each client has.
@@ -293,6 +305,8 @@ def _agreed(config: Config, dataset: Dataset, saved: dict[str, Any] | None) -> C
 
 @contextmanager
 def _settings(config: Config) -> Iterator[None]:
+    # torch imports its compiler with the first optimizer: a second that no round should be charged.
+    importlib.import_module("torch._dynamo")
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.set_num_threads(config.threads or threads)
