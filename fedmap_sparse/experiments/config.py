@@ -111,7 +111,7 @@ class Config:
         fill=0.9,
     )
 
-    rounds: int = option(30, "training", "rounds of each arm", least=1)
+    rounds: int = option(20, "training", "rounds of each arm", least=1)
     local_epochs: int = option(
         1, "training", "epochs of local training in a client's round", least=1
     )
