@@ -50,7 +50,8 @@ def have(name: str) -> fs.Mask | None:
     entry = GOLDEN[name]
     if entry["have"] is None:
         return None
-    words = torch.frombuffer(bytearray.fromhex(entry["have"]), dtype=torch.int32)
+    bits = (HERE / "masks" / f"{entry['have']}.bits").read_bytes()
+    words = torch.frombuffer(bytearray(bits), dtype=torch.int32)
     return fs.Mask.from_words(words, layout(entry["layout"]).prunable_numel)
 
 

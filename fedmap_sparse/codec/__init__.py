@@ -3,7 +3,6 @@
 from fedmap_sparse.codec.container import Header, Section, parse_header
 from fedmap_sparse.codec.errors import FormatError, MaskNeeded
 from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
-from fedmap_sparse.codec.masks import delta_section, full_section
 from fedmap_sparse.codec.message import (
     DTYPES,
     Body,
@@ -16,6 +15,7 @@ from fedmap_sparse.codec.message import (
     pack_parts,
 )
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
+from fedmap_sparse.codec.values import Quantized
 
 __all__ = [
     "DTYPES",
@@ -25,17 +25,16 @@ __all__ = [
     "Inspection",
     "MaskNeeded",
     "Message",
+    "Quantized",
     "Section",
     "SectionInfo",
     "as_wire",
     "decode",
     "decode_state_dict",
-    "delta_section",
     "encode",
     "encode_body",
     "encode_flat",
     "encode_state_dict",
-    "full_section",
     "inspect",
     "pack_parts",
     "parse_header",

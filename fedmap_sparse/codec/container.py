@@ -80,7 +80,8 @@ TORCH_OF_WIRE = {
 }
 WIRE_OF_TORCH = {dtype: wire for wire, dtype in TORCH_OF_WIRE.items()}
 
-RAW = 0
+#: Encodings: elements as they are, or entropy-coded.
+RAW, RANS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ class Section:
     def tensor(self) -> Tensor:
         """The payload as a 1-D tensor of its raw dtype: a view where memory allows, else a copy."""
         return tensor_view(self.payload, TORCH_OF_WIRE[Wire(self.dtype)])
+
+    def coded(self) -> Tensor:
+        """The payload as bytes, aligned for the entropy coder."""
+        return tensor_view(self.payload, torch.uint8, align=4)
 
 
 def broadcast_digest(header: Header, sections: Sequence[Section]) -> bytes:
@@ -297,12 +302,12 @@ def tensor_bytes(t: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def tensor_view(payload: memoryview, dtype: torch.dtype) -> Tensor:
+def tensor_view(payload: memoryview, dtype: torch.dtype, align: int | None = None) -> Tensor:
     """A 1-D tensor over `payload`, which must not be written: it may be an immutable `bytes`.
 
-    Copies only where the memory is not aligned to the element.
+    Copies only where the memory is not aligned to the element, or to `align`.
     """
-    size = dtype.itemsize
+    size = align or dtype.itemsize
     if not len(payload):
         return torch.empty(0, dtype=dtype)
     array = np.frombuffer(payload, np.uint8)

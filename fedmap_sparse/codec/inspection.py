@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedmap_sparse.codec import container, meta
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Buffer, Header, Id, Section, Wire
 
-_ENCODINGS = {container.RAW: "raw"}
+_ENCODINGS = {container.RAW: "raw", container.RANS: "rans"}
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fedmap_sparse import ops
-from fedmap_sparse.codec.container import NO_DIGEST, RAW, Header, Id, Section, Wire
+from fedmap_sparse.codec.container import NO_DIGEST, RANS, RAW, Header, Id, Section, Wire
 from fedmap_sparse.codec.errors import FormatError, MaskNeeded
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, num_words
+from fedmap_sparse.ops import entropy
+from fedmap_sparse.ops.entropy import Runs
 
 
-def full_section(mask: Mask) -> Section:
-    """The whole bitmap: enough for a receiver that was never seen."""
-    return _write(Id.MASK, mask)
+def full_section(mask: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
+    """The whole bitmap: enough for a receiver that was never seen.
+
+    `lossless` allows entropy coding, which is taken where it is smaller.
+    """
+    bits = mask.to("cpu")
+    runs = _full_runs(layout)
+    return _write(Id.MASK, bits, runs, _counts(bits, layout), NO_DIGEST, lossless)
 
 
-def delta_section(mask: Mask, parent: Mask) -> Section:
+def delta_section(mask: Mask, parent: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
     """One bit for each survivor of `parent`, a superset of `mask` that the receiver has."""
-    return _write(Id.DELTA, ops.relative(mask, parent), parent.digest())
+    kept = ops.relative(mask, parent).to("cpu")
+    runs, counts = _delta_runs(parent.to("cpu"), layout), _counts(mask.to("cpu"), layout)
+    return _write(Id.DELTA, kept, runs, counts, parent.digest(), lossless)
 
 
-def _write(id: Id, bits: Mask, parent: bytes = NO_DIGEST) -> Section:
-    return Section.make(id, Wire.BIT, bits.numel, bits.words.cpu(), parent=parent)
+def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, lossless: bool) -> Section:
+    raw = 4 * num_words(bits.numel)
+    if lossless and raw:
+        coded = entropy.encode_mask(bits.words, runs, nnz, raw - 1)
+        if coded is not None:
+            return Section.make(id, Wire.BIT, bits.numel, coded, encoding=RANS, parent=parent)
+    return Section.make(id, Wire.BIT, bits.numel, bits.words, parent=parent)
+
+
+def _full_runs(layout: FlatLayout) -> Runs:
+    entries = layout.prunable_entries
+    return Runs(
+        torch.tensor([e.offset for e in entries], dtype=torch.int64),
+        torch.tensor([e.numel for e in entries], dtype=torch.int64),
+    )
+
+
+def _delta_runs(parent: Mask, layout: FlatLayout) -> Runs:
+    """Where each tensor's survivors lie among all of the parent's."""
+    counts = _counts(parent, layout)
+    return Runs(counts.cumsum(0) - counts, counts)
+
+
+def _counts(mask: Mask, layout: FlatLayout) -> Tensor:
+    """Survivors of each prunable tensor."""
+    runs = _full_runs(layout)
+    before = entropy.ranks_at(mask, runs.start)
+    return entropy.ranks_at(mask, runs.start + runs.numel) - before
 
 
 def read(
@@ -50,12 +86,12 @@ def read(
     elif dense:
         raise FormatError("expected no mask section beside DENSE", section.offset)
     elif section.id == Id.MASK:
-        mask = _bits(section, layout.prunable_numel)
+        mask = _bits(section, layout.prunable_numel, _full_runs(layout))
         if not mask <= layout.initial_mask():
             raise FormatError("a bit is set for an element of padding", section.offset)
     else:
         parent = _require(have, section.parent, section.offset - 40)
-        mask = ops.nest(_bits(section, parent.nnz), parent)
+        mask = ops.nest(_bits(section, parent.nnz, _delta_runs(parent, layout)), parent)
     if mask.digest() != header.mask:
         wanted, got = header.mask.hex(), mask.digest().hex()
         raise FormatError(f"expected a mask of digest {wanted}, got {got}", 32)
@@ -70,17 +106,23 @@ def _require(have: Mask | None, wanted: bytes, offset: int) -> Mask:
     return have.to("cpu")
 
 
-def _bits(section: Section, numel: int) -> Mask:
+def _bits(section: Section, numel: int, runs: Runs) -> Mask:
     name = Id(section.id).name
-    if section.dtype != Wire.BIT or section.encoding != RAW:
+    if section.dtype != Wire.BIT or section.encoding not in (RAW, RANS):
         got = f"dtype {section.dtype}, encoding {section.encoding}"
-        raise FormatError(f"{name}: expected bits in encoding 0, got {got}", section.offset)
+        raise FormatError(f"{name}: expected bits in encoding 0 or 1, got {got}", section.offset)
     if section.count != numel:
         raise FormatError(f"{name}: expected {numel} bits, got {section.count}", section.offset)
-    if len(section.payload) != 4 * num_words(numel):
+    if section.encoding == RANS:
+        try:
+            return Mask.from_words(entropy.decode_mask(section.coded(), runs, numel), numel)
+        except entropy.PayloadError as error:
+            at = section.offset + error.offset
+            raise FormatError(f"{name}: {error.reason}", at) from None
+    size = 4 * num_words(numel)
+    if len(section.payload) != size:
         got = f"{len(section.payload)}"
-        wanted = 4 * num_words(numel)
-        raise FormatError(f"{name}: expected {wanted} bytes, got {got}", section.offset)
+        raise FormatError(f"{name}: expected {size} bytes, got {got}", section.offset)
     # A copy: the mask outlives the message, which may be much larger.
     words = torch.frombuffer(bytearray(section.payload) or bytearray(4), dtype=torch.int32)
     try:

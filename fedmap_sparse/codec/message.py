@@ -13,8 +13,19 @@ from torch import Tensor
 from fedmap_sparse import _checks, ops
 from fedmap_sparse.codec import container, masks, values
 from fedmap_sparse.codec import meta as records
-from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Buffer, Header, Id, Section
+from fedmap_sparse.codec.container import (
+    DENSE,
+    NO_DIGEST,
+    RANS,
+    RAW,
+    Buffer,
+    Header,
+    Id,
+    Section,
+    Wire,
+)
 from fedmap_sparse.codec.errors import FormatError
+from fedmap_sparse.codec.values import Quantized
 from fedmap_sparse.layout import FlatLayout, FlatParameters
 from fedmap_sparse.mask import Mask
 
@@ -35,6 +46,8 @@ class Body:
     header: Header
     sections: tuple[Section, ...]
     mask: Mask
+    layout: FlatLayout
+    lossless: bool = True
 
     @cached_property
     def digest(self) -> bytes:
@@ -49,32 +62,34 @@ class Body:
         Raises:
             ValueError: another name, or a `parent` that is missing, superfluous, or no superset.
         """
-        return self.join(_mask_section(self.mask, mask_section, parent))
+        return self.join(self._mask_section(mask_section, parent))
 
     def join(self, section: Section | None) -> bytes:
         """The message with a mask section that `masks` wrote, or with none."""
         lead = () if section is None or self.header.flags & DENSE else (section,)
         return container.join(self.header, lead + self.sections)
 
-
-def _mask_section(mask: Mask, kind: MaskSection, parent: Mask | None) -> Section | None:
-    if kind not in ("none", "full", "delta"):
-        raise ValueError(f"mask_section: expected 'none', 'full' or 'delta', got {kind!r}")
-    if (parent is None) is (kind == "delta"):
-        wanted = "a parent" if kind == "delta" else "no parent"
-        raise ValueError(f"parent: expected {wanted} for mask_section={kind!r}, got {parent}")
-    if parent is not None:
-        return masks.delta_section(mask, parent)
-    return masks.full_section(mask) if kind == "full" else None
+    def _mask_section(self, kind: MaskSection, parent: Mask | None) -> Section | None:
+        if kind not in ("none", "full", "delta"):
+            raise ValueError(f"mask_section: expected 'none', 'full' or 'delta', got {kind!r}")
+        if (parent is None) is (kind == "delta"):
+            wanted = "a parent" if kind == "delta" else "no parent"
+            raise ValueError(f"parent: expected {wanted} for mask_section={kind!r}, got {parent}")
+        if parent is not None:
+            return masks.delta_section(self.mask, parent, self.layout, self.lossless)
+        if kind == "none" or self.header.flags & DENSE:
+            return None
+        return masks.full_section(self.mask, self.layout, self.lossless)
 
 
 def encode_body(
     layout: FlatLayout,
     mask: Mask,
-    packed: Tensor,
+    packed: Tensor | Quantized,
     tail: Tensor,
     buffers: Mapping[str, Any],
     *,
+    lossless: bool = True,
     round: int = 0,
     epoch: int = 0,
     num_samples: int = 0,
@@ -87,9 +102,11 @@ def encode_body(
     Args:
         layout: of the model.
         mask: over `layout.prunable_numel` elements, none of them padding.
-        packed: Tensor[mask.nnz] of float32, float16 or bfloat16: its dtype is the wire's.
+        packed: Tensor[mask.nnz] of float32, float16 or bfloat16, whose dtype is the wire's; or
+            `Quantized` for int8.
         tail: Tensor[layout.tail_numel] of one of these dtypes, as `FlatParameters.tail`.
         buffers: name to tensor or array, exactly the layout's.
+        lossless: allow entropy coding, of the mask section too, where it is smaller.
         round, epoch, num_samples: at most 2^53.
         answers: digest of the broadcast that this update answers; zero in a broadcast.
         base: digest of the broadcast that `packed` is the difference from; zero if it is none.
@@ -102,8 +119,11 @@ def encode_body(
     O(bytes): checksums are computed here, once.
     """
     _checks.check_mask("mask", mask, layout.prunable_numel)
-    _checks.check_tensor("packed", packed)
-    _checks.check_numel("packed", packed, mask.nnz, "the mask's nnz")
+    if isinstance(packed, Quantized):
+        _checks.check_numel("packed", packed.codes, mask.nnz, "the mask's nnz")
+    else:
+        _checks.check_tensor("packed", packed)
+        _checks.check_numel("packed", packed, mask.nnz, "the mask's nnz")
     _checks.check_tensor("tail", tail)
     _checks.check_numel("tail", tail, layout.tail_numel, "the layout's tail")
     for name, digest in (("answers", answers), ("base", base)):
@@ -126,13 +146,15 @@ def encode_body(
         samples=num_samples,
     )
     sections = [
-        values.write(Id.VALUES, packed.detach().cpu()),
-        values.write(Id.TAIL, tail.detach().cpu()),
+        values.write_quantized(packed)
+        if isinstance(packed, Quantized)
+        else values.write(Id.VALUES, packed.detach().cpu(), lossless),
+        values.write(Id.TAIL, tail.detach().cpu(), lossless),
         *values.write_buffers(layout, buffers),
     ]
     if meta:
         sections.append(records.write(meta))
-    return Body(header, tuple(sections), mask)
+    return Body(header, tuple(sections), mask, layout, lossless)
 
 
 def encode(
@@ -144,6 +166,8 @@ def encode(
     parent: Mask | None = None,
     base: Message | None = None,
     lossless: bool = True,
+    block: int = 256,
+    residual: Tensor | None = None,
     round: int = 0,
     epoch: int = 0,
     num_samples: int = 0,
@@ -155,12 +179,16 @@ def encode(
     Args:
         params: a flattened model; its values are not changed.
         mask: which of `params.prunable` survive.
-        dtype: of the values on the wire: "float32", "float16" or "bfloat16".
+        dtype: of the values on the wire: "float32", "float16", "bfloat16" or "int8" (the tail then
+            travels as float32).
         mask_section: what the receiver needs: "none" (it has the mask, and the digest proves it),
             "full" (it has nothing) or "delta" (it has `parent`). The dense mask costs no bits.
         parent: with "delta", a superset of `mask` that the receiver has.
         base: a decoded broadcast of the same mask; values travel as float32 differences from it.
-        lossless: allow encodings that store the same values in fewer bytes.
+        lossless: allow encodings that store the same bits in fewer bytes, where they are smaller.
+        block: values a scale, for int8: a multiple of 64 from 64 to 1024.
+        residual: for int8, Tensor[mask.nnz] of float32, updated in place: the error of the last
+            message, made good in this one (error feedback). The sender keeps it.
         round, epoch, num_samples: for the header, at most 2^53.
         answers: digest of the broadcast that this update answers (`Message.broadcast_digest`).
         meta: a small record of bool, int, float and str.
@@ -182,6 +210,8 @@ def encode(
         parent=parent,
         base=base,
         lossless=lossless,
+        block=block,
+        residual=residual,
         round=round,
         epoch=epoch,
         num_samples=num_samples,
@@ -201,36 +231,48 @@ def encode_flat(
     mask_section: MaskSection,
     parent: Mask | None = None,
     base: Message | None = None,
-    lossless: bool = True,
-    **header: Any,
+    block: int = 256,
+    residual: Tensor | None = None,
+    **options: Any,
 ) -> bytes:
-    """`encode` from the parts of a FlatParameters; `header` as in `encode_body`."""
+    """`encode` from the parts of a FlatParameters; `options` as in `encode_body`."""
     _checks.check_mask("mask", mask, layout.prunable_numel)
-    packed, tail = pack_parts(prunable, tail, mask, dtype, base)
+    packed, tail = pack_parts(prunable, tail, mask, dtype, base, block, residual)
     digest = NO_DIGEST if base is None else base.broadcast_digest
-    body = encode_body(layout, mask, packed, tail, buffers, base=digest, **header)
+    body = encode_body(layout, mask, packed, tail, buffers, base=digest, **options)
     return body.message(mask_section, parent)
 
 
 def pack_parts(
-    prunable: Tensor, tail: Tensor, mask: Mask, dtype: str, base: Message | None = None
-) -> tuple[Tensor, Tensor]:
+    prunable: Tensor,
+    tail: Tensor,
+    mask: Mask,
+    dtype: str,
+    base: Message | None = None,
+    block: int = 256,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | Quantized, Tensor]:
     """(packed survivors, tail) in a wire dtype, as `encode_body` takes them.
 
     Args:
         prunable: Tensor[mask.numel], as `FlatParameters.prunable`.
         tail: as `FlatParameters.tail`; returned as it is when it has the dtype already.
-        mask, dtype, base: as in `encode`.
+        mask, dtype, base, block, residual: as in `encode`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in (*DTYPES, "int8"):
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, int8, got {dtype!r}")
     source, tail = prunable.detach(), tail.detach()
-    if base is None:
+    if base is None and dtype != "int8":
         return as_wire(ops.pack(source, mask), dtype), as_wire(tail, dtype)
-    if base.mask.digest() != mask.digest():
-        raise ValueError("base: expected a message of the same mask, got another")
     packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=torch.float32))
-    return as_wire(packed.sub_(base.packed.to(packed)), dtype), as_wire(tail, dtype)
+    if base is not None:
+        if base.mask.digest() != mask.digest():
+            raise ValueError("base: expected a message of the same mask, got another")
+        packed = packed.sub_(base.packed.to(packed))
+    if dtype == "int8":
+        codes, scales = ops.quantize_int8(packed, block=block, residual=residual)
+        return Quantized(codes, scales, block), as_wire(tail, "float32")
+    return as_wire(packed, dtype), as_wire(tail, dtype)
 
 
 def as_wire(values: Tensor, dtype: str) -> Tensor:
@@ -253,22 +295,31 @@ class Message:
 
     Attributes:
         layout: the layout it was read with.
-        packed: Tensor[mask.nnz] in the wire's dtype (float32 when there was a base, which is added
-            already).
         tail: Tensor[layout.tail_numel].
         buffers: name to tensor, in the layout's shapes: float32 or float64, int64, bool.
         meta: the record; empty when there was none.
         body: the sections as they came, which can be sent on with another mask section.
         mask_section: the MASK or DELTA section that came with it, if any.
+        base: the decoded broadcast that its values are differences from, if they are.
     """
 
     layout: FlatLayout
-    packed: Tensor
     tail: Tensor
     buffers: dict[str, Tensor]
     meta: dict[str, records.Value]
     body: Body = field(repr=False)
     mask_section: Section | None = field(repr=False)
+    base: Message | None = field(repr=False)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """Tensor[mask.nnz] in the wire's dtype; float32 for int8 and where a base was added."""
+        wire = values.read(self._values)
+        return wire if self.base is None else self.base.packed.float() + wire.float()
+
+    @property
+    def _values(self) -> Section:
+        return self.body.sections[0]
 
     @property
     def header(self) -> Header:
@@ -322,10 +373,30 @@ class Message:
         """Whether values, tail and float buffers hold no NaN and no infinity."""
         floats = [t for t in self.buffers.values() if t.is_floating_point()]
         return (
-            ops.all_finite(self.packed)
+            self._finite
             and ops.all_finite(self.tail)
             and all(bool(torch.isfinite(t).all()) for t in floats)
         )
+
+    @cached_property
+    def _finite(self) -> bool:
+        return values.verify(self._values) if self.base is None else ops.all_finite(self.packed)
+
+    def add_to(self, values_: ops.Accumulator, weight: float) -> None:
+        """Add `weight * packed` to an accumulator of mask.nnz elements: the same bits as
+        `values_.add(message.packed, weight)`, but from the message's bytes, tile by tile, with no
+        copy of the values where they are coded. The accumulator is on the CPU."""
+        if self.base is not None or (self._values.encoding == RAW and self.dtype != "int8"):
+            values_.add(self.packed, weight)
+            return
+        _checks.check_numel("accumulator", values_.sums, self.mask.nnz, "the mask's nnz")
+        values.add_to(values_.sums, self._values, weight)
+        values_.total += weight
+
+    @property
+    def dtype(self) -> str:
+        """Of the values on the wire: "float32", "float16", "bfloat16" or "int8"."""
+        return Wire(self._values.dtype).name.lower()
 
     def encode(self) -> bytes:
         """The bytes that this message was decoded from, less sections that this version ignores."""
@@ -338,6 +409,7 @@ def decode(
     *,
     mask: Mask | None = None,
     base: Message | None = None,
+    materialize: bool = True,
 ) -> Message:
     """Read a message, trusting nothing of it; nothing of the receiver is changed.
 
@@ -348,6 +420,8 @@ def decode(
         mask: the receiver's current mask: the parent of a delta, or the mask of a message that
             carries none.
         base: the decoded broadcast that the values may be differences from.
+        materialize: False checks values that are coded tile by tile and keeps only their bytes,
+            for `Message.add_to`; `packed` decodes them when it is asked for.
 
     Raises:
         MaskNeeded: the message needs a mask other than `mask`; see its `wanted`.
@@ -375,34 +449,42 @@ def decode(
     own = masks.read(header, carried, dense, layout, mask)
     if dense is not (own.nnz == layout.eligible):
         raise FormatError(f"expected DENSE to say {not dense} of {own.nnz} survivors", 12)
-    wire = values.read(sections[Id.VALUES], own.nnz, values.FLOATS)
-    tail = values.read(sections[Id.TAIL], layout.tail_numel, values.FLOATS)
-    values.check_tail(sections[Id.TAIL], layout)
-    return Message(
+    coded, rest = sections[Id.VALUES], sections[Id.TAIL]
+    values.check(coded, own.nnz, (*values.FLOATS, Wire.INT8), (RAW, RANS))
+    values.check(rest, layout.tail_numel, values.FLOATS, (RAW, RANS))
+    tail = values.read(rest)
+    values.check_tail(tail, rest, layout)
+    others = tuple(s for s in sections.values() if s is not carried)
+    message = Message(
         layout=layout,
-        packed=_add_base(header, wire, base),
         tail=tail,
         buffers=values.read_buffers(layout, sections),
         meta=records.read(sections[Id.META]) if Id.META in sections else {},
-        body=Body(header, tuple(s for s in sections.values() if s is not carried), own),
+        body=Body(header, others, own, layout),
         mask_section=carried,
+        base=_check_base(header, base),
     )
+    if materialize:
+        message.packed  # noqa: B018  # decoded now, so that what does not decode is refused
+    else:
+        message.all_finite()
+    return message
 
 
 def _check_fields(section: Section) -> None:
     start = section.offset - container.SECTION_BYTES
-    if section.block:
+    if section.block and section.dtype != Wire.INT8:
         raise FormatError(f"{Id(section.id).name}: expected block to be zero", start + 40)
     if section.id != Id.DELTA and section.parent != NO_DIGEST:
         raise FormatError(f"{Id(section.id).name}: expected parent to be zero", start + 24)
 
 
-def _add_base(header: Header, wire: Tensor, base: Message | None) -> Tensor:
+def _check_base(header: Header, base: Message | None) -> Message | None:
     if header.base == NO_DIGEST:
-        return wire
+        return None
     if base is None or base.broadcast_digest != header.base:
         got = "none" if base is None else base.broadcast_digest.hex()
         raise FormatError(f"expected the base {header.base.hex()}, got {got}", 64)
     if base.header.mask != header.mask:
         raise FormatError("expected a base of the message's mask, got one of another", 64)
-    return base.packed.to(torch.float32) + wire.to(torch.float32)
+    return base

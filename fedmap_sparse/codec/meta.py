@@ -63,8 +63,8 @@ def read(section: Section) -> dict[str, Value]:
         got = f"dtype {section.dtype}, encoding {section.encoding}"
         raise FormatError(f"META: expected a record in encoding 0, got {got}", base)
     if len(data) > MAX_BYTES:
-        got = len(section.payload)
-        raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {got}", base)
+        size = len(section.payload)
+        raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {size}", base)
     meta: dict[str, Value] = {}
     last, at = b"", 0
     while at < len(data):

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedmap_sparse import _backends, ops
+from fedmap_sparse._backends import native
 from fedmap_sparse.codec.container import (
+    RANS,
     RAW,
     TORCH_OF_WIRE,
     WIRE_OF_TORCH,
     Id,
     Section,
     Wire,
+    tensor_bytes,
+    tensor_view,
 )
 from fedmap_sparse.codec.errors import FormatError
 from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
+from fedmap_sparse.ops import entropy
+from fedmap_sparse.ops.quantize import num_blocks
 
 FLOATS = (Wire.FLOAT32, Wire.FLOAT16, Wire.BFLOAT16)
 
@@ -28,41 +36,140 @@ _BUFFERS = {
 }
 
 
-def write(id: Id, values: Tensor) -> Section:
-    """A section of the elements of a CPU tensor, whose memory it views."""
-    return Section.make(id, WIRE_OF_TORCH[values.dtype], values.numel(), values)
+@dataclass(frozen=True)
+class Quantized:
+    """Values as int8 codes with a float32 scale a block, as `ops.quantize_int8` gives them."""
+
+    codes: Tensor
+    scales: Tensor
+    block: int
+
+    def float(self) -> Tensor:
+        """What a receiver decodes: float32."""
+        return ops.dequantize_int8(self.codes, self.scales, block=self.block)
 
 
-def read(section: Section, count: int, dtypes: Sequence[Wire]) -> Tensor:
-    """The elements as a 1-D tensor that views the message where it can.
+def write(id: Id, values: Tensor, lossless: bool = False) -> Section:
+    """A section of the elements of a CPU tensor, whose memory it views unless it is coded.
 
-    Raises:
-        FormatError: another dtype, encoding, count or size than the layout asks for.
+    `lossless` allows entropy coding of exponents, which is taken where it is smaller.
     """
+    wire = WIRE_OF_TORCH[values.dtype]
+    if lossless and values.numel():
+        coded = entropy.encode_values(values, values.nbytes - 1)
+        if coded is not None:
+            return Section.make(id, wire, values.numel(), coded, encoding=RANS)
+    return Section.make(id, wire, values.numel(), values)
+
+
+def write_quantized(values: Quantized) -> Section:
+    """VALUES in int8: the scales, then the codes."""
+    parts = [t.cpu().view(torch.uint8) for t in (values.scales, values.codes)]
+    payload = torch.cat(parts)
+    return Section.make(Id.VALUES, Wire.INT8, values.codes.numel(), payload, block=values.block)
+
+
+def check(section: Section, count: int, dtypes: Sequence[Wire], encodings: Sequence[int]) -> None:
+    """Raise FormatError for another dtype, encoding or count, or a raw size that differs."""
     name, at = Id(section.id).name, section.offset
     if section.dtype not in dtypes:
         wanted = ", ".join(w.name.lower() for w in dtypes)
         got = Wire(section.dtype).name.lower()
         raise FormatError(f"{name}: expected {wanted}, got {got}", at)
-    if section.encoding != RAW:
-        raise FormatError(f"{name}: expected encoding 0, got {section.encoding}", at)
+    if section.encoding not in encodings or (section.encoding == RANS and not count):
+        wanted = " or ".join(map(str, encodings if count else (RAW,)))
+        raise FormatError(f"{name}: expected encoding {wanted}, got {section.encoding}", at)
     if section.count != count:
         raise FormatError(f"{name}: expected {count} elements, got {section.count}", at)
     size = count * TORCH_OF_WIRE[Wire(section.dtype)].itemsize
-    if len(section.payload) != size:
+    if section.dtype == Wire.INT8:
+        if section.encoding != RAW:
+            raise FormatError(f"{name}: expected int8 in encoding 0, got another", at)
+        if not 64 <= section.block <= 1024 or section.block % 64:
+            wanted = "a block that is a multiple of 64 from 64 to 1024"
+            raise FormatError(f"{name}: expected {wanted}, got {section.block}", at - 24)
+        size += 4 * num_blocks(count, section.block)
+    if section.encoding == RAW and len(section.payload) != size:
         raise FormatError(f"{name}: expected {size} bytes, got {len(section.payload)}", at)
-    return section.tensor()
 
 
-def check_tail(section: Section, layout: FlatLayout) -> None:
+def read(section: Section) -> Tensor:
+    """The elements of a checked section, 1-D: a view of the message where they are raw."""
+    if section.dtype == Wire.INT8:
+        return quantized(section).float()
+    if section.encoding == RAW:
+        return section.tensor()
+    dtype = TORCH_OF_WIRE[Wire(section.dtype)]
+    try:
+        return entropy.decode_values(section.coded(), section.count, dtype)
+    except entropy.PayloadError as error:
+        raise _refusal(section, error) from None
+
+
+def verify(section: Section) -> bool:
+    """Whether all values of a checked section are finite, found tile by tile without storing them.
+
+    Raises:
+        FormatError: coded values that do not decode.
+    """
+    if section.dtype == Wire.INT8:
+        quantized(section)  # finite, or refused
+        return True
+    if section.encoding == RAW:
+        return ops.all_finite(section.tensor())
+    dtype = TORCH_OF_WIRE[Wire(section.dtype)]
+    try:
+        return entropy.check_values(section.coded(), section.count, dtype)
+    except entropy.PayloadError as error:
+        raise _refusal(section, error) from None
+
+
+def add_to(sums: Tensor, section: Section, weight: float) -> None:
+    """`sums += weight * values` in float64 from the message's bytes, after `verify`."""
+    dtype = TORCH_OF_WIRE[Wire(section.dtype)]
+    if section.encoding == RANS:
+        entropy.add_values_(sums, section.coded(), dtype, weight)
+    else:
+        q = quantized(section)
+        args = (sums.data_ptr(), q.codes.data_ptr(), q.scales.data_ptr(), q.block, weight)
+        native.accumulate_add_int8(*args, sums.numel(), _backends.threads())
+
+
+def quantized(section: Section) -> Quantized:
+    """The codes and scales of a checked int8 section, as views.
+
+    Raises:
+        FormatError: a scale that is negative or not finite, a code of -128, or codes in a block of
+            scale 0.
+    """
+    split = 4 * num_blocks(section.count, section.block)
+    scales = tensor_view(section.payload[:split], torch.float32)
+    codes = tensor_view(section.payload[split:], torch.int8)
+    bits = scales.view(torch.int32)
+    if bool(((bits < 0) | (bits >= 0x7F800000)).any()):
+        raise FormatError("VALUES: expected finite scales of at least 0", section.offset)
+    if bool((codes == -128).any()):
+        raise FormatError("VALUES: expected codes from -127 to 127", section.offset + split)
+    for block in (bits == 0).nonzero().view(-1).tolist():
+        if bool(codes[block * section.block : (block + 1) * section.block].any()):
+            at = section.offset + 4 * block
+            raise FormatError("VALUES: expected codes of 0 in a block of scale 0", at)
+    return Quantized(codes, scales, section.block)
+
+
+def _refusal(section: Section, error: entropy.PayloadError) -> FormatError:
+    return FormatError(f"{Id(section.id).name}: {error.reason}", section.offset + error.offset)
+
+
+def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
     """Raise FormatError unless the gaps between the tail's tensors are zero."""
-    size = TORCH_OF_WIRE[Wire(section.dtype)].itemsize
+    data, size = tensor_bytes(tail), tail.element_size()
     for entry in layout.tail_entries:
         start = entry.offset + entry.numel
         end = -(-start // TAIL_ALIGN) * TAIL_ALIGN
         begin, stop = ((i - layout.prunable_numel) * size for i in (start, end))
-        if any(section.payload[begin:stop]):
-            at = section.offset + begin
+        if any(data[begin:stop]):
+            at = section.offset + (begin if section.encoding == RAW else 0)
             raise FormatError(f"TAIL: expected zeros after {entry.name}", at)
 
 
@@ -111,7 +218,8 @@ def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[st
         if section is None:
             flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]])
             continue
-        flat[kind] = read(section, count, dtypes)
+        check(section, count, dtypes, (RAW,))
+        flat[kind] = read(section)
         if kind == "bool" and bool((flat[kind].view(torch.uint8) > 1).any()):
             raise FormatError("BOOLS: expected bytes of 0 or 1", section.offset)
     used = dict.fromkeys(flat, 0)

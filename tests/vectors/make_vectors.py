@@ -1,7 +1,8 @@
 """Writes the golden and malformed messages that are missing; never changes one that is there.
 
-`make vectors`. Each golden message is in golden.json with the layout and the masks that a receiver
-needs, and a SHA-256 of its contents; each malformed one in malformed.json with what is wrong.
+`make vectors`. Each golden message is in golden.json with the layout and the mask (a file of masks/)
+that a receiver needs, and a SHA-256 of its contents; each malformed one in malformed.json with what
+is wrong.
 """
 
 from __future__ import annotations
@@ -41,11 +42,22 @@ def layouts() -> dict[str, fs.FlatLayout]:
         "net": fs.FlatLayout.from_state_dict(net, aliases={"tied.weight": "fc.weight"}),
         "one": fs.FlatLayout.from_state_dict({"w": tensor(20, 50)}),
         "tail": fs.FlatLayout.from_state_dict({"b": tensor(5)}),
+        # Enough bits for several chunks; runs that end within a nibble, a step, and not at all.
+        "wide": fs.FlatLayout.from_state_dict(
+            {
+                "a": tensor(1, 515),
+                "b": tensor(150, 1003),
+                "c": tensor(3, 1),
+                "d": tensor(64, 2),
+                "e": tensor(300, 2),
+                "bias": tensor(700),
+            }
+        ),
     }
 
 
 def noise(count: int, seed: int) -> torch.Tensor:
-    """Deterministic float32 of many magnitudes, from integers alone."""
+    """Deterministic float32 of 16 magnitudes, from integers alone."""
     x = [(seed + i) * 0x9E3779B97F4A7C15 & (1 << 64) - 1 for i in range(1, count + 1)]
     x = [(v ^ v >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1 for v in x]
     bits = [(v >> 63) << 31 | (110 + (v >> 50) % 16) << 23 | (v >> 20) & 0x7FFFFF for v in x]
@@ -78,6 +90,13 @@ class Model:
     def mask(self, keep: int, within: fs.Mask | None = None) -> fs.Mask:
         within = within or self.layout.initial_mask()
         return fs.ops.magnitude_mask(self.prunable, keep, within=within)
+
+    def drop(self, name: str, mask: fs.Mask) -> fs.Mask:
+        """`mask` without one tensor's survivors."""
+        keep = mask.to_bool()
+        e = next(e for e in self.layout.entries if e.name == name)
+        keep[e.offset : e.offset + e.numel] = False
+        return fs.Mask.from_bool(keep)
 
     def encode(self, mask: fs.Mask, **options: Any) -> bytes:
         options = {"dtype": "float32", "mask_section": "none", **options}
@@ -132,6 +151,33 @@ def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
     strange.buffers["bn.running_var"] = strange.buffers["bn.running_var"].double() / 3
     data = strange.encode(dense, **raw)
     out["specials-float64-buffers"] = ("net", data, None, None)
+    wide = Model(lay["wide"])
+    parent = wide.drop("e", wide.mask(30_000))
+    child = wide.mask(4_000, parent)
+    for kind, have in (("full", None), ("delta", parent)):
+        data = wide.encode(
+            child, mask_section=kind, parent=have if kind == "delta" else None, dtype="bfloat16"
+        )
+        out[f"rans-mask-{kind}"] = ("wide", data, have, None)
+    common = wide.encode(
+        parent, mask_section="delta", parent=lay["wide"].initial_mask(), dtype="int8", block=1024
+    )
+    out["rans-two-chunks"] = ("wide", common, lay["wide"].initial_mask(), None)
+    place = torch.arange(lay["wide"].prunable_numel)
+    spread = fs.Mask.from_bool((place * 7919 % 40 == 0) & lay["wide"].initial_mask().to_bool())
+    for dtype in ("float32", "float16", "bfloat16"):
+        data = wide.encode(spread, dtype=dtype)
+        out[f"rans-{dtype}"] = ("wide", data, spread, None)
+    wide.prunable[spread.to_bool().nonzero().view(-1)[::5]] = 0.0
+    wide.prunable[spread.to_bool().nonzero().view(-1)[3::500]] = float("nan")
+    out["rans-escapes"] = ("wide", wide.encode(spread), spread, None)
+    clean = Model(lay["wide"])
+    for block in (64, 256):
+        data = clean.encode(spread, dtype="int8", block=block)
+        out[f"int8-{block}"] = ("wide", data, spread, None)
+    base = codec.decode(out["rans-bfloat16"][1], lay["wide"], mask=spread)
+    data = Model(lay["wide"], 2).encode(spread, dtype="int8", base=base)
+    out["int8-difference"] = ("wide", data, spread, "rans-bfloat16")
     out["ignorable"] = ("net", ignorable(out["float16-none"][1]), mask, None)
     return out
 
@@ -240,7 +286,7 @@ def malformed(good: dict[str, Any]) -> dict[str, tuple[str, bytes, str, int]]:
     change("values-dtype", src, "VALUES: expected float32", values + 64, (values + 4, b"\x05"))
     change("tail-dtype", src, "TAIL: expected float32", tail + 64, (tail + 4, b"\x03"))
     change("values-encoding", src, "VALUES: ", values + 64, (values + 5, b"\xff"))
-    change("tail-encoding", src, "TAIL: expected encoding 0", tail + 64, (tail + 5, b"\x01"))
+    change("tail-encoding", src, "TAIL: expected encoding 0", tail + 64, (tail + 5, b"\xff"))
     change("mask-encoding", src, "MASK: ", mask + 64, (mask + 5, b"\xff"))
     change("mask-dtype", src, "MASK: ", mask + 64, (mask + 4, b"\x06"))
     change("meta-encoding", src, "META: expected a record", meta + 64, (meta + 5, b"\x01"))
@@ -344,8 +390,66 @@ def malformed(good: dict[str, Any]) -> dict[str, tuple[str, bytes, str, int]]:
            (delta + 64, bytes([good[src][1][delta + 64] ^ 2])))  # fmt: skip
     change("no-mask-at-hand", "float32-none", "expected the receiver to have the mask", 32,
            (32, bytes(16)))  # fmt: skip
+    coded(good, change)
     change("base", "difference-float32", "expected the base", 64, (64, b"\1" * 16))
     return out
+
+
+def coded(good: dict[str, Any], change: Any) -> None:
+    """Entropy-coded and int8 payloads, each wrong in one way."""
+
+    def u(fmt: str, value: int) -> bytes:
+        return struct.pack("<" + fmt, value)
+
+    src = "rans-mask-full"
+    at = Edit(good[src][1]).starts[container.Id.MASK] + 64
+    runs, chunks = 5, 1
+    directory = at + 16
+    states = directory + 4 * chunks
+    change("rans-steps", src, "MASK: expected steps a chunk", at, (at, u("I", 1000)))
+    change("rans-chunks", src, "MASK: the number of chunks", at + 4, (at + 4, u("I", 2)))
+    change("rans-2^32-chunks", src, "MASK: the number of chunks", at + 4, (at + 4, b"\xff" * 4))
+    change("rans-density", src, "MASK: unknown density", at + 9, (at + 9, b"\xf8"))
+    change("rans-codes-padding", src, "MASK: expected padding", at + 13, (at + 8 + runs, b"\1"))
+    change("rans-words", src, "MASK: the directory's words", directory, (directory, u("I", 3)))
+    change("rans-state-low", src, "MASK: a state", states + 8, (states + 8, u("I", 0x7FFF)))
+    change("rans-state-high", src, "MASK: a state", states, (states, u("I", 1 << 31)))
+    word = good[src][1][states + 128 : states + 130]
+    change("rans-word", src, "MASK: words that do not decode", directory,
+           (states + 128, bytes([word[0] ^ 1, word[1]])))  # fmt: skip
+    for dtype in ("float32", "float16"):
+        src = f"rans-{dtype}"
+        data = good[src][1]
+        at = Edit(data).starts[container.Id.VALUES] + 64
+        name = f"rans-{dtype}-"
+        (first,) = struct.unpack_from("<H", data, at + 8)
+        change(name + "frequencies", src, "VALUES: expected frequencies", at + 8,
+               (at + 8, u("H", first ^ 1)))  # fmt: skip
+        change(name + "reserved", src, "VALUES: expected reserved bytes", at + 5, (at + 6, b"\1"))
+        change(name + "escapes", src, "VALUES: the directory disagrees", at, (at + 2, u("H", 900)))
+        change(name + "state", src, "VALUES: a state", at + 40, (at + 40, bytes(4)))
+        change(name + "top-0", src, "VALUES: words or escapes", at, (at + 4, b"\0"))
+        states = struct.unpack_from("<I", data, at + 40)[0]
+        change(name + "wrong-state", src, "VALUES: words or escapes", at,
+               (at + 40, u("I", states ^ 1)))  # fmt: skip
+    change("rans-float16-top", src, "VALUES: an exponent beyond", at + 4, (at + 4, b"\x20"))
+    src = "int8-64"
+    at = Edit(good[src][1]).starts[container.Id.VALUES] + 64
+    (count,) = struct.unpack_from("<Q", good[src][1], at - 56)
+    scales = 4 * -(-count // 64)
+    for name, block in (("0", 0), ("65", 65), ("2048", 2048)):
+        change(
+            f"int8-block-{name}", src, "VALUES: expected a block", at - 24, (at - 24, u("I", block))
+        )
+    change("int8-encoding", src, "VALUES: expected int8 in encoding 0", at, (at - 59, b"\1"))
+    change(
+        "int8-code", src, "VALUES: expected codes from -127", at + scales, (at + scales, b"\x80")
+    )
+    for name, bits in (("negative", 0xBF800000), ("infinite", 0x7F800000), ("nan", 0x7FC00000)):
+        change(
+            f"int8-scale-{name}", src, "VALUES: expected finite scales", at, (at + 4, u("I", bits))
+        )
+    change("int8-scale-0", src, "VALUES: expected codes of 0", at + 4, (at + 4, bytes(4)))
 
 
 def content_hash(m: codec.Message) -> str:
@@ -388,11 +492,14 @@ def main() -> None:
     messages: dict[str, codec.Message] = {}
     for name, (layout, data, have, base) in good.items():
         write_missing(HERE / "golden" / f"{name}.fsm", data)
+        if have is not None:
+            bits = have.words.numpy().tobytes()
+            write_missing(HERE / "masks" / f"{have.digest().hex()[:8]}.bits", bits)
         message = codec.decode(data, lay[layout], mask=have, base=messages[base] if base else None)
         messages[name] = message
         index[name] = {
             "layout": layout,
-            "have": None if have is None else have.words.numpy().tobytes().hex(),
+            "have": None if have is None else have.digest().hex()[:8],
             "base": base,
             "sha256": content_hash(message),
         }
