@@ -9,9 +9,9 @@ from itertools import cycle, repeat
 
 import torch
 
-#: After its parallel region libgomp spins for some milliseconds before it sleeps, and so does our
-#: pool for less; without a pause the one that comes next shares its cores with the last.
-PAUSE_S = 0.005
+#: After a parallel region torch's worker threads spin (4 ms of CPU time here, our pool 0.03):
+#: without a pause the contender that comes next shares its cores with them.
+PAUSE_S = 0.01
 #: What is shorter runs once untimed after the pause, on another input set: to wake sleeping threads
 #: takes 50-100 us on a virtual machine, which is neither's work.
 WAKE_BELOW_S = 0.005
