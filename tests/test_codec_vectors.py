@@ -46,6 +46,7 @@ def golden(name: str) -> bytes:
     return (HERE / "golden" / f"{name}.fsm").read_bytes()
 
 
+@cache
 def have(name: str) -> fs.Mask | None:
     entry = GOLDEN[name]
     if entry["have"] is None:

@@ -1,6 +1,6 @@
 """Writes the golden and malformed messages that are missing; never changes one that is there.
 
-`make vectors`. Each golden message is in golden.json with the layout and the mask (a file of masks/)
+`make vectors`. Each golden message is in golden.json with the layout and the mask (in masks/)
 that a receiver needs, and a SHA-256 of its contents; each malformed one in malformed.json with what
 is wrong.
 """
