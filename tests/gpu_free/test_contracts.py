@@ -72,3 +72,55 @@ def test_cast(rung: Any, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("feedback", [True, False])
 def test_quantize(rung: Any, block: int, feedback: bool) -> None:
     contracts.quantize(2500, block, "cpu", rung.show, feedback=feedback)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("n", "share"), [(1, 1.0), (5001, 0.1), (70000, 0.9)])
+def test_select(rung: Any, n: int, share: float, dtype: torch.dtype) -> None:
+    contracts.select(contracts.special(n, dtype, "cpu"), max(1, round(n * share)), None, rung.show)
+
+
+def test_select_within_a_mask(rung: Any) -> None:
+    values = contracts.special(40000, torch.float32, "cpu")
+    for density in (0.3, 0.02):
+        within = contracts.mask_of(40000, density, "cpu", holes=True)
+        for keep in (1, within.nnz // 2, within.nnz):
+            contracts.select(values, keep, within, rung.show)
+        contracts.prune(40000, within.nnz // 3, within, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("what", ["constant", "zeros", "sorted", "two values"])
+def test_select_when_the_bracket_misses(rung: Any, what: str) -> None:
+    """More candidates than there is room for, all of them ties, or a sample that misleads."""
+    n = 70000
+    values = {
+        "constant": torch.ones(n),
+        "zeros": torch.randn(n) * (torch.rand(n) < 0.3),
+        "sorted": torch.arange(n, dtype=torch.float32).exp2().clamp(max=1e30) + torch.arange(n),
+        "two values": torch.where(torch.rand(n) < 0.5, 1.0, -2.0),
+    }[what]
+    contracts.select(values, 41000, None, rung.show)
+    kernels = [r if isinstance(r, str) else r.kernel for r in rung.launches]
+    assert len(kernels) <= 2 * 14
+
+
+def test_select_keeps_the_lowest_index_of_ties(rung: Any) -> None:
+    values = torch.zeros(9000).index_fill(0, torch.tensor([5, 4100, 8999]), 1.0)
+    mask = ops.magnitude_mask(values, 2, backend="triton")
+    assert mask.to_bool().nonzero().flatten().tolist() == [5, 4100]
+    mask = ops.magnitude_mask(values, 5, backend="triton")
+    assert mask.to_bool().nonzero().flatten().tolist() == [0, 1, 5, 4100, 8999]
+
+
+def test_select_over_a_list(rung: Any) -> None:
+    sizes = (3000, 0, 9001, 77)
+    values = [torch.randn(n).mul(i + 1).round(decimals=1) for i, n in enumerate(sizes)]
+    contracts.select_list(values, 4000, [None] * 4, rung.show)
+    within = [None, fs.Mask.full(0), contracts.mask_of(9001, 0.5, "cpu"), fs.Mask.empty(77)]
+    contracts.select_list(values, 6000, within, rung.show)
+
+
+def test_nothing_to_keep(rung: Any) -> None:
+    assert ops.magnitude_mask(torch.randn(70), 0, backend="triton") == fs.Mask.empty(70)
+    assert ops.magnitude_mask(torch.randn(0), 0, backend="triton") == fs.Mask.empty(0)
+    assert not rung.launches

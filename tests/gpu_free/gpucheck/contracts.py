@@ -221,3 +221,27 @@ def quantize(n: int, block: int, device: str, show: Show, *, feedback: bool) -> 
         )
     for want, got in zip(*out, strict=True):
         assert same(got, want)
+
+
+def select(values: Tensor, keep: int, within: fs.Mask | None, show: Show) -> None:
+    want = ops.magnitude_mask(values, keep, within=within, backend="reference")
+    assert same_mask(ops.magnitude_mask(values, keep, within=within, backend="triton"), want)
+    if keep:
+        threshold = ops.magnitude_threshold(values, keep, within=within, backend="triton")
+        expected = ops.magnitude_threshold(values, keep, within=within, backend="reference")
+        assert same(threshold, expected)
+
+
+def select_list(values: list[Tensor], keep: int, within: list[fs.Mask | None], show: Show) -> None:
+    got = ops.magnitude_mask(values, keep, within=within, backend="triton")
+    want = ops.magnitude_mask(values, keep, within=within, backend="reference")
+    assert all(same_mask(a, b) for a, b in zip(got, want, strict=True))
+
+
+def prune(n: int, keep: int, within: fs.Mask | None, dtype: torch.dtype, device: str) -> None:
+    values = torch.randn(n).to(dtype).to(device)
+    pruned, expected = values.clone(), values.clone()
+    got = ops.prune_(pruned, keep, within=within, backend="triton")
+    want = ops.prune_(expected, keep, within=within, backend="reference")
+    assert same_mask(got, want)
+    assert same(pruned, expected)

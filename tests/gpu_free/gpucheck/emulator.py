@@ -76,10 +76,12 @@ class Emulator(Operands):
         shared_bytes: int = 0,
         check_races: bool = True,
         seed: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Report:
         """Run every block, in an order drawn from `seed`; tensors receive what was written.
 
-        `visible` tensors are reached by addresses in memory; arguments beyond those given are null.
+        `visible` tensors are reached by addresses, in memory or given as integers; arguments beyond
+        those given are null. `only`: run these blocks of the grid.
         """
         self.grid = tuple(grid) + (1,) * (3 - len(grid))
         self.rng = None if seed is None else np.random.default_rng(seed)
@@ -96,9 +98,10 @@ class Emulator(Operands):
                 value = struct.unpack("<I", struct.pack("<f", value))[0]
             self.constants[name] = int(value)
         self.steps = 0
-        count = int(np.prod(self.grid))
-        order = np.arange(count) if self.rng is None else self.rng.permutation(count)
-        for start in range(0, count, self.resident):
+        order = np.arange(np.prod(self.grid)) if only is None else np.array(only)
+        if self.rng is not None:
+            order = self.rng.permutation(order)
+        for start in range(0, len(order), self.resident):
             self._run_blocks(order[start : start + self.resident], shared_bytes)
         self.memory.write_back()
         return Report(
