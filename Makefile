@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help run test lint bench vectors sanitize package clean
+.PHONY: help run test lint bench vectors sanitize fuzz package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never 
 
 sanitize: $(VENV)/dev.stamp ## the extension under ASan and UBSan through the tests, the pool under TSan
 	PYTHON=$(BIN)/python tools/sanitize.sh
+
+fuzz: $(VENV)/dev.stamp ## libFuzzer, ASan and UBSan on the message's decoders, FUZZ_SECONDS long (1800)
+	PYTHON=$(BIN)/python fuzz/run.sh $(FUZZ_SECONDS)
 
 package: $(VENV)/dev.stamp ## sdist, wheel from it, and the wheel in a new environment without a compiler
 	$(BIN)/python tools/check_package.py

@@ -21,7 +21,9 @@ constexpr int64_t kMinChunk = 1 << 10, kMaxChunk = 1 << 17;
 // steps an octave down to 2^-16; 127 means that the rarer bit does not occur at all.
 constexpr int kOnesAreCommon = 0x80, kConstant = 0x7f, kDensities = 120;
 
-bool is_constant(uint8_t code) { return (code & kConstant) == kConstant; }
+bool is_constant(uint8_t code) {
+  return (code & kConstant) == kConstant;
+}
 
 RansTable density_table(uint8_t code) {
   const int k = code & kConstant;
@@ -133,7 +135,8 @@ void store_bits(const uint8_t* tile, int64_t bit, int64_t count, uint32_t* words
   int64_t done = 0;
   if (const int64_t used = bit % 32) {
     done = std::min(count, 32 - used);
-    or_into(word++, static_cast<uint32_t>((bits_at(tile, 0) & ((uint64_t{1} << done) - 1)) << used));
+    or_into(word++,
+            static_cast<uint32_t>((bits_at(tile, 0) & ((uint64_t{1} << done) - 1)) << used));
   }
   if (done % 8 == 0) {
     const int64_t whole = (count - done) / 32;
@@ -144,7 +147,8 @@ void store_bits(const uint8_t* tile, int64_t bit, int64_t count, uint32_t* words
   for (; done + 32 <= count; done += 32)
     *word++ = static_cast<uint32_t>(bits_at(tile, done));
   if (done < count)
-    or_into(word, static_cast<uint32_t>(bits_at(tile, done) & ((uint64_t{1} << (count - done)) - 1)));
+    or_into(word,
+            static_cast<uint32_t>(bits_at(tile, done) & ((uint64_t{1} << (count - done)) - 1)));
 }
 
 // Bits of the run in its last nibble. Those beyond are coded as the common bit: nearly free.
@@ -165,7 +169,8 @@ void encode_piece(const uint32_t* words, int64_t numel, const Coded& run, const 
     load_bits(words, numel, piece.bit, run.start + run.numel - piece.bit, tile);
     const int high = (piece.lanes - 1) % 2 * 4;
     uint8_t& last = tile[(piece.lanes - 1) / 2];
-    last = static_cast<uint8_t>((last & ~(~used_bits(run) << high)) | filling(run) << high);
+    const int beyond = (15 & ~used_bits(run)) << high;
+    last = static_cast<uint8_t>((last & ~beyond) | filling(run) << high);
     rans_encode_part(tile, piece.lanes, table, out);
     return;
   }

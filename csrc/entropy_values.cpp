@@ -24,7 +24,9 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 40, "as docs/format.md has it");
 
-int64_t padded(int64_t bytes) { return (bytes + 3) / 4 * 4; }
+int64_t padded(int64_t bytes) {
+  return (bytes + 3) / 4 * 4;
+}
 
 // How a dtype splits into an exponent, a low plane and a high plane.
 struct Float32 {
@@ -118,8 +120,8 @@ template <class T>
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint8_t a = static_cast<uint8_t>(top - exponents[2 * i]);
     const uint8_t b = static_cast<uint8_t>(top - exponents[2 * i + 1]);
-    nibbles[i] = static_cast<uint8_t>(std::min<uint8_t>(a, kEscape) |
-                                      std::min<uint8_t>(b, kEscape) << 4);
+    nibbles[i] =
+        static_cast<uint8_t>(std::min<uint8_t>(a, kEscape) | std::min<uint8_t>(b, kEscape) << 4);
   }
 }
 
@@ -315,10 +317,10 @@ int64_t encode_as(const void* data, int64_t n, uint8_t* out, int64_t capacity, i
   std::memset(out + parts.words - 3, 0, 3);
   parallel_for(chunks, threads_for(n * sizeof(Bits), threads), [&](int64_t c) {
     const int64_t i = c * kChunk;
-    coded[c] = encode_chunk<T>(
-        values + i, std::min(kChunk, n - i), out + parts.low + (kHasLow<T> ? i * sizeof(typename T::Low) : 0),
-        out + parts.high + (T::kPacked ? 3 * i / 8 : i), &entries[c],
-        out + parts.states + 4 * kLanes * c);
+    coded[c] = encode_chunk<T>(values + i, std::min(kChunk, n - i),
+                               out + parts.low + (kHasLow<T> ? i * sizeof(typename T::Low) : 0),
+                               out + parts.high + (T::kPacked ? 3 * i / 8 : i), &entries[c],
+                               out + parts.states + 4 * kLanes * c);
   });
   std::memcpy(out, entries.data(), parts.states);
   int64_t words = 0, escapes = 0;
@@ -425,8 +427,7 @@ bool decode_exponents(const Payload& p, int64_t c, Workspace* w) {
   in.limit = reinterpret_cast<const uint16_t*>(p.data + p.size / 2 * 2);
   if (!rans_decode(w->nibbles, n / kLanes, table, &in))
     return false;
-  if (n % kLanes &&
-      !rans_decode_part(w->nibbles + n / kLanes * kStepBytes, n % kLanes, table, &in))
+  if (n % kLanes && !rans_decode_part(w->nibbles + n / kLanes * kStepBytes, n % kLanes, table, &in))
     return false;
   if (!in.finished())
     return false;
@@ -491,9 +492,8 @@ auto for_dtype(int dtype, F&& f) {
 
 int64_t encode_values(const void* values, int dtype, int64_t n, uint8_t* out, int64_t capacity,
                       int threads) {
-  return for_dtype(dtype, [&](auto t) {
-    return encode_as<decltype(t)>(values, n, out, capacity, threads);
-  });
+  return for_dtype(
+      dtype, [&](auto t) { return encode_as<decltype(t)>(values, n, out, capacity, threads); });
 }
 
 Fault decode_values(const uint8_t* payload, int64_t size, int dtype, int64_t n, void* out,
@@ -513,14 +513,14 @@ Fault check_values(const uint8_t* payload, int64_t size, int dtype, int64_t n, b
   return for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     std::vector<uint8_t> odd((n + kChunk - 1) / kChunk, 0);
-    const Fault fault = for_each_chunk<T>(
-        payload, size, n, threads, [&](const Payload& p, int64_t c, Workspace* w) {
-          const int64_t m = std::min(kChunk, p.n - c * kChunk);
-          uint8_t most = 0;
-          for (int64_t i = 0; i < m; ++i)
-            most = std::max(most, w->exponents[i]);
-          odd[c] = most == T::kMaxExponent; // NaN or infinity
-        });
+    const Fault fault = for_each_chunk<T>(payload, size, n, threads,
+                                          [&](const Payload& p, int64_t c, Workspace* w) {
+                                            const int64_t m = std::min(kChunk, p.n - c * kChunk);
+                                            uint8_t most = 0;
+                                            for (int64_t i = 0; i < m; ++i)
+                                              most = std::max(most, w->exponents[i]);
+                                            odd[c] = most == T::kMaxExponent; // NaN or infinity
+                                          });
     *finite = std::find(odd.begin(), odd.end(), 1) == odd.end();
     return fault;
   });
@@ -530,13 +530,13 @@ Fault add_values(const uint8_t* payload, int64_t size, int dtype, int64_t n, dou
                  double weight, int threads) {
   return for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    return for_each_chunk<T>(
-        payload, size, n, threads, [&](const Payload& p, int64_t c, Workspace* w) {
-          auto* values = reinterpret_cast<typename T::Bits*>(w->values);
-          join_chunk<T>(p, c, w, values);
-          accumulate_add(acc + c * kChunk, values, dtype, weight, std::min(kChunk, n - c * kChunk),
-                         1);
-        });
+    return for_each_chunk<T>(payload, size, n, threads,
+                             [&](const Payload& p, int64_t c, Workspace* w) {
+                               auto* values = reinterpret_cast<typename T::Bits*>(w->values);
+                               join_chunk<T>(p, c, w, values);
+                               accumulate_add(acc + c * kChunk, values, dtype, weight,
+                                              std::min(kChunk, n - c * kChunk), 1);
+                             });
   });
 }
 

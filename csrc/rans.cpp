@@ -20,8 +20,7 @@ void finish_table(RansTable* t) {
     if (f >= 2) {
       while (f > 1u << t->shift[s])
         ++t->shift[s];
-      t->reciprocal[s] =
-          static_cast<uint32_t>(((uint64_t{1} << (t->shift[s] + 31)) + f - 1) / f);
+      t->reciprocal[s] = static_cast<uint32_t>(((uint64_t{1} << (t->shift[s] + 31)) + f - 1) / f);
       --t->shift[s];
     } else {
       t->bias[s] += kFrequencySum - 1;
@@ -129,13 +128,11 @@ static void encode(const uint8_t* nibbles, int64_t steps, const RansTable& t, Ra
       x[z] = _mm512_mask_srli_epi32(x[z], full, x[z], 16);
       const __m512i r = _mm512_permutexvar_epi32(s, reciprocal);
       const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x[z], r), 32);
-      const __m512i odd =
-          _mm512_mul_epu32(_mm512_srli_epi64(x[z], 32), _mm512_srli_epi64(r, 32));
+      const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x[z], 32), _mm512_srli_epi64(r, 32));
       const __m512i q = _mm512_srlv_epi32(_mm512_mask_blend_epi32(0xAAAA, even, odd),
                                           _mm512_permutexvar_epi32(s, shift));
-      x[z] = _mm512_add_epi32(
-          _mm512_add_epi32(x[z], _mm512_permutexvar_epi32(s, bias)),
-          _mm512_mullo_epi32(q, _mm512_permutexvar_epi32(s, rest)));
+      x[z] = _mm512_add_epi32(_mm512_add_epi32(x[z], _mm512_permutexvar_epi32(s, bias)),
+                              _mm512_mullo_epi32(q, _mm512_permutexvar_epi32(s, rest)));
     }
   }
   _mm512_storeu_si512(out->x, x[0]);
@@ -195,11 +192,11 @@ static bool decode_streams(uint8_t* const nibbles[], int64_t steps, const RansTa
       s = _mm512_mask_add_epi32(s, m1, s, _mm512_set1_epi32(1));
       const __m512i f = _mm512_permutexvar_epi32(s, frequency[k]);
       const __m512i offset = _mm512_sub_epi32(slot, _mm512_permutexvar_epi32(s, start[k]));
-      x[z] = _mm512_add_epi32(_mm512_mullo_epi32(f, _mm512_srli_epi32(x[z], kFrequencyBits)),
-                              offset);
+      x[z] =
+          _mm512_add_epi32(_mm512_mullo_epi32(f, _mm512_srli_epi32(x[z], kFrequencyBits)), offset);
       const __mmask16 empty = _mm512_cmplt_epu32_mask(x[z], low);
-      const __m512i words = _mm512_cvtepu16_epi32(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[k])));
+      const __m512i words =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next[k])));
       x[z] = _mm512_mask_or_epi32(x[z], empty, _mm512_slli_epi32(x[z], 16),
                                   _mm512_mask_expand_epi32(words, empty, words));
       next[k] += __builtin_popcount(empty);

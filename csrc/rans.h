@@ -40,8 +40,8 @@ struct RansReader {
   bool finished() const;
 };
 
-// Symbols are nibbles, two a byte, the low one first: a step is 16 bytes, and symbol i of it belongs
-// to lane i. Steps are encoded from the last to the first.
+// Symbols are nibbles, two a byte, the low one first: a step is 16 bytes, and symbol i of it
+// belongs to lane i. Steps are encoded from the last to the first.
 constexpr int kStepBytes = kLanes / 2;
 void rans_encode(const uint8_t* nibbles, int64_t steps, const RansTable& table, RansWriter* out);
 // One step in which only the first `lanes` take part.
