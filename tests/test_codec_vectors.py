@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fedmap_sparse as fs
 from fedmap_sparse import codec
@@ -149,3 +151,34 @@ def test_every_flipped_bit_is_refused(name: str) -> None:
             codec.decode(data, its_layout, mask=mask, base=expected)
         data[i >> 3] ^= 1 << (i & 7)
     decode(name, bytes(data))
+
+
+SEALED = ("float32-delta", "update", "rans-mask-full", "rans-float16", "int8-64", "ignorable")
+
+
+@settings(max_examples=60)
+@given(st.data())
+@pytest.mark.parametrize("name", SEALED)
+def test_damage_under_good_checksums_is_refused_or_read(name: str, data: st.DataObject) -> None:
+    edit = module("make_vectors").Edit(golden(name))
+    ends = [*edit.starts.values(), 0]
+    headers = st.tuples(st.sampled_from(ends), st.integers(0, 200)).map(sum)
+    places = (headers | st.integers(0, len(edit.data) - 1)).filter(lambda i: i < len(edit.data))
+    for at, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=4)):
+        edit.data[at] = value
+    try:
+        message = decode(name, edit.seal())
+    except codec.FormatError:
+        return
+    assert message.packed.numel() == message.mask.nnz
+    assert message.mask <= message.layout.initial_mask()
+    message.to_state_dict()
+    message.all_finite()
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(codec.FormatError):
+        codec.decode(data, layout("net"))
+    with pytest.raises(codec.FormatError):
+        codec.inspect(b"\x89FEDMAP\n" + data)

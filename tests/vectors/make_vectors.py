@@ -42,6 +42,7 @@ def layouts() -> dict[str, fs.FlatLayout]:
         "net": fs.FlatLayout.from_state_dict(net, aliases={"tied.weight": "fc.weight"}),
         "one": fs.FlatLayout.from_state_dict({"w": tensor(20, 50)}),
         "tail": fs.FlatLayout.from_state_dict({"b": tensor(5)}),
+        "example": fs.FlatLayout.from_state_dict({"w": tensor(2, 3), "b": tensor(3)}),
         # Enough bits for several chunks; runs that end within a nibble, a step, and not at all.
         "wide": fs.FlatLayout.from_state_dict(
             {
@@ -151,6 +152,7 @@ def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
     strange.buffers["bn.running_var"] = strange.buffers["bn.running_var"].double() / 3
     data = strange.encode(dense, **raw)
     out["specials-float64-buffers"] = ("net", data, None, None)
+    out["example"] = ("example", example(lay["example"]), None, None)
     wide = Model(lay["wide"])
     parent = wide.drop("e", wide.mask(30_000))
     child = wide.mask(4_000, parent)
@@ -180,6 +182,15 @@ def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
     out["int8-difference"] = ("wide", data, spread, "rans-bfloat16")
     out["ignorable"] = ("net", ignorable(out["float16-none"][1]), mask, None)
     return out
+
+
+def example(layout: fs.FlatLayout) -> bytes:
+    """The message that docs/format.md walks through."""
+    model = Model(layout)
+    model.prunable[:6] = torch.tensor([0.5, -0.25, 1.0, -2.0, 0.125, 0.0625])
+    model.tail[:3] = torch.tensor([1.0, 2.0, 3.0])
+    options = {"mask_section": "full", "dtype": "bfloat16", "round": 7, "epoch": 2}
+    return model.encode(model.mask(3), meta={"lr": 0.1}, **options)
 
 
 def ignorable(data: bytes) -> bytes:
