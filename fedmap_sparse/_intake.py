@@ -16,13 +16,14 @@ Bytes = bytes | bytearray | memoryview
 class Intake:
     """Sums over the admitted updates; memory does not grow with their number.
 
-    Values and tail are float64 sums over survivors, float buffers float64 sums, integer buffers
-    maxima; Boolean buffers must agree.
+    Values and tail are float64 sums over survivors, added tile by tile from the messages' bytes;
+    float buffers are float64 sums, integer buffers maxima; Boolean buffers must agree.
     """
 
     def __init__(self, layout: FlatLayout, body: Body, device: torch.device) -> None:
         self._layout = layout
         self._body = body
+        self._broadcast = body.decoded()
         self._values = ops.Accumulator(body.mask.nnz, device=device)
         self._tail = ops.Accumulator(layout.tail_numel, device=device)
         self._buffers: dict[str, Tensor] = {}
@@ -45,7 +46,10 @@ class Intake:
         self.refused.pop(client, None)
         weight = message.num_samples
         device = self._values.sums.device
-        self._values.add(message.packed.to(device), weight)
+        if device.type == "cpu":
+            message.add_to(self._values, weight)
+        else:
+            self._values.add(message.packed.to(device), weight)
         self._tail.add(message.tail.to(device), weight)
         for name, b in message.buffers.items():
             self._buffers[name] = self._joined(name, b, weight)
@@ -57,7 +61,9 @@ class Intake:
         return None
 
     def _admit(self, data: Bytes) -> Message:
-        message = codec.decode(data, self._layout, mask=self._body.mask)
+        message = codec.decode(
+            data, self._layout, mask=self._body.mask, base=self._broadcast, materialize=False
+        )
         if message.answers != self._body.digest:
             raise ValueError(
                 f"expected an answer to the broadcast {self._body.digest.hex()} of round "

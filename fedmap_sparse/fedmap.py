@@ -104,12 +104,14 @@ class FedMapServer:
         params: the flattened global model, which also serves evaluation: after `begin_round` and
             `aggregate` its parameters are the global model's.
         schedule: how many weights survive which round.
-        dtype: of the values in a broadcast: "float32", "float16" or "bfloat16". With the last two
-            the server adopts what the receivers decode, so that all hold the same model.
+        dtype: of the values in a broadcast: "float32", "float16", "bfloat16" or "int8". With all
+            but the first the server adopts what the receivers decode, so that all hold the same
+            model.
         lr: the clients' learning rate, which travels in the broadcast: a number, a function of the
             round, or None to leave it to the clients.
         min_updates: a round with fewer accepted updates fails.
         server_optimizer: what to do with the mean; FedAvg takes it as the model.
+        lossless: entropy-code mask and values where that is smaller; the values stay the same.
 
     Raises:
         ValueError: `min_updates` below 1, an unknown dtype.
@@ -124,12 +126,11 @@ class FedMapServer:
         lr: float | Callable[[int], float] | None = None,
         min_updates: int = 1,
         server_optimizer: ServerOptimizer | None = None,
+        lossless: bool = True,
     ) -> None:
         if min_updates < 1:
             raise ValueError(f"min_updates: expected at least 1, got {min_updates}")
-        if dtype not in codec.DTYPES:
-            wanted = ", ".join(codec.DTYPES)
-            raise ValueError(f"dtype: expected one of {wanted}, got {dtype!r}")
+        codec.check_dtype(dtype)
         params.check_bound()
         self.params = params
         self.layout = params.layout
@@ -138,6 +139,7 @@ class FedMapServer:
         self.lr = lr
         self.min_updates = min_updates
         self.server_optimizer = server_optimizer or FedAvg()
+        self.lossless = lossless
         self.round = 0
         self._body: Body | None = None
         self._messages: dict[bytes | None, bytes] = {}
@@ -178,7 +180,7 @@ class FedMapServer:
         keep = self.schedule.keep(self.round, self.layout.eligible)
         if keep < model.mask.nnz:
             model = model.pruned(keep)
-        values, tail = (codec.as_wire(t, self.dtype) for t in (model.values, model.tail))
+        values, tail = codec.wire_parts(model.values, model.tail, self.dtype)
         lr = self.lr(self.round) if callable(self.lr) else self.lr
         self._body = codec.encode_body(
             self.layout,
@@ -186,6 +188,7 @@ class FedMapServer:
             values,
             tail,
             self.params.buffers,
+            lossless=self.lossless,
             round=self.round,
             epoch=model.epoch,
             meta=None if lr is None else {"lr": float(lr)},
@@ -364,7 +367,11 @@ class FedMapClient:
             the caller trains as it likes.
         keep_optimizer: keep one optimizer over rounds; its state follows the mask, its learning
             rate the broadcast.
-        dtype: of the values in an update: "float32", "float16" or "bfloat16".
+        dtype: of the values in an update: "float32", "float16", "bfloat16" or "int8". With int8 the
+            client keeps the error of each update and makes it good in its next (error feedback).
+        delta: send differences from the broadcast instead of values: smaller numbers, which lose
+            less in few bits. float32 differences are rounded, so they are not lossless.
+        lossless: entropy-code the values where that is smaller; they stay the same.
         prox_mu: FedProx (Li et al., arXiv 1812.06127): each step of `optimizer` adds
             `prox_mu * (w - w_received)` to the gradient. 0: off.
     """
@@ -376,11 +383,11 @@ class FedMapClient:
         optimizer: MakeOptimizer | None = None,
         keep_optimizer: bool = False,
         dtype: str = "float32",
+        delta: bool = False,
+        lossless: bool = True,
         prox_mu: float = 0.0,
     ) -> None:
-        if dtype not in codec.DTYPES:
-            wanted = ", ".join(codec.DTYPES)
-            raise ValueError(f"dtype: expected one of {wanted}, got {dtype!r}")
+        codec.check_dtype(dtype)
         if not prox_mu >= 0:
             raise ValueError(f"prox_mu: expected at least 0, got {prox_mu}")
         if prox_mu and optimizer is None:
@@ -389,11 +396,15 @@ class FedMapClient:
         self.params = params
         self.layout = params.layout
         self.dtype = dtype
+        self.delta = delta
+        self.lossless = lossless
         self.prox_mu = prox_mu
         self.keep_optimizer = keep_optimizer
         self.optimizer: MaskedOptimizer | None = None
         self._make_optimizer = optimizer
         self._received: tuple[bytes, int, int] | None = None
+        self._base: Message | None = None
+        self._residual: Tensor | None = None
         self._mask: Mask | None = None
         self._anchor: Tensor | None = None
 
@@ -425,12 +436,24 @@ class FedMapClient:
         mask = message.mask.to(device)
         write_model(self.params, mask, message.packed.to(device), message.tail.to(device))
         write_buffers(self.params, message.buffers)
+        self._keep_residual(mask)
         self._mask = mask
         self._received = (message.broadcast_digest, message.round, message.epoch)
+        self._base = message if self.delta else None
         if self.prox_mu:
             self._anchor = self.params.values.clone()
         self._renew_optimizer(lr if isinstance(lr, float) else None)
         return message
+
+    def _keep_residual(self, mask: Mask) -> None:
+        """Let the error of earlier updates follow the mask."""
+        if self.dtype != "int8":
+            return
+        old = self._mask
+        if self._residual is not None and old is not None and mask <= old:
+            self._residual = ops.pack(self._residual, ops.relative(mask, old))
+        else:
+            self._residual = torch.zeros(mask.nnz, device=mask.device)
 
     def _renew_optimizer(self, lr: float | None) -> None:
         if self._make_optimizer is None or self._mask is None:
@@ -469,21 +492,29 @@ class FedMapClient:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         self.params.check_bound()
         digest, round, epoch = self._received
-        return codec.encode(
+        residual = None if self._residual is None else self._residual.clone()
+        data = codec.encode(
             self.params,
             self._mask,
             dtype=self.dtype,
+            base=self._base,
+            lossless=self.lossless,
+            residual=residual,
             round=round,
             epoch=epoch,
             num_samples=num_samples,
             answers=digest,
             meta=None if loss is None else {"loss": float(loss)},
         )
+        self._residual = residual
+        return data
 
     def state_dict(self) -> dict[str, Any]:
-        """What a client keeps between rounds beside its data: its mask, and a kept optimizer."""
+        """What a client keeps between rounds beside its data: its mask, the error of its last int8
+        update, and a kept optimizer."""
         return {
             "mask": None if self._mask is None else self._mask.words.clone(),
+            "residual": None if self._residual is None else self._residual.clone(),
             "optimizer": self.optimizer.state_dict()
             if self.optimizer is not None and self.keep_optimizer
             else None,
@@ -500,8 +531,12 @@ class FedMapClient:
             return
         words = state["mask"].to(self.params.values.device, copy=True)
         mask = Mask.from_words(words, self.layout.prunable_numel)
+        residual = state["residual"]
+        if residual is not None and residual.numel() != mask.nnz:
+            raise ValueError(f"residual: expected {mask.nnz} elements, got {residual.numel()}")
         self.params.mask = mask
         self._mask = mask
+        self._residual = None if residual is None else residual.to(mask.device, copy=True)
         if state["optimizer"] is not None and self._make_optimizer is not None:
             self._renew_optimizer(state["optimizer"]["param_groups"][0]["lr"])
             assert self.optimizer is not None

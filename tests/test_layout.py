@@ -97,14 +97,18 @@ def test_from_state_dict_gives_the_same_digest(make):
     # What crossed a wire shares no memory: ties are named then.
     apart = {name: np.array(a) for name, a in arrays.items()}
     ties = dict(flatten(make()).layout.aliases)
-    assert FlatLayout.from_state_dict(apart, aliases=ties).digest() == flatten(make()).layout.digest()
+    assert (
+        FlatLayout.from_state_dict(apart, aliases=ties).digest() == flatten(make()).layout.digest()
+    )
 
 
 def test_digest_says_names_shapes_order_and_buffers_but_not_dtype():
     base = flatten(small()).layout.digest()
     assert flatten(small().to(torch.bfloat16)).layout.digest() == base
     wider = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 6))
-    unbuffered = nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(3, 5))
+    unbuffered = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(3, 5)
+    )
     swapped = nn.Sequential(nn.Linear(3, 5), nn.Conv2d(1, 3, 3))
     others = [flatten(m).layout.digest() for m in (wider, unbuffered, swapped)]
     others.append(flatten(small(), prunable=lambda name, p: p.ndim == 2).layout.digest())

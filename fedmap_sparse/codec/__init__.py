@@ -7,12 +7,13 @@ from fedmap_sparse.codec.message import (
     DTYPES,
     Body,
     Message,
-    as_wire,
+    check_dtype,
     decode,
     encode,
     encode_body,
     encode_flat,
     pack_parts,
+    wire_parts,
 )
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
 from fedmap_sparse.codec.values import Quantized
@@ -28,7 +29,7 @@ __all__ = [
     "Quantized",
     "Section",
     "SectionInfo",
-    "as_wire",
+    "check_dtype",
     "decode",
     "decode_state_dict",
     "encode",
@@ -38,4 +39,5 @@ __all__ = [
     "inspect",
     "pack_parts",
     "parse_header",
+    "wire_parts",
 ]

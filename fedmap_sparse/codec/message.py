@@ -49,6 +49,19 @@ class Body:
     layout: FlatLayout
     lossless: bool = True
 
+    def decoded(self) -> Message:
+        """What a receiver makes of it: the base that updates may be differences from."""
+        sections = {s.id: s for s in self.sections}
+        return Message(
+            layout=self.layout,
+            tail=values.read(sections[Id.TAIL]),
+            buffers=values.read_buffers(self.layout, sections),
+            meta={},
+            body=self,
+            mask_section=None,
+            base=None,
+        )
+
     @cached_property
     def digest(self) -> bytes:
         """The broadcast digest: what an update to this broadcast gives as `answers`."""
@@ -259,33 +272,50 @@ def pack_parts(
         tail: as `FlatParameters.tail`; returned as it is when it has the dtype already.
         mask, dtype, base, block, residual: as in `encode`.
     """
-    if dtype not in (*DTYPES, "int8"):
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, int8, got {dtype!r}")
+    check_dtype(dtype)
     source, tail = prunable.detach(), tail.detach()
     if base is None and dtype != "int8":
-        return as_wire(ops.pack(source, mask), dtype), as_wire(tail, dtype)
-    packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=torch.float32))
+        packed = ops.pack(source, mask)
+    else:
+        packed = ops.pack(source, mask, out=source.new_empty(mask.nnz, dtype=torch.float32))
     if base is not None:
         if base.mask.digest() != mask.digest():
             raise ValueError("base: expected a message of the same mask, got another")
         packed = packed.sub_(base.packed.to(packed))
-    if dtype == "int8":
-        codes, scales = ops.quantize_int8(packed, block=block, residual=residual)
-        return Quantized(codes, scales, block), as_wire(tail, "float32")
-    return as_wire(packed, dtype), as_wire(tail, dtype)
+    return wire_parts(packed, tail, dtype, block, residual)
 
 
-def as_wire(values: Tensor, dtype: str) -> Tensor:
-    """`values` in a wire dtype; the tensor itself when it has it already.
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless values can travel as `dtype`."""
+    if dtype not in (*DTYPES, "int8"):
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, int8, got {dtype!r}")
+
+
+def wire_parts(
+    packed: Tensor, tail: Tensor, dtype: str, block: int = 256, residual: Tensor | None = None
+) -> tuple[Tensor | Quantized, Tensor]:
+    """Packed survivors and tail in a wire dtype; what has it already is returned as it is.
+
+    Args:
+        packed: Tensor[nnz]; float32 for int8.
+        tail, dtype, block, residual: as in `encode`.
 
     Raises:
-        ValueError: a finite value that the dtype cannot hold.
+        ValueError: a value that the dtype cannot hold.
     """
-    if values.dtype == DTYPES[dtype]:
+    if dtype == "int8":
+        codes, scales = ops.quantize_int8(packed, block=block, residual=residual)
+        return Quantized(codes, scales, block), _cast(tail, torch.float32)
+    return _cast(packed, DTYPES[dtype]), _cast(tail, DTYPES[dtype])
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.dtype == dtype:
         return values
-    cast, overflowed = ops.cast(values, DTYPES[dtype])
+    cast, overflowed = ops.cast(values, dtype)
     if overflowed:
-        raise ValueError(f"values: expected the range of {dtype}, got {overflowed} beyond it")
+        name = _checks.short(dtype)
+        raise ValueError(f"values: expected the range of {name}, got {overflowed} beyond it")
     return cast
 
 
