@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -64,19 +65,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     console.print(report.header_line(header), highlight=False)
-    records, refused = [], []
-    with console.status("") as status:
-        for result in runner.run(options):
-            if isinstance(result, runner.Refused):
-                refused.append(result)
-                console.print(report.refusal(result), style="red", highlight=False)
-            else:
-                records.append(result)
-                status.update(f"{result['op']} {report.seconds(result['median_s'])}")
-    console.print(report.table(records))
-    if args.json is not None:
-        found = {"header": header, "records": records, "refused": [r.as_dict() for r in refused]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    records: list[runner.Record] = []
+    refused: list[dict[str, Any]] = []
+    try:
+        with console.status("") as status:
+            for result in runner.run(options):
+                if isinstance(result, runner.Refused):
+                    refused.append(result.as_dict())
+                    console.print(report.refusal(result), style="red", highlight=False)
+                else:
+                    records.append(result)
+                    status.update(f"{result['op']} {report.seconds(result['median_s'])}")
+                if args.json is not None:  # after each, as a run takes minutes
+                    found = {"header": header, "records": records, "refused": refused}
+                    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    finally:
+        console.print(report.table(records))
     return 1 if refused else 0
 
 
