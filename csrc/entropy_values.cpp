@@ -231,21 +231,35 @@ RansTable table_of(const Entry& entry) {
   return t;
 }
 
+// The 3-bit plane, 8 values to 24 bits at a time; `high` holds a value a byte and is padded to 8.
 void pack_threes(const uint8_t* high, int64_t n, uint8_t* out) {
-  std::memset(out, 0, (3 * n + 7) / 8);
-  for (int64_t i = 0; i < n; ++i) {
-    const int wide = high[i] << 3 * i % 8;
-    out[3 * i / 8] |= static_cast<uint8_t>(wide);
-    if (wide > 255)
-      out[3 * i / 8 + 1] |= static_cast<uint8_t>(wide >> 8);
+  const int64_t bytes = (3 * n + 7) / 8;
+  for (int64_t i = 0, at = 0; i < n; i += 8, at += 3) {
+    uint64_t x;
+    std::memcpy(&x, high + i, 8);
+    x = (x | x >> 5) & 0x003f003f003f003f;
+    x = (x | x >> 10) & 0x00000fff00000fff;
+    x |= x >> 20;
+    if (at + 8 <= bytes)
+      std::memcpy(out + at, &x, 8); // the groups that follow overwrite what is too much
+    else
+      std::memcpy(out + at, &x, std::min<int64_t>(3, bytes - at));
   }
 }
 
 void unpack_threes(const uint8_t* in, int64_t n, uint8_t* high) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = 3 * i / 8;
-    const int wide = in[at] | (3 * i % 8 > 5 ? in[at + 1] << 8 : 0);
-    high[i] = wide >> 3 * i % 8 & 7;
+  const int64_t bytes = (3 * n + 7) / 8;
+  for (int64_t i = 0, at = 0; i < n; i += 8, at += 3) {
+    uint64_t x = 0;
+    if (at + 8 <= bytes)
+      std::memcpy(&x, in + at, 8);
+    else
+      std::memcpy(&x, in + at, std::min<int64_t>(3, bytes - at));
+    x &= 0xffffff;
+    x = (x | x << 20) & 0x00000fff00000fff;
+    x = (x | x << 10) & 0x003f003f003f003f;
+    x = (x | x << 5) & 0x0707070707070707;
+    std::memcpy(high + i, &x, 8);
   }
 }
 
@@ -275,8 +289,10 @@ Coded encode_chunk(const typename T::Bits* values, int64_t n, uint8_t* low, uint
   Workspace& w = Workspace::mine();
   FEDMAP_DISPATCH(split<T>)
   (values, n, w.exponents, reinterpret_cast<typename T::Low*>(low), T::kPacked ? w.high : high);
-  if constexpr (T::kPacked)
+  if constexpr (T::kPacked) {
+    std::memset(w.high + n, 0, 8);
     pack_threes(w.high, n, high);
+  }
   int64_t counts[256];
   count_exponents(w.exponents, n, counts);
   *entry = {};
