@@ -124,9 +124,12 @@ def survivor(words, before, j, WORDS: tl.constexpr, STEPS: tl.constexpr):
 
 
 def tile_words(density: float) -> int:
-    """Words a program takes, so that about 500 to 2000 survivors fall to its 1024 lanes."""
+    """Words a program takes, so that some hundred to two thousand survivors fall to its lanes.
+
+    At least one a thread: fewer would be loaded by several warps each.
+    """
     if density > 0.25:
-        return 64
+        return 128
     return 256 if density > 0.0625 else 1024
 
 

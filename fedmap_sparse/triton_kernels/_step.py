@@ -235,7 +235,7 @@ def launch(
     table = rows.numpy()
     pointers = np.array([0 if g is None else g.data_ptr() for g in grads], np.int64)
     table[:, 2] = pointers
-    size = max(128, tile_words(nnz / prunable if prunable else 1.0))
+    size = tile_words(nnz / prunable if prunable else 1.0)
     tiles = np.where(pointers != 0, -(-table[:, 1] // (size * 32)), 0)
     total = int(tiles.sum())
     if not total:

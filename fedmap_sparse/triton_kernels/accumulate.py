@@ -155,7 +155,7 @@ def accumulate_add_(sums: Tensor, payload: Tensor, weight: float) -> None:
     """`sums += weight * payload`, float64."""
     if not sums.numel():
         return
-    block, warps = block_of(payload)
+    block, warps = block_of(sums, payload)
     _accumulate_add[(triton.cdiv(sums.numel(), block),)](
         sums,
         raw(payload),
@@ -173,7 +173,7 @@ def accumulate_mean_out(sums: Tensor, total: float, out: Tensor) -> Tensor:
     bad = torch.zeros((), dtype=torch.int64, device=out.device)
     if not out.numel():
         return bad
-    block, warps = block_of(out)
+    block, warps = block_of(sums, out)
     _accumulate_mean[(triton.cdiv(out.numel(), block),)](
         sums,
         _bits(total),

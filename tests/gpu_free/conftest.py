@@ -21,12 +21,24 @@ if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
-#: `make test-gpu-free` sets it: every case on every rung. By default a selection of both.
-WHOLE = os.environ.get("FEDMAP_SPARSE_LADDER") == "whole"
-
 RUNGS = {"interpreter, shuffled 1": ("guard", 1), "ptx sm_90": ("emulate", 3)}
-if WHOLE:
+if os.environ.get("FEDMAP_SPARSE_LADDER") == "whole":
     RUNGS |= {"interpreter": ("guard", None), "interpreter, shuffled 2": ("guard", 2)}
+
+#: Lines that tests want printed at the end of the run.
+SUMMARY: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if SUMMARY:
+        terminalreporter.section("the ladder")
+        for line in SUMMARY:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def summary() -> list[str]:
+    return SUMMARY
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ class Session:
     def __init__(self, blocks: int, seed: int | None, check_races: bool) -> None:
         self.blocks, self.seed, self.check_races = blocks, seed, check_races
         self.launches: list[Report] = []
+        self.kernels: list[Emulator] = []
         self.visible: list[tuple[str, torch.Tensor]] = []
 
     def show(self, **tensors: torch.Tensor) -> None:
@@ -81,6 +82,8 @@ class _Launcher:
         )
         report.metadata = self.metadata
         session.launches.append(report)
+        if function not in session.kernels:
+            session.kernels.append(function)
 
 
 class _Utils:
@@ -95,6 +98,7 @@ class _Utils:
 
 class _Driver:
     loaded: ClassVar[dict[bytes, Emulator]] = {}
+    compiled: ClassVar[dict[str, Any]] = {}
     session: Session
     launcher_cls = _Launcher
     utils = _Utils()
@@ -133,6 +137,36 @@ def emulate(
     CompiledKernel._init_handles = init_handles
     try:
         yield _Driver.session
+    finally:
+        CompiledKernel._init_handles = original
+        config._active = active
+
+
+@contextlib.contextmanager
+def compile_only(arch: int | str) -> Iterator[dict[str, Any]]:
+    """Launches inside the block are compiled for `arch` (a string: an AMD one) and not run.
+
+    Yields the compiled kernels by hash.
+    """
+    config, original = triton.runtime.driver, CompiledKernel._init_handles
+    active, kernels = config._active, {}
+    driver = _Driver(90)
+    if isinstance(arch, str):
+        driver.target = GPUTarget("hip", arch, 64)
+    else:
+        driver.target = GPUTarget("cuda", arch, 32)
+    # A device of its own: kernels are cached by device, and those of `emulate` would run.
+    driver.get_current_device = lambda: f"compile {arch}"  # type: ignore[method-assign,return-value,assignment]
+
+    def init_handles(self: Any) -> None:
+        self.module, self.function = 1, None
+        self._run = lambda *arguments: _Driver.compiled.setdefault(self.hash, self)
+
+    _Driver.compiled = kernels
+    config.set_active(driver)
+    CompiledKernel._init_handles = init_handles
+    try:
+        yield kernels
     finally:
         CompiledKernel._init_handles = original
         config._active = active

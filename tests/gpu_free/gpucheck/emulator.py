@@ -60,11 +60,19 @@ class Emulator(Operands):
     """A kernel, ready to run. `blocks` run side by side; more find more races between blocks."""
 
     def __init__(self, ptx: str, blocks: int = 8) -> None:
-        self.program: Program = parse(ptx)
         self.resident = blocks
+        self.load(ptx)
+
+    def load(self, ptx: str) -> None:
+        """Take another text of the same kernel, as with a barrier dropped."""
+        self.ptx = ptx
+        self.program: Program = parse(ptx)
         self.threads = int(np.prod(self.program.threads))
         self.index = {name: i for i, name in enumerate(self.program.registers)}
         self.built_for = -1
+        #: Barriers that some block came to, by their number in the text.
+        self.reached: set[int] = set()
+        self._barriers = [i for i, ins in enumerate(self.program.code) if ins.is_barrier]
 
     def run(
         self,
@@ -340,6 +348,7 @@ class Emulator(Operands):
                 self.spins = 0
                 return True
             if ins.is_barrier:
+                self.reached.add(self._barriers.index(counter))
                 waiting[counter] = waiting.get(counter, np.zeros(self.lanes, bool)) | mask
                 self._release(groups, waiting, live)
                 return True

@@ -1,0 +1,241 @@
+"""Every kernel at work: launches whose machine code, bytes and sectors are accounted for.
+
+They call the launchers, which never wait for the device, so that they can be compiled without
+being run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fedmap_sparse as fs
+from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.triton_kernels import (
+    _scan,
+    accumulate,
+    masked_adamw,
+    masked_sgd,
+    nest,
+    pack,
+    quantize,
+    select,
+)
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op at one size; `floor` is the bytes an element that any method must move."""
+
+    name: str
+    numel: int
+    run: Callable[[], object]
+    floor: float
+    #: The most that the op may touch and ask for, in units of the floor.
+    touch_limit: float
+    request_limit: float
+    shown: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        return self.name.split()[0]
+
+
+def touched(density: float, lanes: int = 8) -> float:
+    """Share of sectors (or lines) of `lanes` elements that hold a survivor."""
+    return 1 - (1 - density) ** lanes
+
+
+def _masks(n: int, density: float) -> fs.Mask:
+    return fs.Mask.from_bool(torch.rand(n) < density)
+
+
+def _packing(n: int) -> Iterator[Workload]:
+    for dtype in (F32, BF16):
+        size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
+        for density in (1.0, 0.5, 0.1):
+            mask, values = _masks(n, density), torch.randn(n).to(dtype)
+            packed = torch.empty(mask.nnz, dtype=dtype)
+            moved = size * density + 0.125
+            read = size * touched(density, 32 // size)
+            yield Workload(
+                f"pack {short} {density}",
+                n,
+                lambda v=values, m=mask, p=packed: pack.pack_out(v, m.words, m.rank, p),
+                moved + read,
+                1.05,
+                1.15,
+            )
+            yield Workload(
+                f"unpack {short} {density}",
+                n,
+                lambda v=values, m=mask, p=packed: pack.unpack_out(p, m.words, m.rank, v),
+                moved + size,
+                1.05,
+                1.15,
+            )
+
+
+def _nesting(n: int) -> Iterator[Workload]:
+    for density in (0.5, 0.1):
+        parent = _masks(n, density)
+        child = fs.Mask.from_bool(parent.to_bool() & (torch.rand(n) < 0.8))
+        kept = fs.ops.relative(child, parent, backend="reference")
+        index = 8 / 2048
+        yield Workload(
+            f"relative {density}",
+            n,
+            lambda c=child, p=parent: nest.relative(c.words, p.words, p.rank, p.numel, p.nnz),
+            0.25 + 2 * density / 8 + index + 3 * index * density,
+            1.05,
+            1.6,
+        )
+        yield Workload(
+            f"nest {density}",
+            n,
+            lambda k=kept, p=parent: nest.nest(k.words, p.words, p.rank, p.numel, p.nnz),
+            0.125 * 3 + density / 8 + 4 * index,
+            1.05,
+            1.6,
+        )
+    mask = _masks(n, 0.5)
+    yield Workload(
+        "rank_index", n, lambda: _scan.rank_index(mask.words, n), 0.125 + 24 / 2048, 1.05, 1.2
+    )
+
+
+def _stepping(n: int) -> Iterator[Workload]:
+    for rule in ("masked_sgd", "masked_adamw"):
+        for dtype, density in ((F32, 1.0), (F32, 0.5), (F32, 0.1), (F32, 0.01), (BF16, 0.1)):
+            mask, values = _masks(n, density), torch.randn(n).to(dtype)
+            grads: list[Tensor | None] = [torch.randn(n).to(dtype)]
+            segments = fs.ops.Segments([0], [n])
+            segments.rows[0, 3] = ZEROED
+            scalars = [0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.5, 0.0]
+            segments.scalars[0] = torch.tensor(scalars)
+            states = [torch.rand(mask.nnz) for _ in range(2 if rule == "masked_adamw" else 1)]
+            master = None if dtype == F32 else torch.rand(mask.nnz)
+            size, held = dtype.itemsize, len(states) + (master is not None)
+            table = (mask.words, mask.rank, n, mask.nnz, grads, segments.rows, segments.scalars)
+            streams = 3 if master is None else 2  # with masters the weights are not read
+
+            def run(
+                rule: str = rule,
+                v: Tensor = values,
+                t: tuple = table,
+                s: list[Tensor] = states,
+                m: Tensor | None = master,
+            ) -> None:
+                if rule == "masked_sgd":
+                    masked_sgd.masked_sgd_(v, *t, s[0], m)
+                else:
+                    masked_adamw.masked_adamw_(v, *t, s[0], s[1], None, m)
+
+            yield Workload(
+                f"{rule} {str(dtype).removeprefix('torch.')} {density}",
+                n,
+                run,
+                0.125 + 8 * held * density + streams * size * touched(density, 32 // size),
+                1.05,
+                1.2,
+                {"grad": grads[0]},  # type: ignore[dict-item]
+            )
+
+
+def _accumulating(n: int) -> Iterator[Workload]:
+    for dtype in (F32, BF16):
+        size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
+        payloads = [torch.randn(n).to(dtype) for _ in range(10)]
+        out, sums = torch.empty(n, dtype=dtype), torch.zeros(n, dtype=torch.float64)
+        weights = [float(i + 1) for i in range(10)]
+        yield Workload(
+            f"weighted_mean 10 {short}",
+            n,
+            lambda p=payloads, w=weights, o=out: accumulate.weighted_mean_out(p, w, o),
+            11.0 * size,
+            1.01,
+            1.1,
+            {f"payload{i}": p for i, p in enumerate(payloads)},
+        )
+        yield Workload(
+            f"accumulate_add {short}",
+            n,
+            lambda s=sums, p=payloads: accumulate.accumulate_add_(s, p[0], 3.0),
+            16.0 + size,
+            1.01,
+            1.1,
+        )
+        yield Workload(
+            f"accumulate_mean {short}",
+            n,
+            lambda s=sums, o=out: accumulate.accumulate_mean_out(s, 3.0, o),
+            8.0 + size,
+            1.01,
+            1.1,
+        )
+
+
+def _quantizing(n: int) -> Iterator[Workload]:
+    values, residual = torch.randn(n), torch.randn(n)
+    q, scales = torch.empty(n, dtype=torch.int8), torch.empty(-(-n // 256))
+    for to in (torch.float16, BF16):
+        out = torch.empty(n, dtype=to)
+        name = f"cast float32 {str(to).removeprefix('torch.')}"
+        yield Workload(name, n, lambda o=out: quantize.cast_out(values, o), 6.0, 1.01, 1.05)
+    for feedback in (None, residual):
+        yield Workload(
+            f"quantize_int8{'' if feedback is None else ' feedback'}",
+            n,
+            lambda r=feedback: quantize.quantize_int8_out(values, 256, q, scales, r),
+            5.0 + 4 / 256 + (0 if feedback is None else 8),
+            1.01,
+            1.1,
+        )
+    yield Workload(
+        "dequantize_int8", n, lambda: quantize.dequantize_int8(q, scales, 256), 5.02, 1.01, 1.1
+    )
+
+
+def _selecting(n: int) -> Iterator[Workload]:
+    within = _masks(n, 0.3)
+    for dtype in (F32, BF16):
+        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        size = dtype.itemsize
+        yield Workload(
+            f"select {short}",
+            n,
+            lambda v=values: select.magnitude_mask([v], [None], n, n // 10),
+            size + 0.125,
+            # 5.2 and 3.2 bytes an element from a million on; scratch of fixed size below
+            5.2 / 4.125 if dtype == F32 else 3.2 / 2.125,
+            2.2 if dtype == F32 else 3.0,
+        )
+    yield Workload(
+        "select within 0.3",
+        n,
+        lambda: select.magnitude_mask([values.float()], [within.words], within.nnz, n // 10),
+        0.25 + 4 * touched(0.3),
+        1.3,
+        2.3,
+    )
+    dense = torch.randn(n)
+    yield Workload(
+        "zero_pruned",
+        n,
+        lambda: select.zero_pruned_(dense, None, within.words),
+        0.125 + 4 * touched(0.7),
+        1.01,
+        1.25,
+    )
+
+
+def workloads(n: int) -> list[Workload]:
+    """All of them over `n` elements."""
+    torch.manual_seed(0)
+    parts = (_packing, _nesting, _stepping, _accumulating, _quantizing, _selecting)
+    return [workload for part in parts for workload in part(n)]
