@@ -14,6 +14,7 @@ from fedmap_sparse.experiments.options import ConfigError, Value, option
 from fedmap_sparse.schedule import Schedule
 from fedmap_sparse.server_optim import ServerOptimizer
 
+_WIRE = (*codec.DTYPES, "int8")
 _PRUNED = ("schedule", tuple(kind for kind in schedule.KINDS if kind != "dense"))
 _GRADUAL = ("schedule", ("iterative", "cubic"))
 _SERVER_STEP = ("server_optimizer", ("fedavgm", "fedadam"))
@@ -31,7 +32,7 @@ class Config:
         ConfigError: a wrong type, an impossible value, or two options that do not go together.
     """
 
-    name: str = option("default", "run", "name of the run; letters, digits, '.', '_' and '-'")
+    name: str = option("fedmap", "run", "name of the run; letters, digits, '.', '_' and '-'")
     out: str | None = option(None, "run", "output folder", default_text="runs/NAME")
     seed: int = option(
         0, "run", "of weights, partition, order of samples, cohorts and dropouts", least=0
@@ -86,7 +87,6 @@ class Config:
         needs=("partition", ("pathological",)),
         fill=2,
     )
-    dtype: str = option("float32", "federation", "of values on the wire", choices=codec.DTYPES)
     server_optimizer: str = option(
         "fedavg",
         "federation",
@@ -109,6 +109,26 @@ class Config:
         below=1,
         needs=_SERVER_STEP,
         fill=0.9,
+    )
+
+    dtype: str = option(
+        "float32",
+        "messages",
+        "of values on the wire; the server adopts what clients decode",
+        choices=_WIRE,
+    )
+    uplink_dtype: str | None = option(
+        None,
+        "messages",
+        "of values in updates; with int8 a client makes its error good in its next update",
+        choices=_WIRE,
+        default_text="dtype",
+    )
+    delta: bool = option(
+        False, "messages", "updates carry differences from the broadcast: better in few bits"
+    )
+    lossless: bool = option(
+        True, "messages", "entropy-code masks and values, of both arms, where that is smaller"
     )
 
     rounds: int = option(20, "training", "rounds of each arm", least=1)
@@ -180,6 +200,8 @@ class Config:
         if self.dataset is None:
             self._set("dataset", "fashion-mnist-subset" if self.data is None else "fashion-mnist")
         options.fill(self)
+        if self.uplink_dtype is None:
+            self._set("uplink_dtype", self.dtype)
         if self.prune_start is None and self.schedule in _PRUNED[1]:
             last = self.rounds - 1 if self.prune_end is None else self.prune_end
             self._set("prune_start", min(max(1, self.rounds // 10), last))
@@ -277,4 +299,4 @@ def build(values: Mapping[str, Any]) -> Config:
 
 def folder_of(values: Mapping[str, Any]) -> Path:
     """The output folder that these options name, complete or not."""
-    return Path(values["out"]) if values.get("out") else Path("runs", values.get("name", "default"))
+    return Path(values["out"]) if values.get("out") else Path("runs", values.get("name", "fedmap"))

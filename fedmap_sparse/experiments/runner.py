@@ -162,6 +162,7 @@ class Arm:
             lr=config.learning_rate,
             min_updates=config.min_updates,
             server_optimizer=config.make_server_optimizer(),
+            lossless=config.lossless,
         )
         local = flatten(copy.deepcopy(template))
         make = make_optimizer(config)
@@ -170,7 +171,9 @@ class Arm:
                 local,
                 optimizer=make,
                 keep_optimizer=config.keep_optimizer,
-                dtype=config.dtype,
+                dtype=config.uplink_dtype or config.dtype,
+                delta=config.delta,
+                lossless=config.lossless,
                 prox_mu=config.prox_mu,
             )
             for i in range(config.clients)
