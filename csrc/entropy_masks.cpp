@@ -319,7 +319,7 @@ int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, 
   put_u32(out + 4, chunks);
   std::memset(out + 8, 0, parts.directory - 8);
   std::memcpy(out + 8, codes, runs.count);
-  threads = threads_for(numel / 8, threads);
+  threads = threads_for(numel, threads); // a bit takes as long as a byte elsewhere
   std::vector<std::unique_ptr<uint16_t[]>> coded(chunks);
   parallel_for(chunks, threads, [&](int64_t c) {
     // A symbol takes one word at most; only what is written of this is ever touched.
@@ -383,7 +383,7 @@ Fault decode_mask(const uint8_t* payload, int64_t size, MaskRuns runs, int64_t n
   }
 
   const int64_t total = mask_words(numel);
-  threads = threads_for(numel / 8, threads);
+  threads = threads_for(numel, threads); // a bit takes as long as a byte elsewhere
   parallel_ranges(total, 1 << 16, threads, [&](int64_t begin, int64_t end) {
     std::memset(words + begin, 0, 4 * (end - begin));
   });
