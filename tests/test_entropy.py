@@ -348,6 +348,26 @@ def test_int8_carries_its_error_to_the_next_message() -> None:
     assert torch.equal(message.tail, p.tail.detach())
 
 
+def test_stochastic_rounding_is_unbiased_and_repeatable() -> None:
+    p = fs.flatten(torch.nn.Linear(64, 64))
+    packed = fs.ops.pack(p.prunable.detach(), p.mask)
+
+    def sent(seed: int | None, residual: Tensor | None = None) -> Tensor:
+        options = {"dtype": "int8", "block": 64, "stochastic": seed, "residual": residual}
+        return codec.decode(codec.encode(p, p.mask, **options), p.layout).packed  # type: ignore[arg-type]
+
+    assert torch.equal(sent(5), sent(5))
+    assert not torch.equal(sent(5), sent(6))
+    scale = float(packed.abs().max() / 127)
+    assert (sent(5) - packed).abs().max() <= scale * 1.001
+    mean = torch.stack([sent(seed) for seed in range(400)]).mean(0)
+    nearest = (sent(None) - packed).abs().mean()
+    assert (mean - packed).abs().mean() < nearest / 5  # 1/8 of it is expected at 400 draws
+    residual = torch.full((p.mask.nnz,), 0.01)
+    got = sent(7, residual)
+    assert torch.allclose(got + residual, packed + 0.01, atol=1e-7)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_streaming_a_hundred_messages_needs_the_memory_of_one() -> None:
     code = """

@@ -181,6 +181,7 @@ def encode(
     lossless: bool = True,
     block: int = 256,
     residual: Tensor | None = None,
+    stochastic: int | None = None,
     round: int = 0,
     epoch: int = 0,
     num_samples: int = 0,
@@ -202,6 +203,7 @@ def encode(
         block: values a scale, for int8: a multiple of 64 from 64 to 1024.
         residual: for int8, Tensor[mask.nnz] of float32, updated in place: the error of the last
             message, made good in this one (error feedback). The sender keeps it.
+        stochastic: for int8, a seed to round stochastically with; None rounds to nearest.
         round, epoch, num_samples: for the header, at most 2^53.
         answers: digest of the broadcast that this update answers (`Message.broadcast_digest`).
         meta: a small record of bool, int, float and str.
@@ -225,6 +227,7 @@ def encode(
         lossless=lossless,
         block=block,
         residual=residual,
+        stochastic=stochastic,
         round=round,
         epoch=epoch,
         num_samples=num_samples,
@@ -246,11 +249,12 @@ def encode_flat(
     base: Message | None = None,
     block: int = 256,
     residual: Tensor | None = None,
+    stochastic: int | None = None,
     **options: Any,
 ) -> bytes:
     """`encode` from the parts of a FlatParameters; `options` as in `encode_body`."""
     _checks.check_mask("mask", mask, layout.prunable_numel)
-    packed, tail = pack_parts(prunable, tail, mask, dtype, base, block, residual)
+    packed, tail = pack_parts(prunable, tail, mask, dtype, base, block, residual, stochastic)
     digest = NO_DIGEST if base is None else base.broadcast_digest
     body = encode_body(layout, mask, packed, tail, buffers, base=digest, **options)
     return body.message(mask_section, parent)
@@ -264,13 +268,14 @@ def pack_parts(
     base: Message | None = None,
     block: int = 256,
     residual: Tensor | None = None,
+    stochastic: int | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
     """(packed survivors, tail) in a wire dtype, as `encode_body` takes them.
 
     Args:
         prunable: Tensor[mask.numel], as `FlatParameters.prunable`.
         tail: as `FlatParameters.tail`; returned as it is when it has the dtype already.
-        mask, dtype, base, block, residual: as in `encode`.
+        mask, dtype, base, block, residual, stochastic: as in `encode`.
     """
     check_dtype(dtype)
     source, tail = prunable.detach(), tail.detach()
@@ -282,7 +287,7 @@ def pack_parts(
         if base.mask.digest() != mask.digest():
             raise ValueError("base: expected a message of the same mask, got another")
         packed = packed.sub_(base.packed.to(packed))
-    return wire_parts(packed, tail, dtype, block, residual)
+    return wire_parts(packed, tail, dtype, block, residual, stochastic)
 
 
 def check_dtype(dtype: str) -> None:
@@ -292,20 +297,24 @@ def check_dtype(dtype: str) -> None:
 
 
 def wire_parts(
-    packed: Tensor, tail: Tensor, dtype: str, block: int = 256, residual: Tensor | None = None
+    packed: Tensor,
+    tail: Tensor,
+    dtype: str,
+    block: int = 256,
+    residual: Tensor | None = None,
+    stochastic: int | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
     """Packed survivors and tail in a wire dtype; what has it already is returned as it is.
 
     Args:
         packed: Tensor[nnz]; float32 for int8.
-        tail, dtype, block, residual: as in `encode`.
+        tail, dtype, block, residual, stochastic: as in `encode`.
 
     Raises:
         ValueError: a value that the dtype cannot hold.
     """
     if dtype == "int8":
-        codes, scales = ops.quantize_int8(packed, block=block, residual=residual)
-        return Quantized(codes, scales, block), _cast(tail, torch.float32)
+        return Quantized.of(packed, block, residual, stochastic), _cast(tail, torch.float32)
     return _cast(packed, DTYPES[dtype]), _cast(tail, DTYPES[dtype])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +45,42 @@ class Quantized:
     scales: Tensor
     block: int
 
+    @staticmethod
+    def of(
+        values: Tensor, block: int, residual: Tensor | None = None, stochastic: int | None = None
+    ) -> Quantized:
+        """Quantize float32 values; arguments and errors as in `ops.quantize_int8`.
+
+        Args:
+            stochastic: a seed: codes are rounded up with the probability of their fraction, by a
+                hash of seed and index, so that their expectation is the value. None: to nearest.
+        """
+        if stochastic is None:
+            codes, scales = ops.quantize_int8(values, block=block, residual=residual)
+            return Quantized(codes, scales, block)
+        x = values.detach() if residual is None else values.detach() + residual
+        _, scales = ops.quantize_int8(x, block=block)
+        scale = scales.repeat_interleave(block)[: x.numel()]
+        exact = torch.where(scale > 0, x.double() / scale.double(), 0.0)
+        draws = _uniform(x.numel(), stochastic).to(x.device)
+        codes = (exact + draws).floor().clamp(-127, 127).to(torch.int8)
+        if residual is not None:
+            residual.copy_(x - codes.float() * scale)
+        return Quantized(codes, scales, block)
+
     def float(self) -> Tensor:
         """What a receiver decodes: float32."""
         return ops.dequantize_int8(self.codes, self.scales, block=self.block)
+
+
+def _uniform(numel: int, seed: int) -> Tensor:
+    """Draws from [0, 1) in float64: splitmix64 of seed and index, whose arithmetic wraps."""
+    x = np.arange(1, numel + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(seed & (1 << 64) - 1)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return torch.from_numpy((x >> np.uint64(11)) * 2.0**-53)
 
 
 def write(id: Id, values: Tensor, lossless: bool = False) -> Section:
