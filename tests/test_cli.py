@@ -142,7 +142,7 @@ def test_a_failed_round_is_one_line_and_code_1(
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
-    words = [*TINY[:2], "clients=8", "rounds=40", "threads=1", "baseline=false"]
+    words = [*TINY[:2], "clients=4", "rounds=24", "threads=1", "baseline=false"]
     argv, environment = command("run", *words, "name=stopped")
     process = subprocess.Popen(
         argv,
@@ -155,25 +155,25 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     for line in process.stdout:
-        if " 3/40 rounds" in line:
+        if " 3/24 rounds" in line:
             break
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "40/40 rounds" not in rest
+    assert "24/24 rounds" not in rest
     assert errors == (
         "fedmap-sparse run: interrupted; go on with: fedmap-sparse run --resume --out "
         f"{Path('runs', 'stopped')}\n"
     )
     resumed = start(tmp_path, "run", "--resume", "--out", "runs/stopped")
     assert resumed.returncode == 0, resumed.stderr
-    done = int(re.findall(r"going on after (\d+) of 40 rounds", resumed.stdout)[0])
-    assert 3 <= done < 40
+    done = int(re.findall(r"going on after (\d+) of 24 rounds", resumed.stdout)[0])
+    assert 3 <= done < 24
     assert cli.main(["run", *words, "--out", str(tmp_path / "whole")]) == 0
     whole, stopped = tmp_path / "whole", tmp_path / "runs" / "stopped"
     name = "model.safetensors"
     assert (whole / name).read_bytes() == (stopped / name).read_bytes()
-    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 40
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 24
 
 
 def test_inspect_prints_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

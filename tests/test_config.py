@@ -18,7 +18,7 @@ def test_defaults_are_the_default_run() -> None:
     config = Config()
     assert (config.clients, config.partition, config.model) == (10, "iid", "cnn")
     assert (config.target, config.dataset) == (0.9, "fashion-mnist-subset")
-    assert config.folder == Path("runs/default")
+    assert config.folder == Path("runs/fedmap")
     schedule = config.make_schedule()
     assert schedule.keep(config.rounds - 1, 824_096) == 82_410
     assert schedule.keep(0, 824_096) == 824_096
@@ -57,6 +57,11 @@ def test_the_schedule_fits_any_number_of_rounds(rounds: int) -> None:
         assert schedule.keep(rounds - 1, 1000) == 100
         if rounds > 1:
             assert schedule.keep(0, 1000) == 1000
+
+
+def test_updates_have_the_dtype_of_broadcasts_unless_told() -> None:
+    assert build({"dtype": "float16"}).uplink_dtype == "float16"
+    assert build({"dtype": "float16", "uplink_dtype": "int8"}).uplink_dtype == "int8"
 
 
 def test_schedules_and_server_optimizers() -> None:
