@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help run test lint bench vectors sanitize fuzz package clean
+.PHONY: help run test test-gpu-free lint bench vectors sanitize fuzz package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest --timeout 300 $(TEST_ARGS)
+
+test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, whole; make test runs a selection
+	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .

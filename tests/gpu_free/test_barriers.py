@@ -41,7 +41,11 @@ def run(workload: Workload) -> tuple[list[str], list[Emulator]]:
 
 def without(ptx: str, barrier: int) -> str:
     parts = ptx.split("bar.sync")
-    return "bar.sync".join(parts[: barrier + 1]) + "bar.warp.sync" + "bar.sync".join(parts[barrier + 1 :])
+    return (
+        "bar.sync".join(parts[: barrier + 1])
+        + "bar.warp.sync"
+        + "bar.sync".join(parts[barrier + 1 :])
+    )
 
 
 @pytest.mark.parametrize("name", _WHOLE if WHOLE else _QUICK)
@@ -60,5 +64,7 @@ def test_dropped_barriers_are_noticed(name: str, summary: list[str]) -> None:
         finally:
             kernel.load(ptx)
         total += len(reached)
-    summary.append(f"{name}: {total - len(missed)} of {total} dropped barriers noticed; not {missed}")
+    summary.append(
+        f"{name}: {total - len(missed)} of {total} dropped barriers noticed; not {missed}"
+    )
     assert total == 0 or len(missed) <= 0.05 * total, missed

@@ -62,6 +62,15 @@ def test_accumulate(rung: Any, aligned: bool, dtype: torch.dtype) -> None:
     contracts.accumulate(3001, dtype, "cpu", rung.show, aligned=aligned)
 
 
+def test_mean_rounds_once(rung: Any) -> None:
+    contracts.mean_rounds_once("cpu", rung.show)
+
+
+def test_scans_in_chunks(rung: Any) -> None:
+    contracts.rank_index(2048 * 1100 + 5, "cpu", rung.show)
+    contracts.select_places_in_chunks("cpu", rung.show)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 2500])
 def test_cast(rung: Any, n: int, dtype: torch.dtype) -> None:

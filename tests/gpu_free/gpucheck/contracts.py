@@ -6,6 +6,7 @@ One set of contracts for the rungs of the ladder (small, on CPU tensors) and for
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,33 @@ def accumulate(n: int, dtype: torch.dtype, device: str, show: Show, *, aligned: 
         assert same(stream.mean(dtype=to), want)
 
 
+def mean_rounds_once(device: str, show: Show) -> None:
+    """Means a little above a tie of the 16-bit types, and so little that float32 cannot tell."""
+    payloads = [torch.tensor([2 + 2**-7, 2 + 2**-10]), torch.tensor([2.0**-37, 2.0**-37])]
+    payloads = [p.to(device) for p in payloads]
+    show(first=payloads[0], second=payloads[1])
+    for to, at, want in ((torch.bfloat16, 0, 1 + 2**-7), (torch.float16, 1, 1 + 2**-10)):
+        out = torch.empty(2, dtype=to, device=device)
+        ops.weighted_mean(payloads, [1.0, 1.0], out=out, backend="triton")
+        assert float(out[at]) == want
+
+
+def rank_index(n: int, device: str, show: Show) -> None:
+    """Also in more chunks than one, as from eight million elements on.
+
+    A chunk of 512: with fewer elements than threads, several would hold one, and race.
+    """
+    scan = importlib.import_module("fedmap_sparse.triton_kernels._scan")
+    mask = mask_of(n, 0.5, device)
+    whole = scan._CHUNK
+    try:
+        for chunk in (whole, 512):
+            scan._CHUNK = chunk
+            assert torch.equal(scan.rank_index(mask.words, n), mask.rank)
+    finally:
+        scan._CHUNK = whole
+
+
 def cast(n: int, dtype: torch.dtype, device: str, show: Show) -> None:
     values = special(n, dtype, device)
     for to in FLOATS:
@@ -245,3 +273,22 @@ def prune(n: int, keep: int, within: fs.Mask | None, dtype: torch.dtype, device:
     want = ops.prune_(expected, keep, within=within, backend="reference")
     assert same_mask(got, want)
     assert same(pruned, expected)
+
+
+def select_places_in_chunks(device: str, show: Show) -> None:
+    """The scan of a selection over 1300 blocks and a carry, in chunks of 512."""
+    module = importlib.import_module("fedmap_sparse.triton_kernels.select")
+    blocks, allowed = 1300, 700
+    kept = torch.randint(0, 9, (blocks,), dtype=torch.int32)
+    ties = torch.randint(0, 4, (blocks,))
+    state = torch.tensor([0, 0, 0, 0, 0, 0, allowed, 0])
+    carries = torch.tensor([50, 20, 0, 0])
+    through = 20 + ties.cumsum(0)
+    want = torch.zeros(blocks + 1, dtype=torch.int64)
+    want[1:] = kept.cumsum(0) + through.clamp(max=allowed) - 20
+    rank = torch.empty(blocks + 1, dtype=torch.int64, device=device)
+    moved = [t.to(device) for t in (state, carries, kept, ties)]
+    module._place[(1,)](*moved, rank, blocks, 0, CHUNK=512, num_warps=16)
+    assert torch.equal(rank.cpu(), want)
+    assert torch.equal(moved[3].cpu(), through - ties)
+    assert moved[1].tolist() == [50, 20, 50 + int(kept.sum()), int(through[-1])]

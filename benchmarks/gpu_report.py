@@ -1,0 +1,89 @@
+"""Write benchmarks/GPU.md: what is known of the Triton kernels without having timed them.
+
+python benchmarks/gpu_report.py             the report, from the emulator and the compiler
+python benchmarks/gpu_report.py --budgets   and the table that tests/gpu_free holds them to
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu_free")]
+
+from gpucheck import measure  # tests are no package
+from gpucheck.catalogue import workloads
+
+ARCHS = (80, 90, 100)
+SIZE = 131072
+
+
+def traffic_table() -> list[str]:
+    lines = [
+        "| op | launches | floor, B/element | touched | × floor | asked for / touched |",
+        "|---|---|---|---|---|---|",
+    ]
+    for workload in workloads(SIZE):
+        moved = measure.traffic(workload)
+        if moved.faults:
+            raise RuntimeError(f"{workload.name}: {moved.faults}")
+        cells = [
+            workload.name,
+            str(moved.launches),
+            f"{workload.floor:.3f}",
+            f"{moved.touched:.3f}",
+            f"{moved.touched / workload.floor:.2f}",
+            f"{moved.requested / moved.touched:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def code_table(codes: list[measure.Code]) -> list[str]:
+    lines = [
+        "| op: kernel | registers, sm_80 / 90 / 100 | shared | occupancy | 16-byte loads, stores "
+        + "| barriers |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows: dict[tuple[str, str], dict[int, measure.Code]] = defaultdict(dict)
+    for code in codes:
+        rows[code.workload, code.kernel][code.arch] = code
+    for (workload, kernel), by_arch in rows.items():
+        cost = by_arch[90].cost
+        registers = " / ".join(str(by_arch[a].cost.registers) for a in ARCHS if a in by_arch)
+        cells = [
+            f"{workload}: `{kernel}`",
+            registers,
+            str(cost.shared),
+            f"{cost.occupancy:.2f}",
+            f"{cost.counts['ld128']}, {cost.counts['st128']}",
+            str(cost.counts["barriers"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--budgets", action="store_true", help="write tests/gpu_free/budgets.csv")
+    arguments = parser.parse_args()
+    codes = [c for w in workloads(65536) for a in ARCHS for c in measure.machine_code(w, a)]
+    if arguments.budgets:
+        measure.write_budgets(codes)
+    spilled = [code.key for code in codes if code.cost.spills]
+    text = (Path(__file__).parent / "GPU.head.md").read_text()
+    parts = [
+        text.rstrip(),
+        f"## Bytes\n\n{SIZE:,} elements, compiled for sm_90 and run in the emulator.",
+        "\n".join(traffic_table()),
+        f"## Machine code\n\nShared memory in bytes and occupancy on sm_90. Spills: {spilled or 'none, in any kernel on any of the three'}.",
+        "\n".join(code_table(codes)),
+    ]
+    (Path(__file__).parent / "GPU.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
