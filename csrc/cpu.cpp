@@ -41,7 +41,9 @@ Isa detect() {
   return Isa::avx512;
 }
 #else
-Isa detect() { return Isa::scalar; }
+Isa detect() {
+  return Isa::scalar;
+}
 #endif
 
 Isa highest() {
@@ -87,6 +89,34 @@ std::vector<std::string> isa_levels() {
 
 void set_isa(const std::string& name) {
   active.store(static_cast<int>(parse(name, "set_isa")), std::memory_order_relaxed);
+}
+
+namespace scalar {
+static const char* probe() {
+  return "scalar";
+}
+} // namespace scalar
+
+#if FEDMAP_X86
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+static const char* probe() {
+  return "avx2";
+}
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+static const char* probe() {
+  return "avx512";
+}
+} // namespace avx512
+FEDMAP_TARGET_END
+#endif
+
+const char* isa_probe() {
+  return FEDMAP_DISPATCH(probe)();
 }
 
 } // namespace fedmap

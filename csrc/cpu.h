@@ -58,6 +58,8 @@ Isa isa();
 const char* isa_name(Isa level);
 std::vector<std::string> isa_levels();
 void set_isa(const std::string& name);
+// The level whose code a dispatched call ends in.
+const char* isa_probe();
 
 template <class F>
 F* choose(F* scalar, F* avx2, F* avx512) {

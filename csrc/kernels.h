@@ -11,14 +11,20 @@ namespace fedmap {
 
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kInt8 = 3 };
 
-inline int64_t dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+inline int64_t dtype_bytes(int dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2;
+}
 
 // Rank index: entry b counts the survivors before element kBlock * b; the last is their total.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockWords = kBlock / 32;
 
-inline int64_t mask_words(int64_t numel) { return (numel + 31) / 32; }
-inline int64_t mask_blocks(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
+inline int64_t mask_words(int64_t numel) {
+  return (numel + 31) / 32;
+}
+inline int64_t mask_blocks(int64_t numel) {
+  return (numel + kBlock - 1) / kBlock;
+}
 
 // mask.cpp
 int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int threads);
@@ -39,6 +45,9 @@ struct SelectInput {
 };
 uint32_t select(const std::vector<SelectInput>& inputs, int dtype, int64_t eligible, int64_t keep,
                 int threads);
+// How often the calling thread's last selection read its values: 1 usually, 4 at most. (Where the
+// input fits L1, what it reads there is not counted.)
+int select_reads();
 
 // prune.cpp
 void zero_pruned(void* values, const uint32_t* before, const uint32_t* after, int64_t numel,

@@ -12,9 +12,24 @@
 namespace py = pybind11;
 using namespace fedmap;
 using Address = uintptr_t;
-using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 namespace {
+
+// Releases the GIL. py::gil_scoped_release takes it back in a destructor that must not throw; but
+// when the interpreter exits, taking it ends the thread by an exception (pthread_exit), which
+// pybind11 lets pass: a daemon thread inside of a kernel would abort the process.
+class Unlock {
+ public:
+  Unlock() : state_(PyEval_SaveThread()) {}
+  Unlock(const Unlock&) = delete;
+  Unlock& operator=(const Unlock&) = delete;
+  ~Unlock() noexcept(false) { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+using Unlocked = py::call_guard<Unlock>;
 
 template <class T>
 T* at(Address address) {
@@ -58,7 +73,7 @@ void bind_masks(py::module_& m) {
   m.def("mask_digest", [](Address words, int64_t numel, int threads) {
     std::array<uint64_t, 2> sums;
     {
-      py::gil_scoped_release unlocked;
+      Unlock unlocked;
       sums = mask_digest(at<uint32_t>(words), numel, threads);
     }
     char bytes[16];
@@ -83,6 +98,7 @@ void bind_select(py::module_& m) {
         return select(inputs, dtype, eligible, keep, threads);
       },
       Unlocked());
+  m.def("select_reads", &select_reads);
   m.def(
       "zero_pruned",
       [](Address values, Address before, Address after, int64_t numel, int dtype, int threads) {
@@ -169,8 +185,8 @@ void bind_steps(py::module_& m) {
       [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
          Address segments, int64_t nseg, Address scalars, Address momentum, Address master,
          int threads) {
-        masked_sgd(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable,
-                   numel, at<Segment>(segments), nseg, at<double>(scalars), at<float>(momentum),
+        masked_sgd(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable, numel,
+                   at<Segment>(segments), nseg, at<double>(scalars), at<float>(momentum),
                    at<float>(master), threads);
       },
       Unlocked());
@@ -282,10 +298,10 @@ void bind_entropy(py::module_& m) {
                           int64_t runs, int64_t numel, Address words, int threads) {
     Fault fault;
     {
-      py::gil_scoped_release unlocked;
-      fault = decode_mask(at<uint8_t>(payload), size,
-                          {at<int64_t>(starts), at<int64_t>(numels), runs}, numel,
-                          at<uint32_t>(words), threads);
+      Unlock unlocked;
+      fault =
+          decode_mask(at<uint8_t>(payload), size, {at<int64_t>(starts), at<int64_t>(numels), runs},
+                      numel, at<uint32_t>(words), threads);
     }
     return fault_or_none(fault);
   });
@@ -299,7 +315,7 @@ void bind_entropy(py::module_& m) {
         [](Address payload, int64_t size, int dtype, int64_t n, Address out, int threads) {
           Fault fault;
           {
-            py::gil_scoped_release unlocked;
+            Unlock unlocked;
             fault = decode_values(at<uint8_t>(payload), size, dtype, n, at<void>(out), threads);
           }
           return fault_or_none(fault);
@@ -308,7 +324,7 @@ void bind_entropy(py::module_& m) {
     Fault fault;
     bool finite = false;
     {
-      py::gil_scoped_release unlocked;
+      Unlock unlocked;
       fault = check_values(at<uint8_t>(payload), size, dtype, n, &finite, threads);
     }
     return py::make_tuple(fault_or_none(fault), finite);
@@ -317,7 +333,7 @@ void bind_entropy(py::module_& m) {
                          double weight, int threads) {
     Fault fault;
     {
-      py::gil_scoped_release unlocked;
+      Unlock unlocked;
       fault = add_values(at<uint8_t>(payload), size, dtype, n, at<double>(sums), weight, threads);
     }
     return fault_or_none(fault);
@@ -330,6 +346,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return isa_name(isa()); });
   m.def("isa_levels", &isa_levels);
   m.def("set_isa", &set_isa);
+  m.def("isa_probe", &isa_probe);
   m.def("pool_threads", &pool::workers);
   bind_masks(m);
   bind_select(m);

@@ -94,6 +94,7 @@ class Selection {
   Selection(const std::vector<SelectInput>& inputs, int dtype, int64_t eligible, int64_t keep,
             int threads);
   uint32_t run();
+  int reads() const { return reads_; }
 
  private:
   template <class F>
@@ -140,6 +141,7 @@ class Selection {
   const int64_t eligible_, keep_;
   int64_t bytes_ = 0;
   int threads_, workers_;
+  int reads_ = 0;
   std::vector<Tile> tiles_;
   std::vector<int32_t> shares_; // first tile of each share, and the number of tiles
   Slot* slots_;
@@ -238,7 +240,7 @@ bool Selection::guess(Bracket& bracket) {
   const double roomy = std::pow(7 * spread * eligible_ / (0.75 * capacity_), 2);
   const int64_t most = std::min<int64_t>({128 << 10, eligible_ / 16, capacity_});
   int64_t size =
-      std::min(most, std::max<int64_t>(256, static_cast<int64_t>(std::max(best, roomy))));
+      std::min(most, std::max<int64_t>(2048, static_cast<int64_t>(std::max(best, roomy))));
   const int64_t stride = (eligible_ + size - 1) / size;
   size = eligible_ / stride;
   sample(stride, size);
@@ -346,6 +348,7 @@ void Selection::set_shift(Bracket& bracket) const {
 // The one read: bitmap, counts and candidates of every tile, the candidates counted in the slots'
 // bins by their leading bits.
 Tally Selection::pass(const Bracket& bracket, bool count_ties) {
+  ++reads_;
   clear_bins();
   for (int i = 0; i < workers_; ++i)
     slots_[i].tally = {};
@@ -489,6 +492,7 @@ uint32_t Selection::radix() {
 // Counts the keys from `first` on in 2^bits bins of 2^shift keys. One thread for each 64 MiB: the
 // counters of more would outgrow the memory that selection may use.
 std::vector<uint64_t> Selection::histogram(uint32_t first, int shift, int bits) {
+  ++reads_;
   std::vector<std::vector<uint64_t>> parts(workers_);
   parts[0].resize(size_t{1} << bits);
   for_tiles(threads_for(bytes_, threads_, 64 << 20), [&](const Tile& tile, int slot) {
@@ -518,6 +522,7 @@ std::vector<uint64_t> Selection::histogram(uint32_t first, int shift, int bits) 
 uint32_t Selection::settle(uint32_t threshold, int64_t want) {
   if (!writes())
     return threshold;
+  ++reads_;
   const int32_t key = static_cast<int32_t>(threshold);
   const Bracket above{key - 1, key, 0, 0}, from{key - 1, key - 1, 0, 0};
   const Scan form = scan_for(dtype_, false);
@@ -562,11 +567,20 @@ uint32_t Selection::finish(uint32_t threshold) {
   return threshold;
 }
 
+thread_local int last_reads = 0;
+
 } // namespace
 
 uint32_t select(const std::vector<SelectInput>& inputs, int dtype, int64_t eligible, int64_t keep,
                 int threads) {
-  return Selection(inputs, dtype, eligible, keep, threads).run();
+  Selection selection(inputs, dtype, eligible, keep, threads);
+  const uint32_t threshold = selection.run();
+  last_reads = selection.reads();
+  return threshold;
+}
+
+int select_reads() {
+  return last_reads;
 }
 
 } // namespace fedmap
