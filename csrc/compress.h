@@ -2,14 +2,12 @@
 //
 // T has 4 or 2 bytes and is moved as bits. `words` holds the mask of `n` elements; bits past n are
 // ignored, and nothing of `src` or `dst` past n is touched. Packed buffers need kPackSlack bytes of
-// room past their survivors: whole vectors are written and read there. Several arrays under one
-// mask are packed in one pass.
+// room past their survivors: whole vectors are written and read there.
 //
 // Nothing prefetches by hand: on Zen 4 prefetching 1024 elements ahead made a step 25% slower than
 // leaving it to the hardware, at densities .5 and .1, on one thread and on two.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -18,11 +16,6 @@
 namespace fedmap {
 
 constexpr int64_t kPackSlack = 64;
-
-template <class T, size_t kArrays>
-using Sources = std::array<const T*, kArrays>;
-template <class T, size_t kArrays>
-using Packed = std::array<T*, kArrays>;
 
 namespace scalar {
 
@@ -53,27 +46,25 @@ inline const T* unpack_word(const T* packed, uint32_t word, T* dst, int64_t n) {
 }
 
 // Returns the number of survivors, as pack_block does.
-template <class T, size_t kArrays>
-inline int64_t pack_from(int64_t i, int64_t at, Sources<T, kArrays> src, const uint32_t* words,
-                         int64_t n, Packed<T, kArrays> out) {
+template <class T>
+inline int64_t pack_from(int64_t i, int64_t at, const T* src, const uint32_t* words, int64_t n,
+                         T* out) {
   for (; i < n; i += 32)
-    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1, ++at)
-      for (size_t a = 0; a < kArrays; ++a)
-        out[a][at] = src[a][i + __builtin_ctz(word)];
+    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1)
+      out[at++] = src[i + __builtin_ctz(word)];
   return at;
 }
 
-template <class T, size_t kArrays>
-int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
-                   Packed<T, kArrays> out) {
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
   return pack_from(0, 0, src, words, n, out);
 }
 
 template <class T>
 inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   for (int64_t i = 0; i < n; i += 32)
-    if (const uint32_t word = words[i / 32] & low_bits(n - i))
-      packed = unpack_word(packed, word, dst + i, n - i < 32 ? n - i : 32);
+    packed =
+        unpack_word(packed, words[i / 32] & low_bits(n - i), dst + i, n - i < 32 ? n - i : 32);
 }
 
 } // namespace scalar
@@ -150,16 +141,14 @@ inline void unpack_8(const T* packed, uint32_t byte, T* dst) {
   }
 }
 
-template <class T, size_t kArrays>
-int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
-                   Packed<T, kArrays> out) {
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
   int64_t i = 0, at = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
     for (int64_t bit = 0; bit < 32; bit += 8) {
       const uint32_t byte = word >> bit & 0xff;
-      for (size_t a = 0; a < kArrays; ++a)
-        pack_8(src[a] + i + bit, byte, out[a] + at);
+      pack_8(src + i + bit, byte, out + at);
       at += _mm_popcnt_u32(byte);
     }
   }
@@ -171,8 +160,6 @@ void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
-    if (!word)
-      continue;
     for (int byte = 0; byte < 32; byte += 8) {
       unpack_8(packed, word >> byte & 0xff, dst + i + byte);
       packed += _mm_popcnt_u32(word >> byte & 0xff);
@@ -229,17 +216,15 @@ inline const T* unpack_vector(const T* packed, uint32_t bits, T* dst, __m512i ze
   return packed + _mm_popcnt_u32(bits);
 }
 
-template <class T, size_t kArrays>
-int64_t pack_block(Sources<T, kArrays> src, const uint32_t* words, int64_t n,
-                   Packed<T, kArrays> out) {
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
   constexpr int64_t kLanes = 64 / sizeof(T);
   int64_t i = 0, at = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
     for (int64_t lane = 0; lane < 32; lane += kLanes) {
       const uint32_t bits = kLanes == 32 ? word : word >> lane & 0xffff;
-      for (size_t a = 0; a < kArrays; ++a)
-        pack_vector(src[a] + i + lane, bits, out[a] + at);
+      pack_vector(src + i + lane, bits, out + at);
       at += _mm_popcnt_u32(bits);
     }
   }
@@ -253,8 +238,6 @@ void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
-    if (!word)
-      continue;
     for (int lane = 0; lane < 32; lane += kLanes)
       packed = unpack_vector(packed, kLanes == 32 ? word : word >> lane & 0xffff, dst + i + lane,
                              zero);

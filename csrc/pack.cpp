@@ -100,15 +100,15 @@ template <class T>
 int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t* rank,
                 int64_t numel, void* out, int out_dtype, int threads) {
   constexpr int64_t kSlack = kPackSlack / sizeof(T);
-  const auto pack_block = FEDMAP_DISPATCH(pack_block<T, 1>);
+  const auto pack_block = FEDMAP_DISPATCH(pack_block<T>);
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
   std::atomic<int64_t> overflowed{0};
   parallel_ranges(
       blocks, kShareBlocks, threads_of(numel, sizeof(T), threads), [&](int64_t begin, int64_t end) {
         alignas(64) T buffer[kBatch + kSlack];
         const auto pack_to = [&](int64_t b, T* to) {
-          pack_block({values + b * kBlock}, words + b * kBlockWords,
-                     std::min(kBlock, numel - b * kBlock), {to});
+          pack_block(values + b * kBlock, words + b * kBlockWords,
+                     std::min(kBlock, numel - b * kBlock), to);
         };
         for (int64_t b = begin, next; b < end; b = next) {
           char* to = static_cast<char*>(out) + rank[b] * width;

@@ -7,6 +7,7 @@ import torch
 from masked_steps import DTYPES, EDGES, Problem, bits, make_problem
 
 from fedmap_sparse.ops import masked_sgd_
+from fedmap_sparse.ops._segments import Segments
 from fedmap_sparse.ops.masked_sgd import sgd_flags
 
 # lr, momentum, dampening, weight_decay; no default among them, except where a name says so.
@@ -73,9 +74,9 @@ def test_kernel_is_reference_at_any_thread_count(
 
 def test_blocks_of_every_density_in_one_mask(isa: str) -> None:
     """Full, crowded, sparse and empty blocks take different paths; so do segments inside them."""
-    problem = make_problem([2048] * 5 + [300, 2000, 130] * 3, [7, 2048, 100], 1.0)
+    problem = make_problem([2048] * 5 + [300, 20_000, 130] * 3, [7, 2048, 100], 1.0)
     kept = problem.mask.to_bool()
-    for block, density in enumerate([1.0, 0.4, 0.02, 0.0, 0.001, 0.7, 0.01, 1.0]):
+    for block, density in enumerate([1.0, 0.4, 0.02, 0.0, 0.001, 0.7, 0.01, 1.0] * 3):
         part = kept[2048 * block : 2048 * (block + 1)]
         part &= torch.rand(part.numel()) < density
     problem.values[: kept.numel()][~kept] = 0
@@ -98,6 +99,24 @@ def test_segments_without_gradient_keep_weights_and_state(isa: str, dtype: torch
     assert not torch.equal(stepped.states[0], problem.states[0])
     problem.grads = [None] * len(problem.grads)
     step(problem, "cpu").assert_same(problem)
+
+
+def test_what_no_segment_covers_is_not_touched(isa: str) -> None:
+    """Survivors between segments, even in the same word, count in the packed order all the same."""
+    problem = make_problem([4000, 90, 2100], [16, 40], 1.0)
+    problem.mask = type(problem.mask).full(problem.mask.numel)
+    problem.values[: problem.mask.numel] = torch.randn(problem.mask.numel)
+    problem.states = [torch.randn(problem.values.numel())]
+    sizes = [3777, 70, 2085, 9, 33]
+    problem.segments = Segments(problem.segments.rows[:, 0].tolist(), sizes)
+    problem.grads = [torch.randn(size) for size in sizes]
+    set_scalars(problem, ["dampened"])
+    stepped = assert_kernel_is_reference(problem)
+    covered = torch.zeros(problem.values.numel(), dtype=torch.bool)
+    for offset, size, *_ in problem.segments.rows.tolist():
+        covered[offset : offset + size] = True
+    assert torch.equal(stepped.values[~covered], problem.values[~covered])
+    assert bool((stepped.values[covered] != problem.values[covered]).all())
 
 
 def test_segments_with_momentum_zero_leave_the_buffer_alone(isa: str) -> None:
