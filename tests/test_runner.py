@@ -296,6 +296,15 @@ class Custom(nn.Module):
         return self.last(torch.relu(self.again(torch.relu(self.middle(x)))))  # type: ignore[no-any-return]
 
 
+def test_what_a_module_draws_resumes_too(tmp_path: Path) -> None:
+    whole, parts = (quick(tmp_path / name, rounds=3) for name in ("whole", "parts"))
+    runner.run(whole, model=Custom)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(parts, model=Custom, observer=StopAfter(2))
+    runner.run(parts, model=Custom, resume=True)
+    same_results(whole.folder, parts.folder)
+
+
 def two_classes() -> Dataset:
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(rng.integers(0, 2, 300))

@@ -29,13 +29,12 @@ def human_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.{2 if value < 99.5 else 0}f} {unit}"
 
 
-def opening(config: Config, dataset: Dataset, model: nn.Module) -> list[str]:
-    """What will be run, before the first round."""
+def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> list[str]:
+    """What will be run, before the first round; `name` is the model's."""
     train, validation, test = (
         f"{len(split):,}" for split in (dataset.train, dataset.validation, dataset.test)
     )
     parameters = sum(p.numel() for p in model.parameters())
-    name = config.model if type(model) is nn.Sequential else type(model).__name__
     cohort = "" if config.cohort == config.clients else f", {config.cohort} a round"
     threads = torch.get_num_threads()
     rows = {
@@ -87,12 +86,12 @@ def _comparison(summary: Summary) -> list[str]:
     if not {"fedmap", "dense"} <= summary.keys():
         return []
     sparse, dense = summary["fedmap"], summary["dense"]
-    up, down = (dense[k] / sparse[k] for k in ("uplink_bytes", "downlink_bytes"))
     points = 100 * (sparse["accuracy"] - dense["accuracy"])
-    return [
-        "",
-        f"FedMap: {points:+.2f} points of test accuracy, uplink / {up:.2f}, downlink / {down:.2f}",
-    ]
+    up, down = (f"{sparse[k] / dense[k]:.1%}" for k in ("uplink_bytes", "downlink_bytes"))
+    line = (
+        f"{points:+.2f} points of test accuracy with {up} of the uplink and {down} of the downlink"
+    )
+    return ["", f"FedMap against dense FedAvg: {line}"]
 
 
 def _where(summary: Summary) -> list[str]:

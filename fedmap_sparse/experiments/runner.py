@@ -78,7 +78,8 @@ def run(
         template = _template(config, dataset, model).to(device)
         folder.config.write_text(_head(model, data) + config.to_toml(), encoding="utf-8")
         journal = _Journal(folder, config, dataset, saved)
-        watch.begin(report.opening(config, dataset, template))
+        title = config.model if model is None else type(template).__name__
+        watch.begin(report.opening(config, dataset, template, title))
         schedules = baselines.arms(config)
         first = next(iter(schedules))
         summary = {}
