@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -29,24 +30,32 @@ inline void relax() {
 // torch.set_flush_denormal sets MXCSR of the calling thread alone, and threads started later
 // inherit it: without this the bits would depend on which thread ran a task.
 class DefaultFloatEnvironment {
-public:
+ public:
 #if defined(__x86_64__)
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
+  DefaultFloatEnvironment() : saved_(_mm_getcsr()) {
+    _mm_setcsr(0x1f80);
+  }
+  ~DefaultFloatEnvironment() {
+    _mm_setcsr(saved_);
+  }
 
-private:
+ private:
   unsigned saved_;
 #elif defined(__aarch64__)
   DefaultFloatEnvironment() {
     __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
     __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
   }
-  ~DefaultFloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+  ~DefaultFloatEnvironment() {
+    __asm__ volatile("msr fpcr, %0" ::"r"(saved_));
+  }
 
-private:
+ private:
   uint64_t saved_;
 #endif
 };
+
+thread_local bool inside_task = false;
 
 struct Job {
   pool::Task task;
@@ -58,6 +67,7 @@ struct Job {
 
   void share(int slot) {
     DefaultFloatEnvironment environment;
+    const bool nested = std::exchange(inside_task, true);
     try {
       for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
         task(context, t, slot);
@@ -67,17 +77,16 @@ struct Job {
       if (!failure)
         failure = std::current_exception();
     }
+    inside_task = nested;
   }
 };
-
-thread_local bool inside_task = false;
 
 // Between two kernels of a training step lie some tens of microseconds of Python; sleeping and
 // being woken costs about as much.
 constexpr int kSpins = 2000;
 
 class Worker {
-public:
+ public:
   explicit Worker(int slot) : slot_(slot) {
     std::thread([this] { loop(); }).detach();
   }
@@ -103,11 +112,10 @@ public:
     }
   }
 
-private:
+ private:
   Job* begun() { return reinterpret_cast<Job*>(this); }
 
   [[noreturn]] void loop() {
-    inside_task = true;
     for (;;) {
       Job* job = await();
       if (!inbox_.compare_exchange_strong(job, begun()))
@@ -140,7 +148,7 @@ private:
 };
 
 class Pool {
-public:
+ public:
   bool acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
   void release() { busy_.store(false, std::memory_order_release); }
   int workers() const { return count_.load(std::memory_order_relaxed); }
@@ -157,14 +165,12 @@ public:
     }
     for (int i = 0; i < helpers; ++i)
       workers_[i]->offer(&job);
-    inside_task = true;
     job.share(0);
-    inside_task = false;
     for (int i = 0; i < helpers; ++i)
       workers_[i]->settle(&job);
   }
 
-private:
+ private:
   std::atomic<bool> busy_{false};
   std::atomic<int> count_{0};
   std::vector<std::unique_ptr<Worker>> workers_;
