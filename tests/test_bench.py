@@ -40,7 +40,9 @@ def test_json(tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0
     assert set(found) == {"header", "records", "refused"}
-    assert {"machine", "isa", "versions", "commit", "threads", "cores"} <= set(found["header"])
+    assert {"machine", "isa", "versions", "commit", "threads", "cores", "others_cpus"} <= set(
+        found["header"]
+    )
     assert found["header"]["isa"] in ("scalar", "avx2", "avx512")
     assert found["refused"] == []
     assert len(found["records"]) == 2 * 2 * 2 * 2
@@ -241,6 +243,14 @@ def test_turns_are_taken_over_rotating_sets() -> None:
     short = ["f0", "f1"]  # once to wake the threads, once timed, each on another set
     assert turns == [*short, "reset", "s", *short * 5, "reset", "s", *short * 4]
     assert slow.quantile(0.5) > 0.02
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat on this system")
+def test_load_of_others_is_noticed() -> None:
+    load = runner.OtherLoad()
+    spin = "import time; t = time.time()\nwhile time.time() - t < 1.5: pass"
+    subprocess.run([sys.executable, "-c", spin], timeout=60, check=True)
+    assert load.cpus() > 0.3
 
 
 def test_touched_lines() -> None:

@@ -18,6 +18,8 @@ __all__ = ["add_arguments", "main", "run"]
 
 #: Without --ops a quick run leaves larger models out: to build them takes seconds.
 QUICK_MODEL = 1_000_000
+#: What other processes may use of the machine's CPUs before the figures are called disturbed.
+QUIET_CPUS = 0.1
 
 
 def _strings(text: str) -> list[str]:
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     console.print(report.header_line(header), highlight=False)
+    load = runner.OtherLoad()
     records: list[runner.Record] = []
     refused: list[dict[str, Any]] = []
     try:
@@ -76,11 +79,14 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     records.append(result)
                     status.update(f"{result['op']} {report.seconds(result['median_s'])}")
+                header["others_cpus"] = load.cpus()
                 if args.json is not None:  # after each, as a run takes minutes
                     found = {"header": header, "records": records, "refused": refused}
                     args.json.write_text(json.dumps(found, indent=1) + "\n")
     finally:
         console.print(report.table(records))
+    if (cpus := load.cpus()) > QUIET_CPUS:
+        console.print(f"Others kept {cpus:.1f} CPUs busy meanwhile: repeat on a quiet machine.")
     return 1 if refused else 0
 
 

@@ -185,6 +185,29 @@ def header(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+class OtherLoad:
+    """CPUs that other processes kept busy since it was made: figures taken under load mislead."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), *self._busy())
+
+    @staticmethod
+    def _busy() -> tuple[float, float]:
+        """CPU seconds of the whole machine, and of this process."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, 0.0
+        user, nice, system, _idle, _wait, irq, softirq, *_ = stat.read_text().split()[1:]
+        ticks = sum(int(t) for t in (user, nice, system, irq, softirq))
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def cpus(self) -> float:
+        """0 where the system does not say."""
+        now = (time.perf_counter(), *self._busy())
+        elapsed, machine, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, round((machine - own) / elapsed, 2)) if elapsed > 0 else 0.0
+
+
 def _machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
