@@ -114,15 +114,18 @@ template <class T>
     values[i] = T::join(exponents[i], kHasLow<T> ? low[i] : 0, high[i]);
 }
 
-// Two symbols a byte; exponents outside of (top - 15, top] become the escape.
+// The escape for exponents outside of (top - 15, top]. `top - e` alone would wrap: with a top of 6,
+// an exponent of 255 (infinity) looked like symbol 7.
+[[gnu::always_inline]] inline uint8_t symbol_of(uint8_t top, uint8_t e) {
+  return e > top ? kEscape : std::min<uint8_t>(static_cast<uint8_t>(top - e), kEscape);
+}
+
+// Two symbols a byte.
 [[gnu::always_inline]] inline void nibbles_loop(const uint8_t* exponents, int64_t n, uint8_t top,
                                                 uint8_t* nibbles) {
-  for (int64_t i = 0; i < n / 2; ++i) {
-    const uint8_t a = static_cast<uint8_t>(top - exponents[2 * i]);
-    const uint8_t b = static_cast<uint8_t>(top - exponents[2 * i + 1]);
-    nibbles[i] =
-        static_cast<uint8_t>(std::min<uint8_t>(a, kEscape) | std::min<uint8_t>(b, kEscape) << 4);
-  }
+  for (int64_t i = 0; i < n / 2; ++i)
+    nibbles[i] = static_cast<uint8_t>(symbol_of(top, exponents[2 * i]) |
+                                      symbol_of(top, exponents[2 * i + 1]) << 4);
 }
 
 [[gnu::always_inline]] inline void exponents_loop(const uint8_t* nibbles, int64_t n, uint8_t top,

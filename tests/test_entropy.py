@@ -162,11 +162,14 @@ def values_of(kind: str, n: int, dtype: torch.dtype) -> Tensor:
         x[::3], x[1::7], x[2::11] = 0.0, float("nan"), float("-inf")
     if kind == "zeros":
         x = x * 0
+    if kind == "extremes":  # exponents of 0 and 255: their difference wraps in 8 bits
+        x = torch.zeros(n)
+        x[::3], x[1::5] = float("inf"), 3e38
     return x.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["normal", "noise", "odd", "zeros"])
+@pytest.mark.parametrize("kind", ["normal", "noise", "odd", "zeros", "extremes"])
 @pytest.mark.parametrize("n", [1, 31, 33, 1000, 32767, 32769, 70_001])
 def test_values_same_bytes_everywhere(kind: str, n: int, dtype: torch.dtype) -> None:
     x = values_of(kind, n, dtype)
