@@ -77,7 +77,14 @@ def pick(backend: str | None, device: torch.device) -> str:
 
 def kernels(stem: str) -> ModuleType:
     """The Triton kernels of one stem; imported at first use, as `import fedmap_sparse` must not."""
-    return importlib.import_module(f"fedmap_sparse.triton_kernels.{stem}")
+    name = f"fedmap_sparse.triton_kernels.{stem}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        message = f"{stem}: no Triton kernel yet; use backend='reference' or 'cpu'"
+        raise NotImplementedError(message) from None
 
 
 def threads() -> int:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpucheck import contracts
+from gpucheck import WHOLE, contracts
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
 
-FLOATS = contracts.FLOATS
+FLOATS = contracts.FLOATS if WHOLE else (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -29,7 +29,7 @@ def test_pack_at_the_extremes(rung: Any) -> None:
         assert torch.equal(ops.unpack(packed, mask, backend="triton"), want)
 
 
-@pytest.mark.parametrize(("n", "density"), [(1, 1.0), (65, 0.5), (5001, 0.4), (33000, 0.05)])
+@pytest.mark.parametrize(("n", "density"), [(1, 1.0), (65, 0.5), (5001, 0.4), (9000, 0.05)])
 def test_nest(rung: Any, n: int, density: float) -> None:
     contracts.nest(n, density, "cpu", rung.show)
 
@@ -84,21 +84,25 @@ def test_quantize(rung: Any, block: int, feedback: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("n", "share"), [(1, 1.0), (5001, 0.1), (70000, 0.9)])
+@pytest.mark.parametrize(
+    ("n", "share"), [(5001, 0.1), *([(1, 1.0), (70000, 0.9)] if WHOLE else [])]
+)
 def test_select(rung: Any, n: int, share: float, dtype: torch.dtype) -> None:
     contracts.select(contracts.special(n, dtype, "cpu"), max(1, round(n * share)), None, rung.show)
 
 
 def test_select_within_a_mask(rung: Any) -> None:
     values = contracts.special(40000, torch.float32, "cpu")
-    for density in (0.3, 0.02):
+    for density in (0.3, 0.02) if WHOLE else (0.3,):
         within = contracts.mask_of(40000, density, "cpu", holes=True)
-        for keep in (1, within.nnz // 2, within.nnz):
+        for keep in (1, within.nnz // 2, within.nnz) if WHOLE else (within.nnz // 2,):
             contracts.select(values, keep, within, rung.show)
         contracts.prune(40000, within.nnz // 3, within, torch.bfloat16, "cpu")
 
 
-@pytest.mark.parametrize("what", ["constant", "zeros", "sorted", "two values"])
+@pytest.mark.parametrize(
+    "what", ["constant", "zeros", "sorted", "two values"] if WHOLE else ["zeros"]
+)
 def test_select_when_the_bracket_misses(rung: Any, what: str) -> None:
     """More candidates than there is room for, all of them ties, or a sample that misleads."""
     n = 70000

@@ -21,7 +21,6 @@ from gpucheck import WHOLE, contracts
 from gpucheck.driver import emulate
 from gpucheck.interpreter import guard
 
-import fedmap_sparse as fs
 from fedmap_sparse import _backends, triton_kernels
 
 Contract = Callable[[Any], None]
@@ -92,39 +91,188 @@ def _rank(show: Any) -> None:
 
 FAULTS = [
     Fault("pack", "dropped mask of the load", "element, mask=live, other=0)", "element)", _pack),
-    Fault("pack", "dropped mask of the store", "convert(bits, FROM, TO), mask=live)", "convert(bits, FROM, TO))", _pack),
-    Fault("pack", "rank off by one block", "tl.load(rank + tile * (WORDS // 64))", "tl.load(rank + tile * (WORDS // 64) + 1)", _pack),
+    Fault(
+        "pack",
+        "dropped mask of the store",
+        "convert(bits, FROM, TO), mask=live)",
+        "convert(bits, FROM, TO))",
+        _pack,
+    ),
+    Fault(
+        "pack",
+        "rank off by one block",
+        "tl.load(rank + tile * (WORDS // 64))",
+        "tl.load(rank + tile * (WORDS // 64) + 1)",
+        _pack,
+    ),
     Fault("pack", "dropped mask at the end", "dense, mask=offsets < numel)", "dense)", _pack),
-    Fault("pack", "survivors counted from one", "below = popcount(mine & ((1 <<", "below = 1 + popcount(mine & ((1 <<", _pack),
-    Fault("nest", "rank off by one block", "position = tl.load(rank + tile * (WORDS // 64))", "position = tl.load(rank + tile * (WORDS // 64) + 1)", _nest),
-    Fault("nest", "bits that cross a word lost", "spill = (position & 31) + counts > 32", "spill = counts > 32", _nest),
+    Fault(
+        "pack",
+        "survivors counted from one",
+        "below = popcount(mine & ((1 <<",
+        "below = 1 + popcount(mine & ((1 <<",
+        _pack,
+    ),
+    Fault(
+        "nest",
+        "rank off by one block",
+        "position = tl.load(rank + tile * (WORDS // 64))",
+        "position = tl.load(rank + tile * (WORDS // 64) + 1)",
+        _nest,
+    ),
+    Fault(
+        "nest",
+        "bits that cross a word lost",
+        "spill = (position & 31) + counts > 32",
+        "spill = counts > 32",
+        _nest,
+    ),
     Fault("nest", "search one tile late", "<= first:", "<= first + 4000:", _nest),
-    Fault("nest", "dropped mask of the store", "mask=offset < out_words)", "mask=offset >= 0)", _nest),
-    Fault("_bits", "missing other=", "mask=at < num_words, other=0)", "mask=at < num_words)", _rank),
+    Fault(
+        "nest", "dropped mask of the store", "mask=offset < out_words)", "mask=offset >= 0)", _nest
+    ),
+    Fault(
+        "_bits", "missing other=", "mask=at < num_words, other=0)", "mask=at < num_words)", _rank
+    ),
     Fault("_scan", "carry forgotten", "carry += tl.sum(counts, 0)", "carry += 0", _rank),
     Fault("_step", "dropped mask", "live = (j >= 0) & (j < count)", "live = j >= 0", _sgd),
-    Fault("_step", "state begins a survivor late", "base += tl.sum(popcount(earlier), 0)", "base += tl.sum(popcount(earlier), 0) + 1", _sgd),
+    Fault(
+        "_step",
+        "state begins a survivor late",
+        "base += tl.sum(popcount(earlier), 0)",
+        "base += tl.sum(popcount(earlier), 0) + 1",
+        _sgd,
+    ),
     Fault("_step", "padding not covered", "& covered", "", _sgd),
-    Fault("_step", "skipped gradient taken", "np.where(pointers != 0,", "np.where(pointers >= 0,", _sgd),
-    Fault("_step", "pruned weights left", "if (flags & _ZEROED) == 0:", "if (flags & _ZEROED) != 0:", _sgd),
-    Fault("_step", "alignment claimed", "bool((pointers % 16 == 0).all())", "True", lambda show: contracts.masked_sgd(1.0, F32, "cpu", show, aligned=False)),
-    Fault("masked_sgd", "momentum applied twice", "momentum * buffer + rest * g)", "momentum * buffer * momentum + rest * g)", _sgd),
-    Fault("masked_sgd", "decay after the momentum", "g = tl.where(decays, g + decay * p, g)", "g = tl.where(decays, g + decay * (p - lr * g), g)", _sgd16),
-    Fault("masked_adamw", "an order of operations", "m = m + (g - m) * towards1", "m = m * (1.0 - towards1) + g * towards1", _adamw),
-    Fault("masked_adamw", "division rounded twice", "size * tl.div_rn(m, denominator)", "size * m / denominator", _adamw),
-    Fault("accumulate", "dropped mask at the end", "offsets, offsets < n, FROM, TO, ALIGNED", "offsets, offsets >= 0, FROM, TO, ALIGNED", _mean),
-    Fault("accumulate", "sums in float32", "return sums + x.to(tl.float64) * weight", "return sums + (x * weight.to(tl.float32)).to(tl.float64)", _mean),
+    Fault(
+        "_step",
+        "skipped gradient taken",
+        "np.where(pointers != 0,",
+        "np.where(pointers >= 0,",
+        _sgd,
+    ),
+    Fault(
+        "_step",
+        "pruned weights left",
+        "if (flags & _ZEROED) == 0:",
+        "if (flags & _ZEROED) != 0:",
+        _sgd,
+    ),
+    Fault(
+        "_step",
+        "alignment claimed",
+        "bool((pointers % 16 == 0).all())",
+        "True",
+        lambda show: contracts.masked_sgd(1.0, F32, "cpu", show, aligned=False),
+    ),
+    Fault(
+        "masked_sgd",
+        "momentum applied twice",
+        "momentum * buffer + rest * g)",
+        "momentum * buffer * momentum + rest * g)",
+        _sgd,
+    ),
+    Fault(
+        "masked_sgd",
+        "decay after the momentum",
+        "g = tl.where(decays, g + decay * p, g)",
+        "g = tl.where(decays, g + decay * (p - lr * g), g)",
+        _sgd16,
+    ),
+    Fault(
+        "masked_adamw",
+        "an order of operations",
+        "m = m + (g - m) * towards1",
+        "m = m * (1.0 - towards1) + g * towards1",
+        _adamw,
+    ),
+    Fault(
+        "masked_adamw",
+        "division rounded twice",
+        "size * tl.div_rn(m, denominator)",
+        "size * m / denominator",
+        _adamw,
+    ),
+    Fault(
+        "accumulate",
+        "dropped mask at the end",
+        "offsets, offsets < n, FROM, TO, ALIGNED",
+        "offsets, offsets >= 0, FROM, TO, ALIGNED",
+        _mean,
+    ),
+    Fault(
+        "accumulate",
+        "sums in float32",
+        "return sums + x.to(tl.float64) * weight",
+        "return sums + (x * weight.to(tl.float32)).to(tl.float64)",
+        _mean,
+    ),
     Fault("accumulate", "rounded twice", "odd.to(tl.float32, bitcast=True)", "single", _ties),
-    Fault("quantize", "dropped mask", "tl.store(q + at, codes.to(tl.int8), mask=inside)", "tl.store(q + at, codes.to(tl.int8))", _quantize),
-    Fault("quantize", "no rounding", "codes = (steps + 12582912.0) - 12582912.0", "codes = steps", _quantize),
-    Fault("quantize", "counted by every program alone", "tl.atomic_add(overflowed, count.to(tl.int64), mask=count > 0, sem=\"relaxed\")", "tl.store(overflowed, tl.load(overflowed) + count)", _cast),
-    Fault("select", "highest index of ties kept", "(exclusive(equal) < left)", "(exclusive(equal) >= tl.sum(equal, 0) - left)", _select),
-    Fault("select", "rank off by one", "above + counts >= wanted", "above + counts > wanted", _select_distinct),
-    Fault("select", "ties of earlier blocks forgotten", "left = tl.load(state + _TIES) - tl.load(ties + first_block + block)", "left = tl.load(state + _TIES)", _select),
-    Fault("select", "padding eligible", "w = load_words(within, block * 64 + row, num_words)[:, None]", "w = load_words(within, block * 64 + row, num_words)[:, None] | 1", _select),
-    Fault("select", "candidates past their room", "room = candidate & (place < capacity)", "room = candidate", _select_missed),
-    Fault("select", "count read and written by all", "tl.store(kept + slot, over_counts + more, mask=real)", "tl.store(above + slot, over_counts + more, mask=real)\n            tl.store(kept + slot, tl.load(above + slot, mask=real, other=0), mask=real)", _select),
-]  # fmt: skip
+    Fault(
+        "quantize",
+        "dropped mask",
+        "tl.store(q + at, codes.to(tl.int8), mask=inside)",
+        "tl.store(q + at, codes.to(tl.int8))",
+        _quantize,
+    ),
+    Fault(
+        "quantize",
+        "no rounding",
+        "codes = (steps + 12582912.0) - 12582912.0",
+        "codes = steps",
+        _quantize,
+    ),
+    Fault(
+        "quantize",
+        "counted by every program alone",
+        'tl.atomic_add(overflowed, count.to(tl.int64), mask=count > 0, sem="relaxed")',
+        "tl.store(overflowed, tl.load(overflowed) + count)",
+        _cast,
+    ),
+    Fault(
+        "select",
+        "highest index of ties kept",
+        "(exclusive(equal) < left)",
+        "(exclusive(equal) >= tl.sum(equal, 0) - left)",
+        _select,
+    ),
+    Fault(
+        "_search",
+        "rank off by one",
+        "above + counts >= wanted",
+        "above + counts > wanted",
+        _select_distinct,
+    ),
+    Fault(
+        "select",
+        "ties of earlier blocks forgotten",
+        "left = tl.load(state + _TIES) - tl.load(ties + first_block + block)",
+        "left = tl.load(state + _TIES)",
+        _select,
+    ),
+    Fault(
+        "_search",
+        "padding eligible",
+        "w = load_words(within, block * 64 + row, num_words)[:, None]",
+        "w = load_words(within, block * 64 + row, num_words)[:, None] | 1",
+        _select,
+    ),
+    Fault(
+        "_search",
+        "candidates past their room",
+        "room = candidate & (place < capacity)",
+        "room = candidate",
+        _select_missed,
+    ),
+    Fault(
+        "select",
+        "count read and written by all",
+        "tl.store(kept + slot, over_counts + more, mask=real)",
+        "tl.store(above + slot, over_counts + more, mask=real)\n"
+        "            tl.store(kept + slot, tl.load(above + slot, mask=real, other=0), mask=real)",
+        _select,
+    ),
+]
 _QUICK = (
     "dropped mask of the store",
     "highest index of ties kept",
@@ -139,7 +287,11 @@ def _plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (package / f"{fault.stem}.py").read_text()
     assert fault.old in text, f"{fault.stem}: the code that {fault.what!r} replaces is gone"
     names = [fault.stem]
-    names += {"_step": ["masked_sgd", "masked_adamw"], "_bits": ["_scan"]}.get(fault.stem, [])
+    names += {
+        "_step": ["masked_sgd", "masked_adamw"],
+        "_bits": ["_scan"],
+        "_search": ["select"],
+    }.get(fault.stem, [])
     for name in names:
         full = f"fedmap_sparse.triton_kernels.{name}"
         copy = folder / f"{name}.py"
@@ -184,7 +336,6 @@ def test_planted_fault_is_noticed(
     for name, session in (("interpreter", guard(1)), ("ptx", emulate(seed=1))):
         torch.manual_seed(0)
         seen[name] = _noticed(session, fault.contract)
-    summary.append(
-        f"{fault.stem:13s} {fault.what:34s} interpreter: {seen['interpreter']:18s} ptx: {seen['ptx']}"
-    )
+    found = f"interpreter: {seen['interpreter']:18s} ptx: {seen['ptx']}"
+    summary.append(f"{fault.stem:13s} {fault.what:34s} {found}")
     assert any(how != "-" for how in seen.values())

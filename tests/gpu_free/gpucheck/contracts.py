@@ -287,7 +287,7 @@ def select_places_in_chunks(device: str, show: Show) -> None:
     want = torch.zeros(blocks + 1, dtype=torch.int64)
     want[1:] = kept.cumsum(0) + through.clamp(max=allowed) - 20
     rank = torch.empty(blocks + 1, dtype=torch.int64, device=device)
-    moved = [t.to(device) for t in (state, carries, kept, ties)]
+    moved = [t.clone().to(device) for t in (state, carries, kept, ties)]
     module._place[(1,)](*moved, rank, blocks, 0, CHUNK=512, num_warps=16)
     assert torch.equal(rank.cpu(), want)
     assert torch.equal(moved[3].cpu(), through - ties)
