@@ -205,6 +205,8 @@ def _info(args: argparse.Namespace) -> int:
     native = _backends.native
     if native is not None:
         rows["isa"] = f"{native.isa()} (this machine: {', '.join(native.isa_levels())})"
+    forced = ("FEDMAP_SPARSE_BACKEND", "FEDMAP_SPARSE_ISA")
+    rows |= {name: os.environ[name] for name in forced if name in os.environ}
     rows["processor"] = _processor()
     rows["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
     if torch.cuda.is_available():
