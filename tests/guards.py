@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import Mask
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import num_words
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,3 +53,23 @@ def guarded(numel: int, dtype: torch.dtype, *, shift: int = 0) -> Iterator[Tenso
     yield raw[start : start + numel * size].view(dtype)
     assert bool((raw[:start] == _FILL).all()), "written before the buffer"
     assert bool((raw[start + numel * size :] == _FILL).all()), "written past the buffer"
+
+
+_LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+"""
+
+
+def run_native(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` with `native`, the extension alone, in a new process: torch takes a second."""
+    return subprocess.run(
+        [sys.executable, "-c", _LOAD + code, native.__file__],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

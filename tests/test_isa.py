@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
+from guards import run_native
 
 from fedmap_sparse._backends import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is not built")
 
 
-def run(code: str, level: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"FEDMAP_SPARSE_ISA": level},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_levels_are_ordered_and_the_highest_is_the_default() -> None:
     levels = native.isa_levels()
     assert levels == ["scalar", "avx2", "avx512"][: len(levels)]
-    default = run("from fedmap_sparse import _native; print(_native.isa())", "")
+    default = run_native("print(native.isa())", FEDMAP_SPARSE_ISA="")
     assert default.stdout.strip() == levels[-1]
 
 
 def test_a_forced_level_runs(isa: str) -> None:
     """The probe is dispatched as every kernel is, and answers with its own level's name."""
     assert native.isa_probe() == isa
-    code = "from fedmap_sparse import _native as n; print(n.isa(), n.isa_probe())"
-    assert run(code, isa).stdout.split() == [isa, isa]
+    done = run_native("print(native.isa(), native.isa_probe())", FEDMAP_SPARSE_ISA=isa)
+    assert done.stdout.split() == [isa, isa]
 
 
 def test_a_level_that_is_not_here_names_those_that_are() -> None:
     with pytest.raises(ValueError, match="'sse9' here; available: scalar"):
         native.set_isa("sse9")
-    done = run("from fedmap_sparse import _native; _native.isa()", "sse9")
+    done = run_native("native.isa()", FEDMAP_SPARSE_ISA="sse9")
     assert "ValueError: FEDMAP_SPARSE_ISA: no ISA level 'sse9' here; available: scalar" in (
         done.stderr
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-from guards import bits, random_mask
+from guards import bits, random_mask, run_native
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,22 +37,17 @@ def solve(seed: int) -> tuple[bytes, Tensor]:
 
 
 def test_the_caller_is_one_of_the_threads() -> None:
-    code = """
-from fedmap_sparse import _native
-import torch
-x = torch.zeros(1 << 20)
-assert _native.pool_threads() == 0
+    done = run_native("""
+import ctypes
+big = ctypes.create_string_buffer(4 << 20)
+assert native.pool_threads() == 0
 for threads in (1, 2, 1, 3, 2):
-    _native.stream_read(x.data_ptr(), x.nbytes, threads)
-    print(_native.pool_threads())
-y = torch.zeros(1000)
-_native.stream_read(y.data_ptr(), y.nbytes, 7)
-print(_native.pool_threads())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.split() == ["0", "1", "1", "2", "2", "2"]
+    native.stream_read(ctypes.addressof(big), 4 << 20, threads)
+    print(native.pool_threads())
+native.stream_read(ctypes.addressof(big), 4000, 7)
+print(native.pool_threads())
+""")
+    assert done.stdout.split() == ["0", "1", "1", "2", "2", "2"], done.stderr
 
 
 def child(results: multiprocessing.SimpleQueue[tuple[bytes, int]]) -> None:
@@ -123,23 +117,19 @@ def test_many_callers_at_once() -> None:
 
 def test_the_interpreter_exits() -> None:
     """While a thread is in a kernel, and after: the pool has nothing to destroy or to wait for."""
-    code = """
+    done = run_native("""
+import ctypes
 import threading
-import torch
-from fedmap_sparse import _native
-x = torch.zeros(4 << 20)
+big = ctypes.create_string_buffer(16 << 20)
 def work():
     while True:
-        _native.stream_read(x.data_ptr(), x.nbytes, 3)
+        native.stream_read(ctypes.addressof(big), 16 << 20, 3)
 thread = threading.Thread(target=work, daemon=True)
 thread.start()
 for _ in range(100):
-    _native.stream_read(x.data_ptr(), x.nbytes, 3)
+    native.stream_read(ctypes.addressof(big), 16 << 20, 3)
 print("done")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+""")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 

@@ -36,9 +36,11 @@ if [ ${#tests[@]} -eq 0 ]; then
 fi
 # Leaks are not looked for: the interpreter and torch keep memory to the end. What measures memory
 # or looks at the machine code would see the sanitizer's own.
-LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)" \
-    ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1" \
-    UBSAN_OPTIONS="print_stacktrace=1" \
-    PYTHONPATH="$work" PYTHONSAFEPATH=1 \
-    "$python" -m pytest -q -p no:cacheprovider --rootdir "$PWD" -c pyproject.toml \
+export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)"
+export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1"
+export UBSAN_OPTIONS="print_stacktrace=1"
+export PYTHONPATH=$work PYTHONSAFEPATH=1
+"$python" -c 'import sys; from fedmap_sparse import _native; assert sys.argv[1] in _native.__file__' \
+    "$work"
+"$python" -m pytest -q -p no:cacheprovider --rootdir "$PWD" -c pyproject.toml \
     -k "not peak_memory and not compiled_for_its_registers" "${tests[@]}"
