@@ -346,7 +346,9 @@ class MaskedSGD(MaskedOptimizer):
                 float(group["dampening"]),
                 float(group["weight_decay"]),
             )
-            flags = ops.sgd_flags(nesterov=group["nesterov"], maximize=group["maximize"])
+            flags = ops.sgd_flags(
+                nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True
+            )
             first = ops.sgd_flags(first=True)
             rows[indices, 3] = np.where(started[indices] == 0, flags | first, flags)
             if momentum != 0:
@@ -432,7 +434,9 @@ class MaskedAdamW(MaskedOptimizer):
                 float(group["weight_decay"]),
             )
             scalars[indices, 5:7] = powers[indices]
-            rows[indices, 3] = ops.adamw_flags(maximize=group["maximize"], amsgrad=group["amsgrad"])
+            rows[indices, 3] = ops.adamw_flags(
+                maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True
+            )
 
     def _wanted_state(self) -> tuple[str, ...]:
         if any(g["amsgrad"] for g in self.param_groups):

@@ -13,7 +13,7 @@ from fedmap_sparse import _backends, _checks
 from fedmap_sparse._backends import define, native
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
-from fedmap_sparse.ops._segments import AMSGRAD, MAXIMIZE, Segments
+from fedmap_sparse.ops._segments import AMSGRAD, MAXIMIZE, ZEROED, Segments
 
 
 def _update(
@@ -96,9 +96,9 @@ _op = define(
 )
 
 
-def adamw_flags(*, maximize: bool = False, amsgrad: bool = False) -> int:
-    """The flags of a segment's row."""
-    return MAXIMIZE * maximize | AMSGRAD * amsgrad
+def adamw_flags(*, maximize: bool = False, amsgrad: bool = False, zeroed: bool = False) -> int:
+    """The flags of a segment's row; `zeroed` as in `sgd_flags`."""
+    return MAXIMIZE * maximize | AMSGRAD * amsgrad | ZEROED * zeroed
 
 
 def masked_adamw_(

@@ -11,7 +11,7 @@ from fedmap_sparse import _backends, _checks
 from fedmap_sparse._backends import define, native
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
-from fedmap_sparse.ops._segments import FIRST, MAXIMIZE, NESTEROV, Segments
+from fedmap_sparse.ops._segments import FIRST, MAXIMIZE, NESTEROV, ZEROED, Segments
 
 
 def _update(p: Tensor, g: Tensor, flags: int, scalars: Tensor, buffer: Tensor | None) -> Tensor:
@@ -78,9 +78,19 @@ _op = define(
 )
 
 
-def sgd_flags(*, nesterov: bool = False, maximize: bool = False, first: bool = False) -> int:
-    """The flags of a segment's row. `first`: its momentum starts as the gradient, as in torch."""
-    return NESTEROV * nesterov | MAXIMIZE * maximize | FIRST * first
+def sgd_flags(
+    *,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+    zeroed: bool = False,
+) -> int:
+    """The flags of a segment's row.
+
+    `first`: its momentum starts as the gradient, as in torch. `zeroed`: the caller vouches that its
+    pruned elements are +0.0 already; without it the triton backend writes them at each step.
+    """
+    return NESTEROV * nesterov | MAXIMIZE * maximize | FIRST * first | ZEROED * zeroed
 
 
 def masked_sgd_(
