@@ -32,13 +32,19 @@ struct Run {
   States states;
 };
 
-inline void square_root(float& x) { x = std::sqrt(x); }
+inline void square_root(float& x) {
+  x = std::sqrt(x);
+}
 #if FEDMAP_X86
 FEDMAP_TARGET_AVX2
-inline void square_root(__m256& x) { x = _mm256_sqrt_ps(x); }
+inline void square_root(__m256& x) {
+  x = _mm256_sqrt_ps(x);
+}
 FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
-inline void square_root(__m512& x) { x = _mm512_sqrt_ps(x); }
+inline void square_root(__m512& x) {
+  x = _mm512_sqrt_ps(x);
+}
 FEDMAP_TARGET_END
 #endif
 
@@ -168,7 +174,7 @@ struct StepBuffers {
 
 template <class T, class Rule>
 class MaskedStep {
-public:
+ public:
   MaskedStep(const StepBuffers<T>& buffers, int threads)
       : b_(buffers), k_(StepKernels<T, Rule>::chosen()), blocks_(mask_blocks(b_.prunable)),
         nnz_(b_.rank[blocks_]),
@@ -188,7 +194,7 @@ public:
     });
   }
 
-private:
+ private:
   // Parts of kSpan elements are stepped in one of three ways, by the density of each. Those with
   // fewer than one survivor in kSparse elements: one by one.
   static constexpr int64_t kSpan = 8 * kBlock;
@@ -246,8 +252,8 @@ private:
     return count;
   }
 
-  void step_sparse(const Rule& rule, const T* gradient, T* values, const uint32_t* words,
-                   int64_t n, int64_t state) const {
+  void step_sparse(const Rule& rule, const T* gradient, T* values, const uint32_t* words, int64_t n,
+                   int64_t state) const {
     constexpr int64_t kRoom = kSpan / kSparse + kPackSlack;
     uint16_t places[kRoom];
     T packed_gradient[kRoom], packed_values[kRoom];
