@@ -19,7 +19,9 @@ constexpr int64_t kPackSlack = 64;
 
 namespace scalar {
 
-inline uint32_t low_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+inline uint32_t low_bits(int64_t n) {
+  return n >= 32 ? ~0u : (1u << n) - 1;
+}
 
 inline int64_t count_block(const uint32_t* words, int64_t n) {
   int64_t count = 0;
@@ -63,8 +65,7 @@ int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
 template <class T>
 inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   for (int64_t i = 0; i < n; i += 32)
-    packed =
-        unpack_word(packed, words[i / 32] & low_bits(n - i), dst + i, n - i < 32 ? n - i : 32);
+    packed = unpack_word(packed, words[i / 32] & low_bits(n - i), dst + i, n - i < 32 ? n - i : 32);
 }
 
 } // namespace scalar
@@ -132,9 +133,9 @@ inline void unpack_8(const T* packed, uint32_t byte, T* dst) {
   if constexpr (sizeof(T) == 4) {
     const __m256i index = _mm256_cvtepi8_epi32(places);
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
-                        _mm256_andnot_si256(_mm256_srai_epi32(index, 31),
-                                            _mm256_permutevar8x32_epi32(v, index)));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(dst),
+        _mm256_andnot_si256(_mm256_srai_epi32(index, 31), _mm256_permutevar8x32_epi32(v, index)));
   } else {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, byte_pairs(places)));
@@ -239,8 +240,8 @@ void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   for (; i + 32 <= n; i += 32) {
     const uint32_t word = words[i / 32];
     for (int lane = 0; lane < 32; lane += kLanes)
-      packed = unpack_vector(packed, kLanes == 32 ? word : word >> lane & 0xffff, dst + i + lane,
-                             zero);
+      packed =
+          unpack_vector(packed, kLanes == 32 ? word : word >> lane & 0xffff, dst + i + lane, zero);
   }
   scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
 }

@@ -49,8 +49,12 @@ inline int overflows(float x) {
   return not_finite<T>(x) - not_finite<float>(x);
 }
 
-inline float widen(float x) { return x; }
-inline float widen(Bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(float x) {
+  return x;
+}
+inline float widen(Bfloat16 x) {
+  return bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
 inline float widen(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude > 0x7c00) // as vcvtph2ps: quiet, payload kept
@@ -110,7 +114,9 @@ inline float shorten(double x) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-inline __m256 load(const float* src) { return _mm256_loadu_ps(src); }
+inline __m256 load(const float* src) {
+  return _mm256_loadu_ps(src);
+}
 inline __m256 load(const Float16* src) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
 }
@@ -119,7 +125,9 @@ inline __m256 load(const Bfloat16* src) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-inline void store(float* dst, __m256 x) { _mm256_storeu_ps(dst, x); }
+inline void store(float* dst, __m256 x) {
+  _mm256_storeu_ps(dst, x);
+}
 inline void store(Float16* dst, __m256 x) {
   const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m128i magnitude = _mm_and_si128(half, _mm_set1_epi16(0x7fff));
@@ -149,8 +157,7 @@ inline __m128i low_halves(__m256d mask) {
 // How many lanes are NaN or infinite once in T, and how many are so for their size alone.
 template <class T>
 inline int not_finite(__m256 x) {
-  const __m256i magnitude =
-      _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
   const __m256i large = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(kOverflowBits<T> - 1));
   return _mm_popcnt_u32(_mm256_movemask_ps(_mm256_castsi256_ps(large)));
 }
@@ -168,12 +175,11 @@ inline __m128 shorten(__m256d x) {
   const __m128i bits = _mm_castps_si128(nearest);
   const __m128i one = _mm_set1_epi32(1);
   const __m128i inexact = low_halves(_mm256_cmp_pd(back, x, _CMP_NEQ_OQ));
-  const __m128i away = low_halves(_mm256_cmp_pd(_mm256_andnot_pd(sign, back),
-                                                _mm256_andnot_pd(sign, x), _CMP_GT_OQ));
+  const __m128i away = low_halves(
+      _mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, x), _CMP_GT_OQ));
   const __m128i even = _mm_cmpeq_epi32(_mm_and_si128(bits, one), _mm_setzero_si128());
   const __m128i step = _mm_or_si128(away, one); // -1 or 1
-  return _mm_castsi128_ps(
-      _mm_add_epi32(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
+  return _mm_castsi128_ps(_mm_add_epi32(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
 }
 
 } // namespace avx2
@@ -182,7 +188,9 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
-inline __m512 widen(__m256i half, const Float16*) { return _mm512_cvtph_ps(half); }
+inline __m512 widen(__m256i half, const Float16*) {
+  return _mm512_cvtph_ps(half);
+}
 inline __m512 widen(__m256i half, const Bfloat16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
@@ -196,17 +204,24 @@ inline __m256i narrow(__m512 x, const Bfloat16*) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16),
-                                             _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                                             _mm512_set1_epi32(0x7fc0));
+  const __m512i half = _mm512_mask_mov_epi32(
+      _mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(half);
 }
 
 // With `lanes`, only those of the 16 places are touched.
-inline __m512 load(const float* src) { return _mm512_loadu_ps(src); }
-inline __m512 load(const float* src, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, src); }
-inline void store(float* dst, __m512 x) { _mm512_storeu_ps(dst, x); }
-inline void store(float* dst, __m512 x, __mmask16 lanes) { _mm512_mask_storeu_ps(dst, lanes, x); }
+inline __m512 load(const float* src) {
+  return _mm512_loadu_ps(src);
+}
+inline __m512 load(const float* src, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, src);
+}
+inline void store(float* dst, __m512 x) {
+  _mm512_storeu_ps(dst, x);
+}
+inline void store(float* dst, __m512 x, __mmask16 lanes) {
+  _mm512_mask_storeu_ps(dst, lanes, x);
+}
 template <class T>
 inline __m512 load(const T* src) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)), src);
@@ -226,8 +241,7 @@ inline void store(T* dst, __m512 x, __mmask16 lanes) {
 
 template <class T>
 inline int not_finite(__m512 x) {
-  const __m512i magnitude =
-      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
   return _mm_popcnt_u32(_mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(kOverflowBits<T>)));
 }
 template <class T>
@@ -244,8 +258,7 @@ inline __m256 shorten(__m512d x) {
   const __m256i bits = _mm256_castps_si256(nearest), one = _mm256_set1_epi32(1);
   const __mmask8 inexact = _mm512_cmp_pd_mask(back, x, _CMP_NEQ_OQ);
   const __mmask8 even = _mm256_mask_testn_epi32_mask(inexact, bits, one);
-  const __mmask8 away =
-      _mm512_cmp_pd_mask(_mm512_abs_pd(back), _mm512_abs_pd(x), _CMP_GT_OQ);
+  const __mmask8 away = _mm512_cmp_pd_mask(_mm512_abs_pd(back), _mm512_abs_pd(x), _CMP_GT_OQ);
   const __m256i up = _mm256_mask_add_epi32(bits, even, bits, one);
   return _mm256_castsi256_ps(_mm256_mask_sub_epi32(up, even & away, bits, one));
 }

@@ -14,9 +14,9 @@ struct AdamW {
         rest1(static_cast<float>(1 - scalars[1])), beta2(static_cast<float>(scalars[2])),
         rest2(static_cast<float>(1 - scalars[2])),
         root_correction(static_cast<float>(std::sqrt(1 - scalars[6]))),
-        eps(static_cast<float>(scalars[3])),
-        decay(static_cast<float>(1 - scalars[0] * scalars[4])), maximize(flags & kMaximize),
-        decays(scalars[4] != 0), amsgrad((flags & kAmsgrad) && states[2]) {}
+        eps(static_cast<float>(scalars[3])), decay(static_cast<float>(1 - scalars[0] * scalars[4])),
+        maximize(flags & kMaximize), decays(scalars[4] != 0),
+        amsgrad((flags & kAmsgrad) && states[2]) {}
 
   bool uses(int k) const { return k < 2 || amsgrad; }
 

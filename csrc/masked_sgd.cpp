@@ -11,10 +11,9 @@ struct Sgd {
 
   Sgd(const double* scalars, int64_t flags, const States& states)
       : lr(static_cast<float>(scalars[0])), momentum(static_cast<float>(scalars[1])),
-        undamped(static_cast<float>(1 - scalars[2])),
-        weight_decay(static_cast<float>(scalars[3])), nesterov(flags & kNesterov),
-        maximize(flags & kMaximize), first(flags & kFirst), decays(scalars[3] != 0),
-        has_momentum(scalars[1] != 0 && states[0]) {}
+        undamped(static_cast<float>(1 - scalars[2])), weight_decay(static_cast<float>(scalars[3])),
+        nesterov(flags & kNesterov), maximize(flags & kMaximize), first(flags & kFirst),
+        decays(scalars[3] != 0), has_momentum(scalars[1] != 0 && states[0]) {}
 
   bool uses(int) const { return has_momentum; }
 

@@ -32,12 +32,8 @@ inline void relax() {
 class DefaultFloatEnvironment {
  public:
 #if defined(__x86_64__)
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) {
-    _mm_setcsr(0x1f80);
-  }
-  ~DefaultFloatEnvironment() {
-    _mm_setcsr(saved_);
-  }
+  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
@@ -46,9 +42,7 @@ class DefaultFloatEnvironment {
     __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
     __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
   }
-  ~DefaultFloatEnvironment() {
-    __asm__ volatile("msr fpcr, %0" ::"r"(saved_));
-  }
+  ~DefaultFloatEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
 
  private:
   uint64_t saved_;

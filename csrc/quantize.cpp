@@ -60,7 +60,8 @@ static float largest(const float* src, float* residual, int64_t n) {
   return largest_from(0, 0, src, residual, n);
 }
 
-static void codes_from(int64_t i, const float* x, float scale, int8_t* q, float* residual, int64_t n) {
+static void codes_from(int64_t i, const float* x, float scale, int8_t* q, float* residual,
+                       int64_t n) {
   for (; i < n; ++i) {
     const float code = std::min(std::max(std::nearbyint(x[i] / scale), -127.0f), 127.0f);
     q[i] = static_cast<int8_t>(code);
@@ -133,8 +134,8 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
     const __m256 value = load(x + i);
     const __m256 rounded =
         _mm256_round_ps(value / scale, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256 code = _mm256_min_ps(_mm256_max_ps(rounded, _mm256_set1_ps(-127)),
-                                      _mm256_set1_ps(127));
+    const __m256 code =
+        _mm256_min_ps(_mm256_max_ps(rounded, _mm256_set1_ps(-127)), _mm256_set1_ps(127));
     const __m256i wide = _mm256_cvtps_epi32(code);
     const __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -199,8 +200,8 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
     const __m512 value = load(x + i);
     const __m512 rounded =
         _mm512_roundscale_ps(value / scale, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 code = _mm512_min_ps(_mm512_max_ps(rounded, _mm512_set1_ps(-127)),
-                                      _mm512_set1_ps(127));
+    const __m512 code =
+        _mm512_min_ps(_mm512_max_ps(rounded, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
                      _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code)));
     if (residual)

@@ -237,7 +237,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             assert word in text
 
 
-@pytest.mark.parametrize("words", [[], ["runn"], ["inspect"], ["info", "--x"], ["info", "x"]])
+@pytest.mark.parametrize("words", [[], ["walk"], ["inspect"], ["info", "--x"], ["info", "x"]])
 def test_wrong_commands_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, words).startswith("fedmap-sparse")
 
