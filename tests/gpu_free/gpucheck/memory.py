@@ -46,6 +46,26 @@ class Shadow:
         self.granule = granule
         self.thread = {k: np.full(count, -1, np.int64) for k in ("ld", "st", "atom")}
         self.epoch = {k: np.full(count, -1, np.int64) for k in ("ld", "st", "atom")}
+        # Of readers the last alone would not do: it may be of the warp that writes next.
+        self.many_warps = np.zeros(count, bool)  # in the reader's epoch
+        self.many_blocks = np.zeros(count, bool)
+
+    def note(self, kind: str, where: Array, me: Array, epoch: Array, threads: int) -> None:
+        """Remember these accesses."""
+        thread, epochs = self.thread[kind], self.epoch[kind]
+        if kind == "ld":
+            before = thread[where]
+            block = (before >= 0) & (before // threads == me // threads)
+            recent = block & (epochs[where] == epoch)
+            many = recent & (self.many_warps[where] | (before // 32 != me // 32))
+            self.many_blocks[where[(before >= 0) & ~block]] = True
+            self.many_warps[where] = False
+            self.many_warps[where[many]] = True
+        thread[where], epochs[where] = me, epoch
+        if kind == "ld":  # lanes of this very access that read the same
+            last = thread[where]
+            self.many_warps[where[last // 32 != me // 32]] = True
+            self.many_blocks[where[last // threads != me // threads]] = True
 
 
 class Memory:
@@ -166,9 +186,12 @@ class Memory:
             thread = shadow.thread[other][where]
             used = thread >= 0
             block = thread // self.threads == me // self.threads
-            unordered = (thread // 32 != me // 32) & (shadow.epoch[other][where] == epoch)
-            elsewhere = ~block if space == "global" else False
-            return used & (elsewhere | (block & unordered))
+            another, elsewhere = thread // 32 != me // 32, ~block
+            if other == "ld":
+                another = another | shadow.many_warps[where]
+                elsewhere = elsewhere | shadow.many_blocks[where]
+            unordered = another & (shadow.epoch[other][where] == epoch)
+            return used & ((elsewhere & (space == "global")) | (block & unordered))
 
         against = {"ld": ("st",), "st": ("st", "ld", "atom"), "atom": ("st",)}[kind]
         if space == "shared" and kind != "st":
@@ -176,8 +199,7 @@ class Memory:
         clashes = np.logical_or.reduce([clash(other) for other in against])
         if clashes.any():
             self.faults.add(f"{space} race ({kind})", ins, int(clashes.sum()))
-        shadow.thread[kind][where] = me
-        shadow.epoch[kind][where] = epoch
+        shadow.note(kind, where, me, epoch, self.threads)
 
     def _collision(self, index: Array, values: list[Array], ins: Any, space: str) -> None:
         """Two lanes of one store that write different values to one element."""
