@@ -2,7 +2,6 @@
 // total weight, rounded once. Contract: fedmap_sparse/ops/accumulate.py.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <type_traits>
 
 #include "half.h"
@@ -11,12 +10,12 @@
 
 namespace fedmap {
 
-// Sums of a tile stay in L1 while the payloads stream past, kGroup of them a pass: the sums are
-// loaded and stored once for so many, and the hardware prefetches so many streams. On Zen 4 one
-// thread took as long as reading alone takes, for 10 to 500 payloads; 4 or 16 a pass took longer.
+// The sums of a tile stay in L1 while the payloads stream past, up to kGroup of them in a pass. On
+// Zen 4 one thread takes as long as for reading alone, with 10 to 500 payloads; 16 a pass took 30%
+// longer (more streams than the hardware prefetches), 8 a pass 8% (more passes).
 constexpr int64_t kTile = 1024;
 constexpr int64_t kTaskTiles = 16;
-constexpr int kGroup = 8;
+constexpr int kGroup = 12;
 
 template <class T>
 struct Group {
@@ -32,6 +31,9 @@ struct Group {
   }
 };
 
+// One pass over n elements: the sums so far (null: zeros) and the group's products go, if Out is
+// double, back to the sums; else, divided by the total, to the result: dividing in the last pass
+// hides the divisions behind its loads. Returns how many results are NaN or infinite.
 namespace scalar {
 
 template <class T>
@@ -42,33 +44,28 @@ static float value(const Group<T>& group, int c, int64_t i) {
     return widen(group.payload[c][i]);
 }
 
-template <class T>
-static void add_from(int64_t i, double* sums, const Group<T>& group, int64_t n) {
-  for (; i < n; ++i)
-    for (int c = 0; c < group.count; ++c)
-      sums[i] += group.weight[c] * static_cast<double>(value(group, c, i));
-}
-
-template <class T>
-static void add(double* sums, const Group<T>& group, int64_t n) {
-  add_from(0, sums, group, n);
-}
-
-// Returns how many results are NaN or infinite.
-template <class T>
-static int64_t mean_from(int64_t i, const double* sums, double total, int64_t n, T* out) {
+template <class T, class Out>
+static int64_t add_from(int64_t i, const double* sums, const Group<T>& group, double total,
+                        int64_t n, Out* out) {
   int64_t bad = 0;
   for (; i < n; ++i) {
-    const float x = shorten<T>(sums[i] / total);
-    bad += not_finite<T>(x);
-    out[i] = narrow<T>(x);
+    double sum = sums ? sums[i] : 0.0;
+    for (int c = 0; c < group.count; ++c)
+      sum += group.weight[c] * static_cast<double>(value(group, c, i));
+    if constexpr (std::is_same_v<Out, double>) {
+      out[i] = sum;
+    } else {
+      const float mean = shorten<Out>(sum / total);
+      bad += not_finite<Out>(mean);
+      out[i] = narrow<Out>(mean);
+    }
   }
   return bad;
 }
 
-template <class T>
-static int64_t mean(const double* sums, double total, int64_t n, T* out) {
-  return mean_from(0, sums, total, n, out);
+template <class T, class Out>
+static int64_t add(const double* sums, const Group<T>& group, double total, int64_t n, Out* out) {
+  return add_from(0, sums, group, total, n, out);
 }
 
 } // namespace scalar
@@ -80,45 +77,39 @@ namespace avx2 {
 template <class T>
 inline __m256 value(const Group<T>& group, int c, int64_t i) {
   if constexpr (std::is_same_v<T, int8_t>) {
-    const __m128i codes =
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group.payload[c] + i));
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group.payload[c] + i));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)) * group.scale[c];
   } else {
     return load(group.payload[c] + i);
   }
 }
 
-template <class T>
-static void add(double* sums, const Group<T>& group, int64_t n) {
-  int64_t i = 0;
+template <class T, class Out>
+static int64_t add(const double* sums, const Group<T>& group, double total, int64_t n, Out* out) {
+  int64_t i = 0, bad = 0;
   for (; i + 16 <= n; i += 16) {
     __m256d sum[4];
     for (int k = 0; k < 4; ++k)
-      sum[k] = _mm256_loadu_pd(sums + i + 4 * k);
-    for (int c = 0; c < group.count; ++c) {
-      const __m256d weight = _mm256_set1_pd(group.weight[c]);
+      sum[k] = sums ? _mm256_loadu_pd(sums + i + 4 * k) : _mm256_setzero_pd();
+    for (int c = 0; c < group.count; ++c)
       for (int k = 0; k < 4; k += 2) {
         const __m256 x = value(group, c, i + 4 * k);
-        sum[k] += weight * _mm256_cvtps_pd(_mm256_castps256_ps128(x));
-        sum[k + 1] += weight * _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+        sum[k] += group.weight[c] * _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+        sum[k + 1] += group.weight[c] * _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+      }
+    for (int k = 0; k < 4; k += 2) {
+      if constexpr (std::is_same_v<Out, double>) {
+        _mm256_storeu_pd(out + i + 4 * k, sum[k]);
+        _mm256_storeu_pd(out + i + 4 * k + 4, sum[k + 1]);
+      } else {
+        const __m256 mean =
+            _mm256_set_m128(shorten<Out>(sum[k + 1] / total), shorten<Out>(sum[k] / total));
+        bad += not_finite<Out>(mean);
+        store(out + i + 4 * k, mean);
       }
     }
-    for (int k = 0; k < 4; ++k)
-      _mm256_storeu_pd(sums + i + 4 * k, sum[k]);
   }
-  scalar::add_from(i, sums, group, n);
-}
-
-template <class T>
-static int64_t mean(const double* sums, double total, int64_t n, T* out) {
-  int64_t i = 0, bad = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 x = _mm256_set_m128(shorten<T>(_mm256_loadu_pd(sums + i + 4) / total),
-                                     shorten<T>(_mm256_loadu_pd(sums + i) / total));
-    bad += not_finite<T>(x);
-    store(out + i, x);
-  }
-  return bad + scalar::mean_from(i, sums, total, n, out);
+  return bad + scalar::add_from(i, sums, group, total, n, out);
 }
 
 } // namespace avx2
@@ -127,35 +118,29 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
-template <class T>
-static void add(double* sums, const Group<T>& group, int64_t n) {
-  int64_t i = 0;
+template <class T, class Out>
+static int64_t add(const double* sums, const Group<T>& group, double total, int64_t n, Out* out) {
+  int64_t i = 0, bad = 0;
   for (; i + 32 <= n; i += 32) {
     __m512d sum[4];
     for (int k = 0; k < 4; ++k)
-      sum[k] = _mm512_loadu_pd(sums + i + 8 * k);
-    for (int c = 0; c < group.count; ++c) {
-      const __m512d weight = _mm512_set1_pd(group.weight[c]);
+      sum[k] = sums ? _mm512_loadu_pd(sums + i + 8 * k) : _mm512_setzero_pd();
+    for (int c = 0; c < group.count; ++c)
       for (int k = 0; k < 4; ++k)
-        sum[k] += weight * _mm512_cvtps_pd(avx2::value(group, c, i + 8 * k));
+        sum[k] += group.weight[c] * _mm512_cvtps_pd(avx2::value(group, c, i + 8 * k));
+    for (int k = 0; k < 4; k += 2) {
+      if constexpr (std::is_same_v<Out, double>) {
+        _mm512_storeu_pd(out + i + 8 * k, sum[k]);
+        _mm512_storeu_pd(out + i + 8 * k + 8, sum[k + 1]);
+      } else {
+        const __m512 low = _mm512_castps256_ps512(shorten<Out>(sum[k] / total));
+        const __m512 mean = _mm512_insertf32x8(low, shorten<Out>(sum[k + 1] / total), 1);
+        bad += not_finite<Out>(mean);
+        store(out + i + 8 * k, mean);
+      }
     }
-    for (int k = 0; k < 4; ++k)
-      _mm512_storeu_pd(sums + i + 8 * k, sum[k]);
   }
-  scalar::add_from(i, sums, group, n);
-}
-
-template <class T>
-static int64_t mean(const double* sums, double total, int64_t n, T* out) {
-  int64_t i = 0, bad = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m512 low = _mm512_castps256_ps512(shorten<T>(_mm512_loadu_pd(sums + i) / total));
-    const __m512 x =
-        _mm512_insertf32x8(low, shorten<T>(_mm512_loadu_pd(sums + i + 8) / total), 1);
-    bad += not_finite<T>(x);
-    store(out + i, x);
-  }
-  return bad + scalar::mean_from(i, sums, total, n, out);
+  return bad + scalar::add_from(i, sums, group, total, n, out);
 }
 
 } // namespace avx512
@@ -175,6 +160,47 @@ void with_float_type(int dtype, F&& f) {
     f(static_cast<Bfloat16*>(nullptr));
 }
 
+// n elements of all payloads, n <= kTile; fill(group, c) pushes payload c.
+template <class T, class Out, class Fill>
+int64_t mean_of(int clients, double total, int64_t n, Out* out, Fill&& fill) {
+  const auto add_pass = FEDMAP_DISPATCH(add<T, double>);
+  const auto last_pass = FEDMAP_DISPATCH(add<T, Out>);
+  alignas(64) double room[kTile];
+  const double* sums = nullptr;
+  const int passes = (clients + kGroup - 1) / kGroup;
+  for (int pass = 0, c = 0;; ++pass) {
+    Group<T> group;
+    for (const int end = (pass + 1) * clients / passes; c < end; ++c)
+      fill(group, c);
+    if (c == clients)
+      return last_pass(sums, group, total, n, out);
+    add_pass(sums, group, total, n, room);
+    sums = room;
+  }
+}
+
+// Calls f(begin, end) for parts of at most kTile elements and adds up what it returns.
+template <class F>
+int64_t count_by_tiles(int64_t n, int threads, F&& f) {
+  std::atomic<int64_t> count{0};
+  parallel_ranges(n, kTaskTiles * kTile, threads, [&](int64_t begin, int64_t end) {
+    int64_t counted = 0;
+    for (; begin < end; begin += kTile)
+      counted += f(begin, std::min(begin + kTile, end));
+    count.fetch_add(counted, std::memory_order_relaxed);
+  });
+  return count;
+}
+
+// Calls f(at, n) for the parts of [begin, end) that have one scale each.
+template <class F>
+void for_blocks(int64_t begin, int64_t end, int64_t block, F&& f) {
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = std::min(end, at / block * block + block);
+    f(at, next - at);
+  }
+}
+
 double total(const std::vector<double>& weights) {
   double sum = 0;
   for (double weight : weights)
@@ -182,64 +208,25 @@ double total(const std::vector<double>& weights) {
   return sum;
 }
 
-// For each tile: zeroed sums, add_all(sums, begin, n), the mean.
-template <class AddAll>
-int64_t mean_by_tiles(int64_t n, double total, void* out, int out_dtype, int threads,
-                      AddAll&& add_all) {
-  std::atomic<int64_t> bad{0};
-  with_float_type(out_dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const auto mean = FEDMAP_DISPATCH(mean<T>);
-    parallel_ranges(n, kTaskTiles * kTile, threads, [&](int64_t begin, int64_t end) {
-      alignas(64) double sums[kTile];
-      int64_t task_bad = 0;
-      for (; begin < end; begin += kTile) {
-        const int64_t size = std::min(kTile, end - begin);
-        std::memset(sums, 0, size * sizeof(double));
-        add_all(sums, begin, size);
-        task_bad += mean(sums, total, size, static_cast<T*>(out) + begin);
-      }
-      bad.fetch_add(task_bad, std::memory_order_relaxed);
-    });
-  });
-  return bad;
-}
-
-// Adds elements [begin, begin + n) of int8 payloads, block by block of one scale each.
-void add_blocks(double* sums, const std::vector<const int8_t*>& payloads,
-                const std::vector<const float*>& scales, int64_t block,
-                const std::vector<double>& weights, int64_t begin, int64_t n) {
-  const auto add = FEDMAP_DISPATCH(add<int8_t>);
-  for (int64_t at = begin, size; at < begin + n; at += size) {
-    size = std::min(begin + n, at / block * block + block) - at;
-    for (size_t c = 0; c < payloads.size();) {
-      Group<int8_t> group;
-      for (; c < payloads.size() && group.count < kGroup; ++c)
-        group.push(payloads[c] + at, weights[c], scales[c][at / block]);
-      add(sums + (at - begin), group, size);
-    }
-  }
-}
-
 } // namespace
 
 int64_t weighted_mean(const std::vector<const void*>& payloads, int dtype,
                       const std::vector<double>& weights, int64_t n, void* out, int out_dtype,
                       int threads) {
+  const int clients = static_cast<int>(payloads.size());
   int64_t bad = 0;
   with_float_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto add = FEDMAP_DISPATCH(add<T>);
-    const int64_t bytes = n * static_cast<int64_t>(payloads.size() * sizeof(T));
-    bad = mean_by_tiles(n, total(weights), out, out_dtype, threads_for(bytes, threads),
-                        [&](double* sums, int64_t begin, int64_t size) {
-                          for (size_t c = 0; c < payloads.size();) {
-                            Group<T> group;
-                            for (; c < payloads.size() && group.count < kGroup; ++c)
-                              group.push(static_cast<const T*>(payloads[c]) + begin, weights[c]);
-                            add(sums, group, size);
-                          }
-                        });
+    with_float_type(out_dtype, [&](auto* out_type) {
+      using Out = std::remove_pointer_t<decltype(out_type)>;
+      const int64_t bytes = n * clients * static_cast<int64_t>(sizeof(T));
+      bad = count_by_tiles(n, threads_for(bytes, threads), [&](int64_t begin, int64_t end) {
+        return mean_of<T>(clients, total(weights), end - begin, static_cast<Out*>(out) + begin,
+                          [&](Group<T>& group, int c) {
+                            group.push(static_cast<const T*>(payloads[c]) + begin, weights[c]);
+                          });
+      });
+    });
   });
   return bad;
 }
@@ -248,47 +235,61 @@ int64_t weighted_mean_int8(const std::vector<const int8_t*>& payloads,
                            const std::vector<const float*>& scales, int64_t block,
                            const std::vector<double>& weights, int64_t n, void* out, int out_dtype,
                            int threads) {
-  const int64_t bytes = n * static_cast<int64_t>(payloads.size());
-  return mean_by_tiles(n, total(weights), out, out_dtype, threads_for(bytes, threads),
-                       [&](double* sums, int64_t begin, int64_t size) {
-                         add_blocks(sums, payloads, scales, block, weights, begin, size);
-                       });
+  const int clients = static_cast<int>(payloads.size());
+  int64_t bad = 0;
+  with_float_type(out_dtype, [&](auto* type) {
+    using Out = std::remove_pointer_t<decltype(type)>;
+    bad = count_by_tiles(n, threads_for(n * clients, threads), [&](int64_t begin, int64_t end) {
+      int64_t counted = 0;
+      for_blocks(begin, end, block, [&](int64_t at, int64_t size) {
+        counted += mean_of<int8_t>(clients, total(weights), size, static_cast<Out*>(out) + at,
+                                   [&](Group<int8_t>& group, int c) {
+                                     group.push(payloads[c] + at, weights[c],
+                                                scales[c][at / block]);
+                                   });
+      });
+      return counted;
+    });
+  });
+  return bad;
 }
 
 void accumulate_add(double* sums, const void* payload, int dtype, double weight, int64_t n,
                     int threads) {
   with_float_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto add = FEDMAP_DISPATCH(add<T>);
-    parallel_ranges(n, kTaskTiles * kTile, threads_for(16 * n, threads),
-                    [&](int64_t begin, int64_t end) {
-                      Group<T> one;
-                      one.push(static_cast<const T*>(payload) + begin, weight);
-                      add(sums + begin, one, end - begin);
-                    });
+    const auto add = FEDMAP_DISPATCH(add<T, double>);
+    count_by_tiles(n, threads_for(16 * n, threads), [&](int64_t begin, int64_t end) {
+      Group<T> one;
+      one.push(static_cast<const T*>(payload) + begin, weight);
+      return add(sums + begin, one, 1, end - begin, sums + begin);
+    });
   });
 }
 
 void accumulate_add_int8(double* sums, const int8_t* payload, const float* scales, int64_t block,
                          double weight, int64_t n, int threads) {
+  const auto add = FEDMAP_DISPATCH(add<int8_t, double>);
   parallel_ranges(n, kTaskTiles * kTile, threads_for(16 * n, threads),
                   [&](int64_t begin, int64_t end) {
-                    add_blocks(sums + begin, {payload}, {scales}, block, {weight}, begin,
-                               end - begin);
+                    for_blocks(begin, end, block, [&](int64_t at, int64_t size) {
+                      Group<int8_t> one;
+                      one.push(payload + at, weight, scales[at / block]);
+                      add(sums + at, one, 1, size, sums + at);
+                    });
                   });
 }
 
 int64_t accumulate_mean(const double* sums, double total_weight, int64_t n, void* out,
                         int out_dtype, int threads) {
-  std::atomic<int64_t> bad{0};
+  int64_t bad = 0;
   with_float_type(out_dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const auto mean = FEDMAP_DISPATCH(mean<T>);
-    parallel_ranges(n, kTaskTiles * kTile, threads_for(8 * n, threads),
-                    [&](int64_t begin, int64_t end) {
-                      bad += mean(sums + begin, total_weight, end - begin,
-                                  static_cast<T*>(out) + begin);
-                    });
+    using Out = std::remove_pointer_t<decltype(type)>;
+    const auto add = FEDMAP_DISPATCH(add<float, Out>);
+    bad = count_by_tiles(n, threads_for(8 * n, threads), [&](int64_t begin, int64_t end) {
+      return add(sums + begin, Group<float>{}, total_weight, end - begin,
+                 static_cast<Out*>(out) + begin);
+    });
   });
   return bad;
 }
