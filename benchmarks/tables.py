@@ -88,7 +88,10 @@ def tables(found: dict[str, Any]) -> str:
     records = found["records"]
     by_model = [r for r in records if "state_bytes" in r and r["inputs"] == "init"]
     rest = [r for r in records if r not in by_model]
-    parts = [f"{header_line(found['header'])}; {found['header']['time']}."]
+    header = found["header"]
+    parts = [
+        f"{header_line(header)}; {header['time']}; others kept {header['others_cpus']:g} CPUs busy."
+    ]
     if rest:
         names = sorted({f"{r['n']:,} {r['dtype']}, {r['inputs']}" for r in rest if r["n"] > 1000})
         parts.append(f"Of {'; '.join(names)} values:")
