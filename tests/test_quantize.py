@@ -216,3 +216,12 @@ def test_arguments_are_checked() -> None:
         ops.dequantize_int8(x, x[:1])
     with pytest.raises(ValueError, match="1 elements"):
         ops.dequantize_int8(x.to(torch.int8), x[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_pattern_widens_alike_nan_payloads_too(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    ours, theirs = (
+        ops.cast(every, torch.float32, backend=b)[0].view(torch.int32) for b in ("cpu", "reference")
+    )
+    assert torch.equal(ours, theirs)

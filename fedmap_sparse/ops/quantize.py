@@ -14,13 +14,19 @@ _CODES = _checks.DTYPE_CODES
 def cast_reference(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to nearest, ties to even; NaN becomes the positive quiet NaN of a narrower `dtype`.
 
-    torch rounds so as well, but keeps or changes the payload and sign of a NaN by device.
+    torch rounds so as well, but keeps or changes the payload and sign of a NaN by device. Widening
+    keeps both, as the hardware does.
     """
     if values.dtype == dtype:
         return values
     if torch.float32 not in (values.dtype, dtype):  # between the 16-bit types: by way of float32
         return cast_reference(values.to(torch.float32), dtype)
     cast = values.to(dtype)
+    if values.dtype == torch.float16:
+        gone = values.isnan()
+        bits = values.view(torch.int16)[gone].to(torch.int32)
+        quiet = (bits & 0x8000) << 16 | 0x7FC00000 | (bits & 0x3FF) << 13
+        cast.view(torch.int32)[gone] = quiet
     if dtype != torch.float32:
         nan = 0x7E00 if dtype == torch.float16 else 0x7FC0
         cast.view(torch.int16)[values.isnan()] = nan
