@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from page_faults import LINUX, touched_bytes
 
 from fedmap_sparse import ops
 from fedmap_sparse._backends import native
@@ -170,6 +171,17 @@ def test_int8_is_the_mean_of_what_it_stands_for(isa: str, threads: int, block: i
             sums.data_ptr(), sum(weights), n, streamed.data_ptr(), CODES[dtype], threads
         )
         assert torch.equal(bits(streamed), bits(expected))
+
+
+@LINUX
+def test_peak_memory() -> None:
+    setup = """
+from fedmap_sparse import ops
+payloads = [torch.ones(3_000_000) for _ in range(14)]
+out = torch.ones(3_000_000)
+"""
+    touched = touched_bytes(setup, "ops.weighted_mean(payloads, [1.0] * 14, out=out)")
+    assert 0 < touched < 400_000
 
 
 def test_arguments_are_checked_before_anything_is_written() -> None:

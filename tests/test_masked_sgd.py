@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masked_steps import DTYPES, EDGES, Problem, bits, make_problem
+from page_faults import LINUX, touched_bytes
 
 from fedmap_sparse.ops import masked_sgd_
 from fedmap_sparse.ops._segments import Segments
@@ -172,6 +173,22 @@ def test_bits_do_not_depend_on_flushing_of_the_calling_thread(isa: str) -> None:
     finally:
         torch.set_flush_denormal(False)
     stepped.assert_same(expected)
+
+
+@LINUX
+@pytest.mark.parametrize("module", ["test_masked_sgd", "test_masked_adamw"])
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_peak_memory(module: str, density: float) -> None:
+    """Beyond its arguments a step needs stack and small change, whatever the model's size."""
+    setup = f"""
+import {module} as module
+problem = module.make_problem([6_000_000, 2_000_000], [1000], {density}, states=3)
+scalars = {{"test_masked_sgd": (["dampened"],), "test_masked_adamw": (["all"], 2)}}["{module}"]
+module.set_scalars(problem, *scalars)
+problem.copy = lambda: problem
+"""
+    touched = touched_bytes(setup, "module.step(problem, 'cpu')")
+    assert 0 < touched < 400_000
 
 
 @pytest.mark.parametrize("name", SETTINGS)
