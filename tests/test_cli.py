@@ -144,6 +144,9 @@ def test_a_failed_round_is_one_line_and_code_1(
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     words = [*TINY[:2], "clients=4", "rounds=24", "threads=1", "baseline=false"]
     argv, environment = command("run", *words, "name=stopped")
+    # A shell starts background jobs with SIGINT ignored, which the child would inherit; a handler
+    # becomes the default there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         argv,
         cwd=tmp_path,
@@ -152,6 +155,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stderr is not None
     for line in process.stdout:
