@@ -11,6 +11,8 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
   Tally tally;
   uint32_t* out = candidates;
   for (int64_t i = 0; i < n; i += kBlock) {
+    uint16_t places[kBlock + 32]; // of the block's candidates
+    uint16_t* next = places;
     int64_t kept_in_block = 0;
     for (int64_t j = i, end = std::min(whole, i + kBlock); j < end; j += 64) {
       const uint64_t eligible = within ? load_64(within + j / 32) : ~uint64_t{0};
@@ -18,11 +20,11 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
         store_64(words + j / 32, 0);
         continue;
       }
-      const uint64_t kept =
-          keys.template take<kTies>(values + j, eligible, static_cast<uint32_t>(j), tally, out);
+      const uint64_t kept = keys.template take<kTies>(values + j, eligible, j - i, tally, next);
       store_64(words + j / 32, kept);
       kept_in_block += __builtin_popcountll(kept);
     }
+    out = collect(values, i, places, next - places, bracket, out);
     counts[i / kBlock] = kept_in_block;
     tally.kept += kept_in_block;
   }
