@@ -242,11 +242,11 @@ int64_t weighted_mean_int8(const std::vector<const int8_t*>& payloads,
     bad = count_by_tiles(n, threads_for(n * clients, threads), [&](int64_t begin, int64_t end) {
       int64_t counted = 0;
       for_blocks(begin, end, block, [&](int64_t at, int64_t size) {
-        counted += mean_of<int8_t>(clients, total(weights), size, static_cast<Out*>(out) + at,
-                                   [&](Group<int8_t>& group, int c) {
-                                     group.push(payloads[c] + at, weights[c],
-                                                scales[c][at / block]);
-                                   });
+        counted +=
+            mean_of<int8_t>(clients, total(weights), size, static_cast<Out*>(out) + at,
+                            [&](Group<int8_t>& group, int c) {
+                              group.push(payloads[c] + at, weights[c], scales[c][at / block]);
+                            });
       });
       return counted;
     });
