@@ -185,7 +185,7 @@ def test_state_memory_by_allocation(make, kw, tensors, dtype):
     optimizer = make(flat, mask, lr=0.1, **kw)
     for p in flat.parameters:
         p.grad = torch.ones_like(p)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         optimizer.step()
     left = sum(e.self_cpu_memory_usage for e in profile.events() if e.name == "[memory]")
     left = left or sum(e.self_cpu_memory_usage for e in profile.key_averages())
