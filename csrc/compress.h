@@ -41,7 +41,10 @@ inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
 
 template <class T>
 inline const T* unpack_word(const T* packed, uint32_t word, T* dst, int64_t n) {
-  std::memset(static_cast<void*>(dst), 0, n * sizeof(T));
+  if (n == 32) // a constant size becomes a few stores
+    std::memset(static_cast<void*>(dst), 0, 32 * sizeof(T));
+  else
+    std::memset(static_cast<void*>(dst), 0, n * sizeof(T));
   for (; word; word &= word - 1)
     dst[__builtin_ctz(word)] = *packed++;
   return packed;

@@ -183,7 +183,8 @@ class MaskedStep {
   void run(const Segment* segments, int64_t nseg, const double* scalars) const {
     const Segment* last = segments + nseg;
     const int64_t blocks = blocks_ + mask_blocks(b_.numel - b_.prunable);
-    parallel_ranges(blocks, kTaskBlocks, threads_, [&](int64_t from_block, int64_t to_block) {
+    const int64_t piece = piece_of(blocks, kPieceBlocks, kSpan / kBlock, threads_);
+    parallel_ranges(blocks, piece, threads_, [&](int64_t from_block, int64_t to_block) {
       const int64_t begin = begin_of(from_block), end = std::min(begin_of(to_block), b_.numel);
       const Segment* s = std::partition_point(
           segments, last, [&](const Segment& x) { return x.offset + x.numel <= begin; });
@@ -203,7 +204,7 @@ class MaskedStep {
   // 26 M float32 on one thread of Zen 4, density .5: chunks of 512 took 9.8 ms, of 256 11.0, of
   // 2048 13.8; packing gradients and values in one pass 10.6.
   static constexpr int64_t kChunk = 512;
-  static constexpr int64_t kTaskBlocks = 2 * kSpan / kBlock;
+  static constexpr int64_t kPieceBlocks = 128;
 
   // Where a block of the prunable part, or after those one of the tail, begins.
   int64_t begin_of(int64_t block) const {

@@ -11,7 +11,7 @@
 
 namespace fedmap {
 
-constexpr int64_t kTask = 32768;
+constexpr int64_t kPiece = 1 << 18;
 
 namespace scalar {
 
@@ -225,19 +225,26 @@ FEDMAP_TARGET_END
 
 namespace {
 
+// Calls f(begin, end) in parallel for pieces of n elements, multiples of `unit`, of `bytes` each
+// that are read or written.
+template <class F>
+void for_pieces(int64_t n, int64_t unit, int64_t bytes, int threads, F&& f) {
+  const int used = threads_for(n * bytes, threads);
+  parallel_ranges(n, piece_of(n, kPiece, unit, used), used, f);
+}
+
 template <class From, class To>
 int64_t cast_all(const void* src, void* dst, int64_t n, int threads) {
   const auto cast = FEDMAP_DISPATCH(cast<From, To>);
   std::atomic<int64_t> count{0};
-  parallel_ranges(n, kTask, threads_for(n * (sizeof(From) + sizeof(To)), threads),
-                  [&](int64_t begin, int64_t end) {
-                    const From* from = static_cast<const From*>(src) + begin;
-                    To* to = static_cast<To*>(dst) + begin;
-                    if constexpr (std::is_same_v<From, To>)
-                      std::memcpy(to, from, (end - begin) * sizeof(To));
-                    else
-                      count += cast(from, to, end - begin);
-                  });
+  for_pieces(n, 64, sizeof(From) + sizeof(To), threads, [&](int64_t begin, int64_t end) {
+    const From* from = static_cast<const From*>(src) + begin;
+    To* to = static_cast<To*>(dst) + begin;
+    if constexpr (std::is_same_v<From, To>)
+      std::memcpy(to, from, (end - begin) * sizeof(To));
+    else
+      count += cast(from, to, end - begin);
+  });
   return count;
 }
 
@@ -245,7 +252,7 @@ template <class T>
 bool all_finite_of(const void* src, int64_t n, int threads) {
   const auto finite = FEDMAP_DISPATCH(finite<T>);
   std::atomic<bool> all{true};
-  parallel_ranges(n, kTask, threads_for(n * sizeof(T), threads), [&](int64_t begin, int64_t end) {
+  for_pieces(n, 64, sizeof(T), threads, [&](int64_t begin, int64_t end) {
     if (!finite(static_cast<const T*>(src) + begin, end - begin))
       all = false;
   });
@@ -273,8 +280,7 @@ void quantize_int8(const float* src, int64_t n, int64_t block, int8_t* q, float*
                    float* residual, int threads) {
   const auto largest = FEDMAP_DISPATCH(largest);
   const auto codes = FEDMAP_DISPATCH(codes);
-  const int64_t piece = std::max<int64_t>(1, kTask / block) * block;
-  parallel_ranges(n, piece, threads_for(5 * n, threads), [&](int64_t begin, int64_t end) {
+  for_pieces(n, block, 5, threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += block) {
       const int64_t size = std::min(block, end - begin);
       float* rest = residual ? residual + begin : nullptr;
@@ -291,8 +297,7 @@ void quantize_int8(const float* src, int64_t n, int64_t block, int8_t* q, float*
 void dequantize_int8(const int8_t* q, const float* scales, int64_t block, int64_t n, float* dst,
                      int threads) {
   const auto dequantize = FEDMAP_DISPATCH(dequantize);
-  const int64_t piece = std::max<int64_t>(1, kTask / block) * block;
-  parallel_ranges(n, piece, threads_for(5 * n, threads), [&](int64_t begin, int64_t end) {
+  for_pieces(n, block, 5, threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += block)
       dequantize(q + begin, scales[begin / block], std::min(block, end - begin), dst + begin);
   });
