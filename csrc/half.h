@@ -13,6 +13,22 @@
 
 namespace fedmap {
 
+// From this size on results go past the cache, by `stream`: they would not stay in it, and a line
+// that is written whole need not be read first (unpacking 26 M float32 on Zen 4, 2 threads: 4.2
+// instead of 6.3 ms). Only where `dst` is aligned, here and below, to whole vectors.
+constexpr int64_t kPastCache = 16 << 20;
+
+inline bool goes_past_cache(const void* dst, int64_t bytes) {
+  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % 64 == 0;
+}
+
+// What was streamed is seen by other threads as what was stored is.
+inline void end_of_stream() {
+#if FEDMAP_X86
+  _mm_sfence();
+#endif
+}
+
 struct Float16 {
   uint16_t bits;
 };
@@ -125,26 +141,35 @@ inline __m256 load(const Bfloat16* src) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-inline void store(float* dst, __m256 x) {
-  _mm256_storeu_ps(dst, x);
-}
-inline void store(Float16* dst, __m256 x) {
+inline __m128i narrow(__m256 x, const Float16*) {
   const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m128i magnitude = _mm_and_si128(half, _mm_set1_epi16(0x7fff));
   const __m128i nan = _mm_cmpgt_epi16(magnitude, _mm_set1_epi16(0x7c00));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst),
-                   _mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan));
+  return _mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan);
 }
-inline void store(Bfloat16* dst, __m256 x) {
+inline __m128i narrow(__m256 x, const Bfloat16*) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i half =
       _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
-  _mm_storeu_si128(
-      reinterpret_cast<__m128i*>(dst),
-      _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+inline void store(float* dst, __m256 x) {
+  _mm256_storeu_ps(dst, x);
+}
+inline void stream(float* dst, __m256 x) {
+  _mm256_stream_ps(dst, x);
+}
+template <class T>
+inline void store(T* dst, __m256 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), narrow(x, dst));
+}
+template <class T>
+inline void stream(T* dst, __m256 x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(dst), narrow(x, dst));
 }
 
 // The low half of each 64-bit lane.
@@ -222,6 +247,9 @@ inline void store(float* dst, __m512 x) {
 inline void store(float* dst, __m512 x, __mmask16 lanes) {
   _mm512_mask_storeu_ps(dst, lanes, x);
 }
+inline void stream(float* dst, __m512 x) {
+  _mm512_stream_ps(dst, x);
+}
 template <class T>
 inline __m512 load(const T* src) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)), src);
@@ -237,6 +265,10 @@ inline void store(T* dst, __m512 x) {
 template <class T>
 inline void store(T* dst, __m512 x, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(dst, lanes, narrow(x, dst));
+}
+template <class T>
+inline void stream(T* dst, __m512 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), narrow(x, dst));
 }
 
 template <class T>

@@ -27,7 +27,8 @@ static int64_t cast_from(int64_t i, const From* src, To* dst, int64_t n) {
   return count;
 }
 
-template <class From, class To>
+// kStream: past the cache, where there are such stores.
+template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
   return cast_from(0, src, dst, n);
 }
@@ -79,6 +80,7 @@ static void dequantize_from(int64_t i, const int8_t* q, float scale, int64_t n, 
     dst[i] = static_cast<float>(q[i]) * scale;
 }
 
+template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
   dequantize_from(0, q, scale, n, dst);
 }
@@ -89,14 +91,17 @@ static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-template <class From, class To>
+template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
   int64_t i = 0, count = 0;
   for (; i + 8 <= n; i += 8) {
     const __m256 x = load(src + i);
     if constexpr (sizeof(To) < sizeof(float))
       count += overflows<To>(x);
-    store(dst + i, x);
+    if constexpr (kStream)
+      stream(dst + i, x);
+    else
+      store(dst + i, x);
   }
   return count + scalar::cast_from(i, src, dst, n);
 }
@@ -146,11 +151,16 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
   scalar::codes_from(i, x, scale, q, residual, n);
 }
 
+template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + i));
-    store(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) * scale);
+    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) * scale;
+    if constexpr (kStream)
+      stream(dst + i, x);
+    else
+      store(dst + i, x);
   }
   scalar::dequantize_from(i, q, scale, n, dst);
 }
@@ -161,14 +171,17 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
-template <class From, class To>
+template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
   int64_t i = 0, count = 0;
   for (; i + 16 <= n; i += 16) {
     const __m512 x = load(src + i);
     if constexpr (sizeof(To) < sizeof(float))
       count += overflows<To>(x);
-    store(dst + i, x);
+    if constexpr (kStream)
+      stream(dst + i, x);
+    else
+      store(dst + i, x);
   }
   return count + scalar::cast_from(i, src, dst, n);
 }
@@ -210,11 +223,16 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
   scalar::codes_from(i, x, scale, q, residual, n);
 }
 
+template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i));
-    store(dst + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) * scale);
+    const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) * scale;
+    if constexpr (kStream)
+      stream(dst + i, x);
+    else
+      store(dst + i, x);
   }
   scalar::dequantize_from(i, q, scale, n, dst);
 }
@@ -235,7 +253,9 @@ void for_pieces(int64_t n, int64_t unit, int64_t bytes, int threads, F&& f) {
 
 template <class From, class To>
 int64_t cast_all(const void* src, void* dst, int64_t n, int threads) {
-  const auto cast = FEDMAP_DISPATCH(cast<From, To>);
+  const bool stream = goes_past_cache(dst, n * static_cast<int64_t>(sizeof(To)));
+  const auto cast =
+      stream ? FEDMAP_DISPATCH(cast<From, To, true>) : FEDMAP_DISPATCH(cast<From, To, false>);
   std::atomic<int64_t> count{0};
   for_pieces(n, 64, sizeof(From) + sizeof(To), threads, [&](int64_t begin, int64_t end) {
     const From* from = static_cast<const From*>(src) + begin;
@@ -244,6 +264,8 @@ int64_t cast_all(const void* src, void* dst, int64_t n, int threads) {
       std::memcpy(to, from, (end - begin) * sizeof(To));
     else
       count += cast(from, to, end - begin);
+    if (stream)
+      end_of_stream();
   });
   return count;
 }
@@ -296,10 +318,14 @@ void quantize_int8(const float* src, int64_t n, int64_t block, int8_t* q, float*
 
 void dequantize_int8(const int8_t* q, const float* scales, int64_t block, int64_t n, float* dst,
                      int threads) {
-  const auto dequantize = FEDMAP_DISPATCH(dequantize);
+  const bool stream = block % 16 == 0 && goes_past_cache(dst, 4 * n);
+  const auto dequantize =
+      stream ? FEDMAP_DISPATCH(dequantize<true>) : FEDMAP_DISPATCH(dequantize<false>);
   for_pieces(n, block, 5, threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += block)
       dequantize(q + begin, scales[begin / block], std::min(block, end - begin), dst + begin);
+    if (stream)
+      end_of_stream();
   });
 }
 

@@ -116,6 +116,23 @@ def test_casts_do_not_depend_on_threads(isa: str, threads: int) -> None:
         assert torch.equal(bits(narrowed), bits(expected))
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_results_that_go_past_the_cache_are_the_same(isa: str, start: int) -> None:
+    """From 16 MiB on results are written by other instructions, where they are aligned."""
+    n = (16 << 20) // 4 + 77
+    x = torch.randn(2 * n)
+    for dtype in DTYPES[1:]:
+        out = torch.empty(2 * n + start, dtype=dtype)[start:]
+        ops.cast(x, dtype, out=out, backend="cpu")
+        assert torch.equal(bits(out), bits(x.to(dtype)))
+        wide = torch.empty(n + start)[start:]
+        ops.cast(out[:n], torch.float32, out=wide, backend="cpu")
+        assert torch.equal(wide, out[:n].to(torch.float32))
+    q, scales = ops.quantize_int8(x[:n], block=64)
+    expected = ops.dequantize_int8(q, scales, block=64, backend="reference")
+    assert torch.equal(ops.dequantize_int8(q, scales, block=64, backend="cpu"), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_finite_sees_any_element(isa: str, threads: int, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
