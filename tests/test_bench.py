@@ -253,12 +253,12 @@ def test_load_of_others_is_noticed() -> None:
     assert load.cpus() > 0.3
 
 
-def test_touched_lines() -> None:
+def test_touched_bytes() -> None:
     keep = torch.zeros(100, dtype=torch.bool)
     keep[[0, 15, 16, 99]] = True
     mask = Mask.from_bool(keep)
-    assert floors.touched_lines(mask, 4) == 3
-    assert floors.touched_lines(mask, 2) == 2
+    assert floors.touched_bytes(mask, 4) == 3 * 64
+    assert floors.touched_bytes(mask, 2) == 2 * 64
 
 
 class Trap:

@@ -6,6 +6,7 @@ that has to move once, so an op cannot be below it but by luck.
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 
 import torch
@@ -66,7 +67,25 @@ def select_peers(values: Tensor, keep: int) -> dict[str, Peer]:
             scratch[:] = source
 
         peers["numpy partition"] = Peer(lambda: scratch.partition(at), reset)
+    if values.device.type == "cuda":
+        ordered = (
+            torch.empty_like(values),
+            torch.empty(values.shape, dtype=torch.int64, device=values.device),
+        )
+        peers["torch.sort"] = Peer(lambda: torch.sort(magnitude, out=ordered))
+        peers |= cupy_sort(magnitude)
     return peers
+
+
+def cupy_sort(magnitude: Tensor) -> dict[str, Peer]:
+    """cub's radix sort, by way of CuPy; nothing where CuPy is not installed or lacks the dtype."""
+    if magnitude.dtype == torch.bfloat16 or importlib.util.find_spec("cupy") is None:
+        return {}
+    import cupy
+
+    scratch = magnitude.clone()
+    array = cupy.asarray(scratch)
+    return {"cupy sort": Peer(array.sort, lambda: scratch.copy_(magnitude))}
 
 
 @case("select", densities=(0.5, 0.1, 0.01))
@@ -123,7 +142,7 @@ def select_within(s: Setting) -> Trial:
         expected = ops.nest(expected_mask(packed, keep), within, backend="reference")
         same_mask("magnitude_mask", ours(), expected)
 
-    lines = floors.LINE * floors.touched_lines(within, values.element_size())
+    lines = floors.touched_bytes(within, values.element_size())
     return Trial(
         ours,
         check,
@@ -145,7 +164,7 @@ def pack(s: Setting) -> Trial:
     def ours() -> Tensor:
         return ops.pack(values, mask, out=out)
 
-    lines = floors.LINE * floors.touched_lines(mask, values.element_size())
+    lines = floors.touched_bytes(mask, values.element_size())
     return Trial(
         ours,
         lambda: same("pack", ours(), ops.pack(values, mask, backend="reference")),

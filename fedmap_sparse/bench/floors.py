@@ -16,7 +16,7 @@ from fedmap_sparse import _backends
 from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask
 
-LINE = 64  # bytes
+LINE, SECTOR = 64, 32  # bytes
 
 Stream = Callable[[], None]
 
@@ -48,7 +48,7 @@ def inplace(buffer: Tensor, nbytes: int | None = None) -> Stream:
 def touched(buffer: Tensor, mask: Mask) -> Stream:
     """Reads the bitmap; reads and writes the lines of `buffer` that hold a survivor."""
     if buffer.element_size() != 4:  # that stream knows lines of 16 elements
-        return inplace(buffer, LINE * touched_lines(mask, buffer.element_size()))
+        return inplace(buffer, touched_bytes(mask, buffer.element_size()))
     return lambda: native.stream_touched(
         buffer.data_ptr(), mask.words.data_ptr(), mask.numel, _backends.threads()
     )
@@ -64,21 +64,28 @@ def together(*streams: Stream) -> Stream:
 
 def device_copy(nbytes: int, device: torch.device) -> Stream:
     """On a GPU: a copy that moves `nbytes` in all, half of them read."""
-    source = torch.zeros(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
+    source = torch.empty(max(nbytes // 2, 1), dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return lambda: torch.ops.aten.copy_(target, source) and None
+
+    def run() -> None:
+        target.copy_(source)
+
+    return run
 
 
-def touched_lines(mask: Mask, element_size: int) -> int:
-    """How many 64-byte lines hold a survivor."""
-    per_line = LINE // element_size
+def touched_bytes(mask: Mask, element_size: int) -> int:
+    """Of the lines that hold a survivor: 64 bytes in a CPU's cache, sectors of 32 on a GPU."""
+    line = LINE if mask.device.type == "cpu" else SECTOR
+    per_line = line // element_size
     kept = mask.to_bool()
     padded = torch.nn.functional.pad(kept, (0, -kept.numel() % per_line))
-    return int(padded.view(-1, per_line).any(1).sum())
+    return line * int(padded.view(-1, per_line).any(1).sum())
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of CPU 0; 32 MiB where the system does not say."""
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of a GPU's L2, or of CPU 0's largest cache; 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()

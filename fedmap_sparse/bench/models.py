@@ -124,7 +124,7 @@ def _trial(
             if name in keep and bool((q.data[~keep[name]] != 0).any()):
                 raise CheckFailed(f"{name}: expected zeros where pruned")
 
-    lines = floors.LINE * floors.touched_lines(mask, flat.values.element_size())
+    lines = floors.touched_bytes(mask, flat.values.element_size())
     tail = flat.tail
     ours()  # allocates the state
     state_bytes = _state_bytes(optimizer)

@@ -28,14 +28,20 @@ def header_line(header: dict[str, Any]) -> str:
 
 
 def table(records: list[Record]) -> Any:
-    """One row a record; a column of dtypes only where they differ."""
+    """One row a record; a column of dtypes only where they differ.
+
+    Of a GPU the share of a copy's bandwidth takes the floor's place, and a column says what a
+    caller waits who starts with an idle device.
+    """
     from rich.table import Table
 
     mixed = len({r["dtype"] for r in records}) > 1
+    cuda = any("call_s" in r for r in records)
     grid = Table(box=None, pad_edge=False)
     for name in ("op", "n", "density", *(["dtype"] if mixed else [])):
         grid.add_column(name, no_wrap=True)
-    for name in ("median", "p20–p80", "GB/s", "× floor"):
+    last = ["of a copy", "call"] if cuda else ["× floor"]
+    for name in ("median", "p20–p80", "GB/s", *last):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("peers: median, × ours")
     for r in records:
@@ -52,13 +58,18 @@ def table(records: list[Record]) -> Any:
             f"{seconds(r['p20_s'])}–{seconds(r['p80_s'])}",
             f"{r['gbps']:.3g}",
             over_floor(r),
+            *([seconds(r["call_s"])] if cuda else []),
             "\n".join(peers),
         )
     return grid
 
 
 def over_floor(r: Record) -> str:
-    """Of latencies the time beyond an empty op, of the rest the ratio to the memory's time."""
+    """Of latencies the time beyond an empty op, of the rest the ratio to the memory's time; on a
+    GPU its inverse, the share of the bandwidth that a copy of as many bytes reaches.
+    """
+    if "call_s" in r:
+        return f"{1 / r['ratio_to_floor']:.0%}"
     if r["op"].startswith("latency_"):
         return f"+{(r['median_s'] - r['floor_s']) * 1e6:.1f} µs"
     return f"{r['ratio_to_floor']:.2f}"

@@ -20,7 +20,7 @@ from fedmap_sparse import _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse.bench import floors, inputs
 from fedmap_sparse.bench.case import REGISTRY, Case, Setting, Trial
-from fedmap_sparse.bench.timing import Contender, Plan, interleave
+from fedmap_sparse.bench.timing import Contender, Plan, interleave, quantile
 
 Record = dict[str, Any]
 
@@ -120,7 +120,7 @@ def _more_sets(one: Case, setting: Setting, trial: Trial, most: int) -> list[Tri
     """Further inputs, so that no set is still in the last-level cache when its turn comes."""
     if one.group == "latency":
         return []
-    wanted = math.ceil(4 * floors.last_level_cache() / max(trial.nbytes, 1))
+    wanted = math.ceil(4 * floors.last_level_cache(setting.device) / max(trial.nbytes, 1))
     return [one.build(replace(setting, seed=10 * i)) for i in range(1, min(wanted, most))]
 
 
@@ -156,6 +156,10 @@ def _record(
             for peer in peers
         },
     }
+    if ours.call_samples:
+        record["call_s"] = quantile(ours.call_samples, 0.5)
+        for peer in peers:
+            record["peers"][peer.name]["call_s"] = quantile(peer.call_samples, 0.5)
     if trial.state_bytes is not None:
         record["state_bytes"] = trial.state_bytes
     return record
@@ -167,7 +171,7 @@ def header(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": _machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "last_level_cache": floors.last_level_cache(),
+        "last_level_cache": floors.last_level_cache(options.device),
         "isa": native.isa() if native is not None else "none",
         "threads": torch.get_num_threads(),
         "versions": {
@@ -182,6 +186,7 @@ def header(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
     if options.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(options.device)
         found["versions"]["cuda"] = torch.version.cuda
+        found["versions"]["triton"] = metadata.version("triton")
     return found
 
 

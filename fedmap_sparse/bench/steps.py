@@ -96,7 +96,7 @@ def _trial(
     held = buffers(lambda i: torch.zeros(mask.nnz, device=s.device))
     values, master, state = held
     packed = len(state) + (master is not None)
-    lines = floors.LINE * floors.touched_lines(mask, values.element_size())
+    lines = floors.touched_bytes(mask, values.element_size())
     state_bytes = 4 * packed * mask.nnz
     return Trial(
         lambda: step(held, None),

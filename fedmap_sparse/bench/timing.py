@@ -15,6 +15,9 @@ PAUSE_S = 0.01
 #: What is shorter runs once untimed after the pause, on another input set: to wake sleeping threads
 #: takes 50-100 us on a virtual machine, which is neither's work.
 WAKE_BELOW_S = 0.005
+#: A GPU idles for so many of its clock's cycles (1 ms or more) before what is timed: Python's
+#: launches queue up meanwhile, and the device's own time is left.
+QUEUE_CYCLES = 2_000_000
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Contender:
         runs: one callable an input set.
         resets: run before each timing, untimed (what an in-place peer destroys); may be empty.
         calls: calls per timing, for what is too short for the clock.
+        samples: seconds. Of a GPU the device's own; `call_samples` are those of a caller who starts
+            with an idle device and waits for the result.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Contender:
     resets: Sequence[Callable[[], object]] = ()
     calls: int = 1
     samples: list[float] = field(default_factory=list)
+    call_samples: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         nothing: Callable[[], object] = lambda: None  # noqa: E731
@@ -46,8 +52,11 @@ class Contender:
 
     def quantile(self, q: float) -> float:
         """Of the samples in seconds, interpolated."""
-        at = torch.tensor(self.samples, dtype=torch.float64)
-        return float(torch.quantile(at, q))
+        return quantile(self.samples, q)
+
+
+def quantile(samples: list[float], q: float) -> float:
+    return float(torch.quantile(torch.tensor(samples, dtype=torch.float64), q))
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,24 @@ def cpu_clock(run: Callable[[], object], calls: int) -> float:
 def cuda_clock(run: Callable[[], object], calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUE_CYCLES)
     start.record()
     for _ in repeat(None, calls):
         run()
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) * 1e-3 / calls
+
+
+def call_clock(run: Callable[[], object], calls: int) -> float:
+    """From an idle device to the result."""
+
+    def whole() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return cpu_clock(whole, calls)
 
 
 def interleave(contenders: Sequence[Contender], plan: Plan, device: torch.device) -> None:
@@ -99,3 +120,5 @@ def interleave(contenders: Sequence[Contender], plan: Plan, device: torch.device
                 if wake:
                     contender.once(clock)
                 contender.samples.append(contender.once(clock))
+                if cuda:
+                    contender.call_samples.append(contender.once(call_clock))

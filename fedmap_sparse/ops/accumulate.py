@@ -21,8 +21,9 @@ _CODES = _checks.DTYPE_CODES
 
 
 def _round_reference(sums: Tensor, total: float, out: Tensor) -> Tensor:
-    # float64 to a 16-bit type by way of float32 would round twice.
-    out.view(-1).copy_(narrow(sums / total, out.dtype))
+    # By a tensor: CUDA multiplies by a number's reciprocal. Narrowed at once: by way of float32 it
+    # would be rounded twice.
+    out.view(-1).copy_(narrow(sums / sums.new_tensor(total), out.dtype))
     return (~torch.isfinite(out)).sum()
 
 

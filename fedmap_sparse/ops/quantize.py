@@ -117,7 +117,7 @@ def _quantize_reference(
     if residual is not None:
         x = x + residual
     rows = torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
-    scale = rows.abs().amax(1) / 127
+    scale = rows.abs().amax(1) / rows.new_tensor(127.0)  # CUDA multiplies by a number's reciprocal
     steps = torch.where(scale[:, None] > 0, rows / scale[:, None], 0.0)
     codes = steps.round().clamp(-127, 127)  # torch rounds halves to even
     q.copy_(codes.reshape(-1)[: x.numel()].to(torch.int8))

@@ -1,0 +1,210 @@
+"""What a GPU user does, on a real device: the CPU's bits, graphs, compilation, an experiment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+import fedmap_sparse as fs
+from fedmap_sparse import ops
+from fedmap_sparse.fedmap import FedMapClient, FedMapServer
+from fedmap_sparse.optim import MaskedAdamW, MaskedSGD
+from fedmap_sparse.schedule import Iterative
+
+pytestmark = pytest.mark.gpu
+DEVICES = ("cpu", "cuda")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """In every bit, wherever they are."""
+    if isinstance(a, fs.Mask):
+        return bool(a.to("cpu") == b.to("cpu") and a.digest() == b.digest())
+    a, b = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [33, 2048, 1_500_001])
+def test_ops_give_the_bits_of_the_cpu(n: int, dtype: torch.dtype) -> None:
+    drawn = torch.randn(n, dtype=torch.float32).to(dtype)
+    drawn[::7] = drawn[0]  # ties
+    keep = n // 5 + 1
+
+    def results(device: str) -> list[Any]:
+        values = drawn.to(device, copy=True)
+        mask = ops.magnitude_mask(values, keep)
+        child = ops.prune_(values, keep // 2, within=mask)
+        packed = ops.pack(values, mask)
+        kept = ops.relative(child, mask)
+        others = [packed, packed.flip(0), packed * 0.5]
+        found = [mask, child, values, packed, kept, ops.nest(kept, mask), ops.unpack(packed, mask)]
+        found += [ops.weighted_mean(others, [3.0, 0.7, 11.0])]
+        found += [ops.cast(values, to)[0] for to in FLOATS]
+        found += [fs.Mask.from_words(mask.words.clone(), n), fs.Mask.from_bool(mask.to_bool())]
+        if dtype == torch.float32:
+            q, scales = ops.quantize_int8(values, residual=values * 1e-3)
+            found += [q, scales, ops.dequantize_int8(q, scales)]
+        return found
+
+    for at, (a, b) in enumerate(zip(results("cpu"), results("cuda"), strict=True)):
+        assert equal(a, b), at
+
+
+def net() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.Flatten(), nn.Linear(24 * 16, 100, bias=False)
+    )
+
+
+def draw_gradients(flat: fs.FlatParameters, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for p in flat.module.parameters():
+        p.grad = torch.randn(p.shape, generator=g).to(p)
+
+
+OPTIMIZERS: list[Callable[..., Any]] = [
+    lambda flat, mask: MaskedSGD(
+        flat, mask, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3
+    ),
+    lambda flat, mask: MaskedAdamW(flat, mask, lr=0.01, amsgrad=True),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("make", OPTIMIZERS, ids=["sgd", "adamw"])
+def test_optimizers_give_the_bits_of_the_cpu(make: Callable[..., Any], dtype: torch.dtype) -> None:
+    """20 steps, the mask shrinking twice; pruned weights stay +0.0."""
+    out = []
+    for device in DEVICES:
+        flat = fs.flatten(net().to(device, dtype))
+        optimizer = make(flat, flat.mask)
+        for step in range(20):
+            if step in (5, 12):
+                kept = round(flat.mask.nnz * 0.3)
+                optimizer.set_mask(ops.prune_(flat.prunable, kept, within=flat.mask))
+            draw_gradients(flat, step)
+            optimizer.step()
+        pruned = flat.prunable[~flat.mask.to_bool()]
+        assert equal(pruned, torch.zeros_like(pruned))
+        out.append(flat.values)
+    assert equal(*out)
+
+
+@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"delta": True}])
+def test_a_federation_sends_the_bytes_of_the_cpu(how: dict[str, Any]) -> None:
+    """Four rounds, two of them pruning; one client on the CPU whatever the server is on."""
+    out = []
+    for device in DEVICES:
+        server = FedMapServer(fs.flatten(net().to(device)), Iterative(0.9, 1, 6, 2), lr=0.05, **how)
+        clients = [
+            FedMapClient(
+                fs.flatten(net().to(d)),
+                optimizer=lambda p, m, lr: MaskedSGD(p, m, lr=lr, momentum=0.9),
+            )
+            for d in (device, "cpu")
+        ]
+        sent: list[bytes] = []
+        for number in range(4):
+            server.begin_round()
+            updates = []
+            for i, client in enumerate(clients):
+                sent.append(server.broadcast(client.have))
+                client.receive(sent[-1])
+                draw_gradients(client.params, 10 * number + i)
+                client.optimizer.step()
+                updates.append((i, client.update(10 + i, 0.5)))
+            sent += [data for _, data in updates]
+            server.aggregate(updates)
+        assert server.params.values.device.type == device
+        assert server.mask.nnz < server.layout.eligible
+        out.append(sent)
+    assert [len(m) for m in out[0]] == [len(m) for m in out[1]]
+    assert out[0] == out[1]
+
+
+def test_a_selection_in_a_cuda_graph() -> None:
+    """Selection and packing wait for nothing, so a graph replays them on new values."""
+    values = torch.randn(300_000, device="cuda")
+    within = ops.magnitude_mask(values, 200_000)
+
+    def work() -> tuple[fs.Mask, Tensor]:
+        mask = ops.magnitude_mask(values, 30_000, within=within)
+        return mask, ops.pack(values, mask)
+
+    work()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask, packed = work()
+    for seed in (1, 2):
+        drawn = torch.randn(300_000, generator=torch.Generator().manual_seed(seed))
+        values.copy_(drawn)
+        graph.replay()
+        expected = ops.magnitude_mask(drawn, 30_000, within=within.to("cpu"))
+        assert equal(mask.words, expected.words)
+        assert equal(packed, ops.pack(drawn, expected))
+
+
+def test_compiled_whole() -> None:
+    values, grad = torch.randn(2, 5000, device="cuda").unbind()
+    segments = ops.Segments([0], [5000])
+    segments.scalars[0, 0] = 0.5
+
+    def work(x: Tensor) -> Tensor:
+        mask = ops.magnitude_mask(x, 700)
+        ops.masked_sgd_(x, mask, [grad], segments)
+        return ops.pack(x, mask) * 2
+
+    eager, compiled = values.clone(), values.clone()
+    expected = work(eager)
+    assert equal(torch.compile(work, fullgraph=True)(compiled), expected)
+    assert equal(compiled, eager)
+
+
+def test_an_experiment_learns(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from fedmap_sparse.experiments import runner
+    from fedmap_sparse.experiments.config import build
+
+    out = tmp_path / "run"
+    options = {"dataset": "digits", "model": "mlp", "rounds": 20, "device": "cuda"}
+    runner.run(build({**options, "baseline": False, "out": str(out)}))
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["density"] == pytest.approx(0.1, abs=1e-3)
+    assert last["accuracy"] > 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
+    n, at = (1 << 31) + 4999, torch.tensor([5, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 31) + 4998])
+    if torch.cuda.mem_get_info()[0] < 4 * n * dtype.itemsize:
+        pytest.skip(f"{4 * n * dtype.itemsize >> 30} GiB of device memory are not free")
+    values = torch.full((n,), 0.25, dtype=dtype, device="cuda")
+    values[at.cuda()] = torch.arange(1.0, 6.0, dtype=dtype, device="cuda")
+    values[3] = 0.5
+    mask = ops.magnitude_mask(values, 8)  # the five, 0.5, and the first two of the ties
+    kept = torch.cat([torch.tensor([0, 1, 3]), at])
+    expected = torch.zeros(mask.words.numel(), dtype=torch.int64)
+    expected.index_add_(0, kept >> 5, torch.ones_like(kept) << (kept & 31))
+    assert torch.equal(mask.words.cpu(), expected.to(torch.int32))
+    packed = ops.pack(values, mask)
+    assert packed.tolist() == [0.25, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert equal(ops.pack(ops.unpack(packed, mask), mask), packed)
+    segments = ops.Segments([0], [n])
+    segments.scalars[0, 0] = 1.0
+    master = None if dtype == torch.float32 else packed.float()
+    ops.masked_sgd_(values, mask, [torch.ones_like(values)], segments, master=master)
+    assert ops.pack(values, mask).tolist() == [-0.75, -0.75, -0.5, 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert int(values.count_nonzero()) == 7
