@@ -69,7 +69,9 @@ def pick(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     elif name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' serves CPU tensors, got a tensor on {device}")
-    if reason := _missing(name):
+    # Dynamo traces through the cache into what it cannot trace: there a missing backend fails when
+    # the graph runs.
+    if not torch.compiler.is_compiling() and (reason := _missing(name)):
         usable = ", ".join(n for n in NAMES if not _missing(n))
         raise RuntimeError(f"backend {name!r} is not available: {reason}. Available: {usable}")
     return name
@@ -92,7 +94,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _on_device(implementation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def on_device(implementation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
     if not first.is_cuda:
@@ -116,7 +118,7 @@ def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..
 
     def run(*args: Any) -> Any:
         if args[-1] == "triton":
-            return _on_device(implementations["triton"], args[:-1])
+            return on_device(implementations["triton"], args[:-1])
         return implementations[args[-1]](*args[:-1])
 
     def run_fake(*args: Any) -> Any:
