@@ -196,13 +196,10 @@ class MaskedStep {
   }
 
  private:
-  // Parts of kSpan elements are stepped in one of three ways, by the density of each. Those with
-  // fewer than one survivor in kSparse elements: one by one.
-  static constexpr int64_t kSpan = 8 * kBlock;
-  static constexpr int64_t kSparse = 28;
-  // Others by chunks, whose values, gradients and packed forms stay in L1 until they are unpacked.
-  // 26 M float32 on one thread of Zen 4, density .5: chunks of 512 took 9.8 ms, of 256 11.0, of
-  // 2048 13.8; packing gradients and values in one pass 10.6.
+  // Parts of kSpan elements are stepped in one of three ways, by the density of each: whole,
+  // survivor by survivor, or by chunks, whose values, gradients and packed forms stay in L1 until
+  // they are unpacked. 26 M float32 on one thread of Zen 4, density .5: chunks of 512 took 9.8 ms,
+  // of 256 11.0, of 2048 13.8; packing gradients and values in one pass 10.6.
   static constexpr int64_t kChunk = 512;
   static constexpr int64_t kPieceBlocks = 128;
 
@@ -259,16 +256,11 @@ class MaskedStep {
     uint16_t places[kRoom];
     T packed_gradient[kRoom], packed_values[kRoom];
     const int64_t count = k_.find(words, n, places);
-    // Into L2: there more misses can be under way than into L1. At density .01 it halves the time.
-    for (int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(gradient + places[i], 0, 2);
-      __builtin_prefetch(values + places[i], 0, 2);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      packed_gradient[i] = gradient[places[i]];
-      if constexpr (std::is_same_v<T, float>)
-        packed_values[i] = values[places[i]];
-    }
+    prefetch(gradient, places, count);
+    prefetch(values, places, count);
+    gather(gradient, places, count, packed_gradient);
+    if constexpr (std::is_same_v<T, float>)
+      gather(values, places, count, packed_values);
     update(rule, packed_gradient, packed_values, state, count);
     for (int64_t i = 0; i < count; ++i)
       values[places[i]] = packed_values[i];

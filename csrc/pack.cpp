@@ -14,8 +14,16 @@ namespace fedmap {
 constexpr int64_t kShareBlocks = 128; // one task: 1 MiB of float32
 // Survivors that are converted at once: as many as fit L1, since each call has its cost.
 constexpr int64_t kBatch = 2 * kBlock;
+// What is packed at once at most.
+constexpr int64_t kRoom = std::max(kChunk, kSpan / kSparse) + kPackSlack;
 
 namespace scalar {
+
+// Whole lines to where a line begins. `kStream`: past the cache.
+template <bool kStream>
+static void copy_lines(const char* from, char* to, int64_t bytes) {
+  std::memcpy(to, from, bytes);
+}
 
 // Writes every element of the block, unlike unpack_block. `kStream`: past the cache; `dst` is
 // aligned to 64 bytes then.
@@ -31,6 +39,17 @@ static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* d
 #if FEDMAP_X86
 FEDMAP_TARGET_AVX2
 namespace avx2 {
+
+template <bool kStream>
+static void copy_lines(const char* from, char* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i));
+    if constexpr (kStream)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
+  }
+}
 
 template <class T, bool kStream>
 static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
@@ -62,6 +81,17 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
+template <bool kStream>
+static void copy_lines(const char* from, char* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __m512i v = _mm512_load_si512(from + i);
+    if constexpr (kStream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
+    else
+      _mm512_storeu_si512(to + i, v);
+  }
+}
+
 template <class T, bool kStream>
 static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   constexpr int kLanes = 64 / sizeof(T);
@@ -90,39 +120,121 @@ int threads_of(int64_t numel, int width, int threads) {
   return threads_for(numel * width, threads);
 }
 
-// Blocks are packed in place as far as the whole vectors that overrun one stay within the task,
-// whose later blocks then write there; the last ones, and all that are converted, by way of a
-// buffer.
+// Survivors on their way from a buffer in L1 to where they belong, by whole lines. Packed in place,
+// vectors that overrun each other in lines outside of the cache took 5.2 ms of one thread of Zen 4
+// for 26 M float32 at density .1, this 4.0; 6.0 and 4.9 at .5. Through the buffer a block at a time
+// instead of a chunk: 4.3 and 5.6.
+template <class T>
+class LineWriter {
+ public:
+  LineWriter(T* to, bool stream)
+      : skip_(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T)), held_(skip_), to_(to - skip_),
+        copy_(stream ? FEDMAP_DISPATCH(copy_lines<true>) : FEDMAP_DISPATCH(copy_lines<false>)) {}
+
+  // Where to put the next ones, at most kChunk and some slack; `added` says how many they were.
+  T* room() { return buffer_ + held_; }
+
+  void added(int64_t count) {
+    held_ += count;
+    const int64_t whole = held_ / kLine * kLine;
+    if (whole == 0)
+      return;
+    if (skip_ > 0)
+      std::memcpy(to_ + skip_, buffer_ + skip_, (kLine - skip_) * sizeof(T));
+    const int64_t done = skip_ > 0 ? kLine : 0;
+    copy_(reinterpret_cast<const char*>(buffer_ + done), reinterpret_cast<char*>(to_ + done),
+          (whole - done) * sizeof(T));
+    std::memcpy(buffer_, buffer_ + whole, 64);
+    to_ += whole;
+    held_ -= whole;
+    skip_ = 0;
+  }
+
+  void finish() {
+    std::memcpy(to_ + skip_, buffer_ + skip_, (held_ - skip_) * sizeof(T));
+    end_of_stream();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+
+  alignas(64) T buffer_[kLine + kRoom];
+  int64_t skip_; // what the first line holds of others
+  int64_t held_;
+  T* to_;
+  void (*copy_)(const char*, char*, int64_t);
+};
+
+// Likewise, converted.
+template <class T>
+class Converter {
+ public:
+  Converter(int dtype, char* to, int out_dtype) : dtype_(dtype), out_dtype_(out_dtype), to_(to) {}
+
+  T* room() { return buffer_ + held_; }
+
+  void added(int64_t count) {
+    held_ += count;
+    if (held_ > kBatch)
+      finish();
+  }
+
+  void finish() {
+    overflowed += cast(buffer_, dtype_, to_, out_dtype_, held_, 1);
+    to_ += held_ * dtype_bytes(out_dtype_);
+    held_ = 0;
+  }
+
+  int64_t overflowed = 0;
+
+ private:
+  alignas(64) T buffer_[kBatch + kRoom];
+  int64_t held_ = 0;
+  int dtype_, out_dtype_;
+  char* to_;
+};
+
 template <class T>
 int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t* rank,
                 int64_t numel, void* out, int out_dtype, int threads) {
-  constexpr int64_t kSlack = kPackSlack / sizeof(T);
   const auto pack_block = FEDMAP_DISPATCH(pack_block<T>);
+  const auto find_block = FEDMAP_DISPATCH(find_block);
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
+  const bool stream =
+      rank[blocks] * width >= kPastCache && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0;
   std::atomic<int64_t> overflowed{0};
-  parallel_ranges(
-      blocks, kShareBlocks, threads_of(numel, sizeof(T), threads), [&](int64_t begin, int64_t end) {
-        alignas(64) T buffer[kBatch + kSlack];
-        const auto pack_to = [&](int64_t b, T* to) {
-          pack_block(values + b * kBlock, words + b * kBlockWords,
-                     std::min(kBlock, numel - b * kBlock), to);
-        };
-        for (int64_t b = begin, next; b < end; b = next) {
-          char* to = static_cast<char*>(out) + rank[b] * width;
-          next = b + 1;
-          if (dtype != out_dtype) {
-            for (next = b; next < end && rank[next + 1] - rank[b] <= kBatch; ++next)
-              pack_to(next, buffer + (rank[next] - rank[b]));
-            overflowed.fetch_add(cast(buffer, dtype, to, out_dtype, rank[next] - rank[b], 1),
-                                 std::memory_order_relaxed);
-          } else if (rank[next] + kSlack <= rank[end]) {
-            pack_to(b, reinterpret_cast<T*>(to));
-          } else {
-            pack_to(b, buffer);
-            std::memcpy(to, buffer, (rank[next] - rank[b]) * sizeof(T));
-          }
-        }
-      });
+  parallel_ranges(blocks, kShareBlocks, threads_of(numel, sizeof(T), threads),
+                  [&](int64_t begin, int64_t end) {
+                    const auto pack_to = [&](auto&& writer) {
+                      for (int64_t b = begin, next; b < end; b = next) {
+                        next = std::min(end, b + kSpan / kBlock);
+                        const int64_t count = rank[next] - rank[b];
+                        const int64_t n = std::min(next * kBlock, numel) - b * kBlock;
+                        const T* from = values + b * kBlock;
+                        const uint32_t* bits = words + b * kBlockWords;
+                        if (count * kSparse < n) {
+                          uint16_t places[kRoom];
+                          find_block(bits, n, places);
+                          prefetch(from, places, count);
+                          gather(from, places, count, writer.room());
+                          writer.added(count);
+                        } else {
+                          for (int64_t i = 0; i < n; i += kChunk)
+                            writer.added(pack_block(from + i, bits + i / 32,
+                                                    std::min(kChunk, n - i), writer.room()));
+                        }
+                      }
+                      writer.finish();
+                    };
+                    char* to = static_cast<char*>(out) + rank[begin] * width;
+                    if (dtype == out_dtype) {
+                      pack_to(LineWriter<T>(reinterpret_cast<T*>(to), stream));
+                    } else {
+                      Converter<T> converter(dtype, to, out_dtype);
+                      pack_to(converter);
+                      overflowed.fetch_add(converter.overflowed, std::memory_order_relaxed);
+                    }
+                  });
   return overflowed.load();
 }
 
@@ -156,10 +268,8 @@ void unpack_as(const void* packed, int packed_dtype, const uint32_t* words, cons
           expand_block(reinterpret_cast<const T*>(from), words + b * kBlockWords,
                        std::min(kBlock, numel - b * kBlock), out + b * kBlock);
         }
-#if FEDMAP_X86
         if (stream)
-          _mm_sfence();
-#endif
+          end_of_stream();
       });
 }
 

@@ -81,14 +81,19 @@ def test_blocks_of_every_density(isa: str) -> None:
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_results_that_go_past_the_cache(isa: str, shift: int) -> None:
-    """From 16 MiB on whole lines are streamed, where the result is aligned to them."""
-    n = (16 << 20) // 4 + 67
-    mask, packed = random_mask(n, 0.1), None
-    values = torch.randn(n)
-    packed = fs.ops.pack(values, mask, backend="cpu")
-    with guarded(n, torch.float32, shift=shift) as back:
+    """From 16 MiB on whole lines are streamed: packing up to the first one, unpacking if aligned."""
+    n = (17 << 20) // 4 + 67
+    mask, values = random_mask(n, 0.97), torch.randn(n)
+    kept = mask.to_bool()
+    with (
+        guarded(mask.nnz, torch.float32, shift=shift) as packed,
+        guarded(n, torch.float32, shift=shift) as back,
+    ):
+        assert packed.nbytes >= 16 << 20
+        fs.ops.pack(values, mask, out=packed, backend="cpu")
+        assert torch.equal(packed, values[kept])
         fs.ops.unpack(packed, mask, out=back, backend="cpu")
-        assert torch.equal(back, torch.where(mask.to_bool(), values, 0.0))
+        assert torch.equal(back, torch.where(kept, values, 0.0))
 
 
 def test_overflow_is_counted(isa: str) -> None:
