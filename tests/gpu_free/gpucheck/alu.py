@@ -33,6 +33,8 @@ def lower(ins: Instruction) -> Lowered | None:
     kind = ins.types[-1] if ins.types else ""
     if kind in _HALVES and ins.name in _HALF:
         return _half(ins, kind)
+    if kind in ("s16x2", "u16x2"):
+        return _pair(ins, kind)
     make = _TABLE.get(ins.name)
     return make(ins, kind) if make else None
 
@@ -89,6 +91,20 @@ def _half(ins: Instruction, kind: str) -> Lowered:
         return out[0].astype(np.uint32) | (out[1].astype(np.uint32) << np.uint32(16))
 
     return compute, ["b32" if lanes == 2 else "b16"] * (len(ins.operands) - 1)
+
+
+def _pair(ins: Instruction, kind: str) -> Lowered:
+    """Two 16-bit integers to a register."""
+    function, half = _BINARY[ins.name, False], np.dtype(kind[0].replace("s", "i") + "2")
+
+    def compute(*sources: Array) -> Array:
+        low, high = (
+            function(*((s >> np.uint32(by)).astype(np.uint16).view(half) for s in sources))
+            for by in (0, 16)
+        )
+        return low.view(np.uint16) | (high.view(np.uint16).astype(np.uint32) << np.uint32(16))
+
+    return compute, [kind, kind]
 
 
 def _multiply(ins: Instruction, kind: str) -> Lowered:

@@ -40,14 +40,16 @@ def _where() -> str:
 
 
 class _Tracked:
-    """One stretch of memory: sectors touched, and which program touched each 2 bytes last."""
+    """One stretch of memory: sectors touched, and which program touched each granule (2 bytes, or
+    one where some tensor's elements are) last."""
 
-    def __init__(self, name: str, address: int, size: int) -> None:
+    def __init__(self, name: str, address: int, size: int, granule: int) -> None:
         self.name, self.address, self.size = name, address, size
         kinds = ("ld", "st", "atom")
         self.phase = address % SECTOR
         self.sectors = {k: np.zeros((size + self.phase) // SECTOR + 1, bool) for k in kinds}
-        self.program = {k: np.full(size // 2 + 1, _NOBODY, np.int32) for k in kinds}
+        self.granule = granule
+        self.program = {k: np.full(size // granule + 1, _NOBODY, np.int32) for k in kinds}
 
 
 class Guard:
@@ -87,13 +89,17 @@ class Guard:
 
     def _start(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         merged: list[list[Any]] = []
-        every = [(t.data_ptr(), t.numel() * t.element_size(), n) for n, t in tensors if t.numel()]
-        for address, size, name in sorted(every):
+        every = [(t.data_ptr(), t.numel(), t.element_size(), n) for n, t in tensors if t.numel()]
+        for address, numel, each, name in sorted(every):
+            size, granule = numel * each, min(2, each)
             if merged and address < merged[-1][0] + merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], address + size - merged[-1][0])
+                merged[-1][3] = min(merged[-1][3], granule)
             else:
-                merged.append([address, size, name])
-        self._tracked = [_Tracked(name, address, size) for address, size, name in merged]
+                merged.append([address, size, name, granule])
+        self._tracked = [
+            _Tracked(name, address, size, granule) for address, size, name, granule in merged
+        ]
         self._starts = np.array([t.address for t in self._tracked] or [0], np.int64)
         self._ends = np.array([t.address + t.size for t in self._tracked] or [0], np.int64)
 
@@ -117,7 +123,8 @@ class Guard:
         return good.reshape(pointers.shape) if pointers.shape else good[0]
 
     def _race(self, tracked: _Tracked, offset: Any, size: int, kind: str, line: str) -> None:
-        at = (offset // 2)[:, None] + np.arange(max(1, size // 2))
+        granule = tracked.granule
+        at = (offset // granule)[:, None] + np.arange(max(1, size // granule))
         against = {"ld": ("st",), "st": ("ld", "st", "atom"), "atom": ("st",)}[kind]
         for other in against:
             who = tracked.program[other][at]

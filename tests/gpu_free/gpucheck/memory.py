@@ -87,7 +87,8 @@ class Memory:
         self.faults = Faults()
         self.stats: dict[tuple[int, str, str], Counter[str]] = defaultdict(Counter)
         self.touched = {k: np.zeros(size // SECTOR + 1, bool) for k in ("ld", "st", "atom")}
-        self.shadow = {"global": Shadow(size, _GRANULE["global"])} if check_races else {}
+        granule = min([_GRANULE["global"], *(t.element_size() for _, t in self.tensors)])
+        self.shadow = {"global": Shadow(size, granule)} if check_races else {}
         self.shared = np.zeros(0, np.uint8)
         for t, view in self._views():
             view[:] = t

@@ -25,6 +25,8 @@ NUMPY = {
     "f16": np.float16,
     "f16x2": np.uint32,
     "bf16x2": np.uint32,
+    "s16x2": np.uint32,
+    "u16x2": np.uint32,
     "f32": np.float32,
     "f64": np.float64,
     "pred": np.bool_,
