@@ -340,12 +340,13 @@ def _describe(
     low,
     high,
     escapes,
+    nibbles,
     EXPONENT: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A chunk's entry of the directory but for its words, and its planes."""
+    """A chunk's entry of the directory but for its words, its planes, and its symbols."""
     c = tl.program_id(0)
     begin = c.to(tl.int64) * _VALUES
     size = tl.minimum(n - begin, _VALUES).to(tl.int32)
@@ -390,6 +391,16 @@ def _describe(
     tl.store(entry + 3, tl.zeros((), tl.uint16))
     tl.store(entry + 4 + s, f.to(tl.uint16))
     tl.store(escapes + 1 + c, rare.to(tl.int64))
+    tile = tl.arange(0, BLOCK // 256)[:, None, None]
+    step = tl.arange(0, 8)[None, :, None]
+    lane = tl.arange(0, 32)
+    for block in range(blocks):
+        i = block * BLOCK + 256 * tile + 32 * step + lane[None, None, :]
+        v = _bits_of(values, begin + i, i < size)
+        e = ((v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)).to(tl.int32)
+        eight = tl.sum(_symbol(top, e) << (4 * step), 1)
+        to = block * (BLOCK // 256) + tl.arange(0, BLOCK // 256)[:, None]
+        tl.store(nibbles + c.to(tl.int64) * (_VALUES // 8) + 32 * to + lane[None, :], eight)
 
 
 @triton.jit
@@ -398,39 +409,26 @@ def _frequencies(directory, c, lane):
 
 
 @triton.jit
-def _encode_values(
-    values,
-    n,
-    directory,
-    states,
-    scratch,
-    counts,
-    EXPONENT: tl.constexpr,
-    MANTISSA: tl.constexpr,
-):
+def _encode_values(nibbles, n, directory, states, scratch, counts):
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
-    row = tl.arange(0, 8)[:, None]
     bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
     scratch += c * _VALUES
-    values += c * _VALUES
     size = tl.minimum(n - c * _VALUES, _VALUES).to(tl.int32)
-    top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
     rate, reciprocal, shift = _encoding_table(_frequencies(directory, c, lane), lane)
     x = tl.full((32,), 1 << 15, tl.uint32)
     end = tl.zeros((), tl.int32) + _VALUES
     tiles = (size + 255) // 256
-    at = (tiles - 1) * 256 + 32 * row + lane[None, :]
-    v = _bits_of(values, at, at < size)
+    place = nibbles + c * (_VALUES // 8) + (tiles - 1) * 32 + lane
+    ahead = tl.load(place)
     for i in range(tiles):
-        e = ((v >> MANTISSA) & ((1 << EXPONENT) - 1)).to(tl.int32)
-        nibbles = tl.sum(_symbol(top, e).to(tl.uint32) << (4 * row).to(tl.uint32), 0)
+        eight = ahead.to(tl.uint32, bitcast=True)
+        place -= 32
+        ahead = tl.load(place, mask=(i + 1 < tiles) & (lane >= 0), other=0)
         live = size - (tiles - 1 - i) * 256
-        at = (tiles - 2 - i) * 256 + 32 * row + lane[None, :]
-        v = _bits_of(values, at, (at >= 0) & (at < size))
         for k in tl.static_range(_STEPS):
             j = _STEPS - 1 - k
-            s = ((nibbles >> (4 * j)) & 15).to(tl.int32)
+            s = ((eight >> (4 * j)) & 15).to(tl.int32)
             on = 32 * j + lane < live
             x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
     tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
@@ -707,6 +705,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
     states, low, high, base = parts
     out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
     scratch = torch.empty(chunks * _CHUNK, dtype=torch.int16, device=device).view(torch.uint16)
+    nibbles = torch.empty(chunks * _CHUNK // 8, dtype=torch.int32, device=device)
     counts, escapes = torch.empty(2, chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     bits, shorts, mantissa = _raw(values), out.view(torch.uint16), low_bits + high_bits - 1
@@ -717,21 +716,20 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         out[low:].view(low_type),
         out[high:],
         escapes,
+        nibbles,
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
-        BLOCK=2048,
+        BLOCK=4096,
         num_warps=8,
     )
     _encode_values[(chunks,)](
-        bits,
+        nibbles,
         n,
         shorts,
         out[states:].view(torch.int32),
         scratch,
         counts,
-        EXPONENT=exponent,
-        MANTISSA=mantissa,
         num_warps=1,
     )
     _scan(counts)
