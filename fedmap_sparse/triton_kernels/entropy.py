@@ -92,48 +92,52 @@ def _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch):
 @triton.jit
 def _open_stream(payload, begin, pairs, lane):
     """The words of a stream from word `begin` on, two a register: (pointer to pairs, pairs that may
-    be read, the first 64 words, the 64 after, the place of the next word)."""
+    be read, three registers of 64 words each, the pairs before them, the place of the next word).
+    """
     stream = payload + begin // 2
     left = tl.minimum(pairs - begin // 2, 1 << 30).to(tl.int32)
     now = load_words(stream, lane, left)
-    ahead = load_words(stream, 32 + lane, left)
-    return stream, left, now, ahead, (begin & 1).to(tl.int32)
+    then = load_words(stream, 32 + lane, left)
+    ahead = load_words(stream, 64 + lane, left)
+    return stream, left, now, then, ahead, tl.zeros((), tl.int32), (begin & 1).to(tl.int32)
 
 
 @triton.jit
-def _decode_step(x, on, table, s4, s8, s12, stream, left, now, ahead, base, at, lane, bit):
-    """One step. `at` is the next word's place in `now`, which holds pairs from `base` on.
+def _decode_step(x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit):
+    """One step, which takes words from place `at` of `now` and `then` on.
 
     Words past the stream's end are another's or zero: the count of words tells in the end.
     """
     slot = x & 0x7FFF
-    s = ((slot >= s4).to(tl.int32) + (slot >= s8).to(tl.int32) + (slot >= s12).to(tl.int32)) * 4
+    s = tl.where(slot >= s4, 4, 0)
+    s = tl.where(slot >= s8, 8, s)
+    s = tl.where(slot >= s12, 12, s)
     t0 = tl.gather(table, s, 0)
     t1 = tl.gather(table, s + 1, 0)
     t2 = tl.gather(table, s + 2, 0)
     t3 = tl.gather(table, s + 3, 0)
     key = (slot << 16) | 0xFFFF  # start and frequency in one: the last that begins by the slot
-    s += (t1 <= key).to(tl.int32) + (t2 <= key).to(tl.int32) + (t3 <= key).to(tl.int32)
-    low = tl.where(t1 <= key, t1, t0)
-    found = tl.where(t3 <= key, t3, tl.where(t2 <= key, t2, low))
+    t1_or_less = tl.where(t1 <= key, t1, t0)
+    found = tl.where(t3 <= key, t3, tl.where(t2 <= key, t2, t1_or_less))
     y = (found & 0xFFFF) * (x >> 15) + (slot - (found >> 16))
     empty = on & (y < (1 << 15))
     before, count = _ballot(empty, bit)
     place = at + before
     pair = place >> 1
-    two = tl.where(pair < 32, tl.gather(now, pair & 31, 0), tl.gather(ahead, pair & 31, 0))
+    two = tl.where(pair < 32, tl.gather(now, pair & 31, 0), tl.gather(then, pair & 31, 0))
     word = (two >> ((place & 1) * 16).to(tl.uint32)) & 0xFFFF
     x = tl.where(empty, (y << 16) | word, tl.where(on, y, x))
+    symbol = tl.where(t1 <= key, s + 1, s)
+    symbol = tl.where(t3 <= key, s + 3, tl.where(t2 <= key, s + 2, symbol))
     at += count
-    spent = at >= 64
-    base += tl.where(spent, 32, 0)
-    at -= tl.where(spent, 64, 0)
-    now = tl.where(spent, ahead, now)
-    # `other` keeps what is there: a load that nobody waits for, and no branch.
-    more = spent & (base + 32 + lane < left)
-    kept = ahead.to(tl.int32, bitcast=True)
-    ahead = tl.load(stream + base + 32 + lane, mask=more, other=kept).to(tl.uint32, bitcast=True)
-    return x, s, now, ahead, base, at
+    # A branch: any other instruction that names `ahead` would wait for it.
+    if at >= 64:
+        at -= 64
+        base += 32
+        now = then
+        then = ahead
+        ahead = load_words(stream, base + 64 + lane, left)
+    return x, symbol, now, then, ahead, base, at
 
 
 @triton.jit
@@ -225,7 +229,7 @@ def _encode_mask(words, plan, runs, steps, chunk, room, scratch, counts, directo
             for k in tl.static_range(_STEPS):
                 j = _STEPS - 1 - k
                 s = ((nibbles >> (4 * j)) & 15).to(tl.int32)
-                on = 32 * j + lane < live
+                on = lane < live - 32 * j
                 x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
         cursor = first + lowest
         run -= 1
@@ -245,8 +249,7 @@ def _decode_mask(payload, pairs, states, offsets, plan, runs, steps, chunk, word
     end = tl.minimum(cursor + chunk, steps)
     x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
     begin = tl.load(offsets + c)
-    stream, left, now, ahead, at = _open_stream(payload, begin, pairs, lane)
-    base = tl.zeros((), tl.int32)
+    stream, left, now, then, ahead, base, at = _open_stream(payload, begin, pairs, lane)
     wrong = tl.zeros((32,), tl.uint32)
     run = _run_of(plan, runs, cursor)
     while cursor < end:
@@ -266,9 +269,9 @@ def _decode_mask(payload, pairs, states, offsets, plan, runs, steps, chunk, word
             live = tl.minimum(limit - step * 32, 1 << 20).to(tl.int32)
             nibbles = tl.zeros((32,), tl.uint32)
             for j in tl.static_range(_STEPS):
-                on = 32 * j + lane < live
-                x, s, now, ahead, base, at = _decode_step(
-                    x, on, table, s4, s8, s12, stream, left, now, ahead, base, at, lane, bit
+                on = lane < live - 32 * j
+                x, s, now, then, ahead, base, at = _decode_step(
+                    x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
                 )
                 nibbles = nibbles | (tl.where(on, s, 0).to(tl.uint32) << (4 * j))
             tile = _transpose(nibbles, lane)
@@ -429,7 +432,7 @@ def _encode_values(nibbles, n, directory, states, scratch, counts):
         for k in tl.static_range(_STEPS):
             j = _STEPS - 1 - k
             s = ((eight >> (4 * j)) & 15).to(tl.int32)
-            on = 32 * j + lane < live
+            on = lane < live - 32 * j
             x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
     tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
     words = _VALUES - end
@@ -480,14 +483,14 @@ def _decode_values(payload, directory, pairs, states, offsets, n, nibbles, broke
     table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
     x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
     begin = tl.load(offsets + c)
-    stream, left, now, ahead, at = _open_stream(payload, begin, pairs, lane)
-    base = tl.zeros((), tl.int32)
+    stream, left, now, then, ahead, base, at = _open_stream(payload, begin, pairs, lane)
     for tile in range((size + 255) // 256):
         symbols = tl.zeros((32,), tl.uint32)
+        live = size - tile * 256
         for j in tl.static_range(_STEPS):
-            on = tile * 256 + 32 * j + lane < size
-            x, s, now, ahead, base, at = _decode_step(
-                x, on, table, s4, s8, s12, stream, left, now, ahead, base, at, lane, bit
+            on = lane < live - 32 * j
+            x, s, now, then, ahead, base, at = _decode_step(
+                x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
             )
             symbols = symbols | (s.to(tl.uint32) << (4 * j))
         to = nibbles + c * (_VALUES // 8) + tile * 32 + lane
