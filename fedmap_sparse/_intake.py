@@ -45,12 +45,8 @@ class Intake:
             return str(error)
         self.refused.pop(client, None)
         weight = message.num_samples
-        device = self._values.sums.device
-        if device.type == "cpu":
-            message.add_to(self._values, weight)
-        else:
-            self._values.add(message.packed.to(device), weight)
-        self._tail.add(message.tail.to(device), weight)
+        message.add_to(self._values, weight)
+        self._tail.add(message.tail, weight)
         for name, b in message.buffers.items():
             self._buffers[name] = self._joined(name, b, weight)
         self.accepted.append(client)

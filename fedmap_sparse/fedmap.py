@@ -428,13 +428,14 @@ class FedMapClient:
         """
         self.params.check_bound()
         try:
-            message = codec.decode(data, self.layout, mask=self._mask)
+            message = codec.decode(
+                data, self.layout, mask=self._mask, device=self.params.values.device
+            )
         except codec.MaskNeeded as error:
             raise NeedsMask(self.have) from error
         lr = message.meta.get("lr")
-        device = self.params.values.device
-        mask = message.mask.to(device)
-        write_model(self.params, mask, message.packed.to(device), message.tail.to(device))
+        mask = message.mask
+        write_model(self.params, mask, message.packed, message.tail)
         write_buffers(self.params, message.buffers)
         self._keep_residual(mask)
         self._mask = mask

@@ -206,6 +206,10 @@ def rank_index(words: Tensor, numel: int, backend: str) -> Tensor:
         rank = torch.empty(num_ranks(numel), dtype=torch.int64)
         native.rank_index(words.data_ptr(), numel, rank.data_ptr(), _backends.threads())
         return rank
+    if backend == "triton":
+        scan = _backends.kernels("_scan").rank_index
+        index: Tensor = _backends.on_device(scan, (words, numel))
+        return index
     rank = torch.zeros(num_ranks(numel), dtype=torch.int64, device=words.device)
     if numel:
         bits = bool_from_words(words, 32 * words.numel())
@@ -229,16 +233,18 @@ def bool_from_words(words: Tensor, numel: int) -> Tensor:
 
 
 def digest_reference(words: Tensor, numel: int) -> bytes:
-    """Reference of `Mask.digest`, in numpy's wrapping 64-bit arithmetic."""
-    host = words.cpu().numpy().view(np.uint32)
-    w = np.append(host, np.uint32(0)) if host.size % 2 else host
-    w = np.ascontiguousarray(w).view(np.uint64)
-    t = w + np.arange(1, w.size + 1, dtype=np.uint64) * np.uint64(_K0)
-    t = (t ^ (t >> np.uint64(30))) * np.uint64(_K1)
-    t ^= t >> np.uint64(27)
-    u = t * np.uint64(_K2)
-    u ^= u >> np.uint64(31)
-    wrap = (1 << 64) - 1
-    h1 = (int(t.sum(dtype=np.uint64)) + numel) & wrap
-    h2 = (int(u.sum(dtype=np.uint64)) + numel * _K0) & wrap
-    return h1.to_bytes(8, "little") + h2.to_bytes(8, "little")
+    """Reference of `Mask.digest`, on any device: torch's int64 wraps, and its >> keeps the sign."""
+    even = torch.nn.functional.pad(words, (0, words.numel() % 2))
+    j = torch.arange(1, even.numel() // 2 + 1, device=words.device)
+    t = even.view(torch.int64) + j * _signed(_K0)
+    t = (t ^ ((t >> 30) & ((1 << 34) - 1))) * _signed(_K1)
+    t ^= (t >> 27) & ((1 << 37) - 1)
+    u = t * _signed(_K2)
+    u ^= (u >> 31) & ((1 << 33) - 1)
+    sums: list[int] = torch.stack([t.sum(), u.sum()]).tolist()
+    both = ((h + numel * k) & ((1 << 64) - 1) for h, k in zip(sums, (1, _K0), strict=True))
+    return b"".join(h.to_bytes(8, "little") for h in both)
+
+
+def _signed(k: int) -> int:
+    return k - (1 << 64) if k >> 63 else k

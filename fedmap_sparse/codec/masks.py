@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import ops
-from fedmap_sparse.codec.container import NO_DIGEST, RANS, RAW, Header, Id, Section, Wire
+from fedmap_sparse.codec.container import (
+    NO_DIGEST,
+    RANS,
+    RAW,
+    Header,
+    Id,
+    Section,
+    Wire,
+    to_host,
+)
 from fedmap_sparse.codec.errors import FormatError, MaskNeeded
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, num_words
@@ -19,15 +28,14 @@ def full_section(mask: Mask, layout: FlatLayout, lossless: bool = True) -> Secti
 
     `lossless` allows entropy coding, which is taken where it is smaller.
     """
-    bits = mask.to("cpu")
     runs = _full_runs(layout)
-    return _write(Id.MASK, bits, runs, _counts(bits, layout), NO_DIGEST, lossless)
+    return _write(Id.MASK, mask, runs, _counts(mask, layout), NO_DIGEST, lossless)
 
 
 def delta_section(mask: Mask, parent: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
     """One bit for each survivor of `parent`, a superset of `mask` that the receiver has."""
-    kept = ops.relative(mask, parent).to("cpu")
-    runs, counts = _delta_runs(parent.to("cpu"), layout), _counts(mask.to("cpu"), layout)
+    kept = ops.relative(mask, parent)
+    runs, counts = _delta_runs(parent, layout), _counts(mask, layout)
     return _write(Id.DELTA, kept, runs, counts, parent.digest(), lossless)
 
 
@@ -36,8 +44,10 @@ def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, lossless:
     if lossless and raw:
         coded = entropy.encode_mask(bits.words, runs, nnz, raw - 1)
         if coded is not None:
-            return Section.make(id, Wire.BIT, bits.numel, coded, encoding=RANS, parent=parent)
-    return Section.make(id, Wire.BIT, bits.numel, bits.words, parent=parent)
+            (payload,) = to_host([coded])
+            return Section.make(id, Wire.BIT, bits.numel, payload, encoding=RANS, parent=parent)
+    (payload,) = to_host([bits.words.view(torch.uint8)])
+    return Section.make(id, Wire.BIT, bits.numel, payload, parent=parent)
 
 
 def _full_runs(layout: FlatLayout) -> Runs:
@@ -57,8 +67,9 @@ def _delta_runs(parent: Mask, layout: FlatLayout) -> Runs:
 def _counts(mask: Mask, layout: FlatLayout) -> Tensor:
     """Survivors of each prunable tensor."""
     runs = _full_runs(layout)
-    before = entropy.ranks_at(mask, runs.start)
-    return entropy.ranks_at(mask, runs.start + runs.numel) - before
+    ends = torch.stack([runs.start, runs.start + runs.numel], 1).view(-1)
+    before, through = entropy.ranks_at(mask, ends).view(-1, 2).unbind(1)
+    return through - before
 
 
 def read(
@@ -67,8 +78,9 @@ def read(
     dense: bool,
     layout: FlatLayout,
     have: Mask | None,
+    device: torch.device,
 ) -> Mask:
-    """The message's mask, on the CPU.
+    """The message's mask, on `device`, where it is decoded.
 
     Args:
         section: the message's MASK or DELTA, if any.
@@ -80,33 +92,33 @@ def read(
         FormatError: bits that the layout does not allow, or that contradict the digest.
     """
     if section is None and dense:
-        mask = layout.initial_mask()
+        mask = layout.initial_mask(device)
     elif section is None:
-        mask = _require(have, header.mask, 32)
+        mask = _require(have, header.mask, 32, device)
     elif dense:
         raise FormatError("expected no mask section beside DENSE", section.offset)
     elif section.id == Id.MASK:
-        mask = _bits(section, layout.prunable_numel, _full_runs(layout))
-        if not mask <= layout.initial_mask():
+        mask = _bits(section, layout.prunable_numel, _full_runs(layout), device)
+        if not mask <= layout.initial_mask(device):
             raise FormatError("a bit is set for an element of padding", section.offset)
     else:
-        parent = _require(have, section.parent, section.offset - 40)
-        mask = ops.nest(_bits(section, parent.nnz, _delta_runs(parent, layout)), parent)
+        parent = _require(have, section.parent, section.offset - 40, device)
+        mask = ops.nest(_bits(section, parent.nnz, _delta_runs(parent, layout), device), parent)
     if mask.digest() != header.mask:
         wanted, got = header.mask.hex(), mask.digest().hex()
         raise FormatError(f"expected a mask of digest {wanted}, got {got}", 32)
     return mask
 
 
-def _require(have: Mask | None, wanted: bytes, offset: int) -> Mask:
+def _require(have: Mask | None, wanted: bytes, offset: int, device: torch.device) -> Mask:
     if have is None or have.digest() != wanted:
         got = "no mask" if have is None else have.digest().hex()
         reason = f"expected the receiver to have the mask {wanted.hex()}, got {got}"
         raise MaskNeeded(reason, offset, wanted)
-    return have.to("cpu")
+    return have.to(device)
 
 
-def _bits(section: Section, numel: int, runs: Runs) -> Mask:
+def _bits(section: Section, numel: int, runs: Runs, device: torch.device) -> Mask:
     name = Id(section.id).name
     if section.dtype != Wire.BIT or section.encoding not in (RAW, RANS):
         got = f"dtype {section.dtype}, encoding {section.encoding}"
@@ -115,7 +127,8 @@ def _bits(section: Section, numel: int, runs: Runs) -> Mask:
         raise FormatError(f"{name}: expected {numel} bits, got {section.count}", section.offset)
     if section.encoding == RANS:
         try:
-            return Mask.from_words(entropy.decode_mask(section.coded(), runs, numel), numel)
+            words = entropy.decode_mask(section.coded(), runs, numel, device=device)
+            return Mask.from_words(words, numel)
         except entropy.PayloadError as error:
             at = section.offset + error.offset
             raise FormatError(f"{name}: {error.reason}", at) from None
@@ -126,6 +139,6 @@ def _bits(section: Section, numel: int, runs: Runs) -> Mask:
     # A copy: the mask outlives the message, which may be much larger.
     words = torch.frombuffer(bytearray(section.payload) or bytearray(4), dtype=torch.int32)
     try:
-        return Mask.from_words(words[: num_words(numel)], numel)
+        return Mask.from_words(words[: num_words(numel)].to(device), numel)
     except ValueError as error:
         raise FormatError(f"{name}: {error}", section.offset) from None

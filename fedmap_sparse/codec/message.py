@@ -54,7 +54,7 @@ class Body:
         sections = {s.id: s for s in self.sections}
         return Message(
             layout=self.layout,
-            tail=values.read(sections[Id.TAIL]),
+            tail=values.read(sections[Id.TAIL], self.mask.device),
             buffers=values.read_buffers(self.layout, sections),
             meta={},
             body=self,
@@ -159,10 +159,7 @@ def encode_body(
         samples=num_samples,
     )
     sections = [
-        values.write_quantized(packed)
-        if isinstance(packed, Quantized)
-        else values.write(Id.VALUES, packed.detach().cpu(), lossless),
-        values.write(Id.TAIL, tail.detach().cpu(), lossless),
+        *values.write_model(packed, tail.detach(), lossless),
         *values.write_buffers(layout, buffers),
     ]
     if meta:
@@ -332,6 +329,8 @@ def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 class Message:
     """A decoded message. Its tensors may view the bytes it came from: do not write to them.
 
+    Mask, values and tail are on the device that `decode` was asked for; buffers are on the CPU.
+
     Attributes:
         layout: the layout it was read with.
         tail: Tensor[layout.tail_numel].
@@ -353,7 +352,7 @@ class Message:
     @cached_property
     def packed(self) -> Tensor:
         """Tensor[mask.nnz] in the wire's dtype; float32 for int8 and where a base was added."""
-        wire = values.read(self._values)
+        wire = values.read(self._values, self.mask.device)
         return wire if self.base is None else self.base.packed.float() + wire.float()
 
     @property
@@ -366,7 +365,7 @@ class Message:
 
     @property
     def mask(self) -> Mask:
-        """The mask whose survivors the values are, on the CPU."""
+        """The mask whose survivors the values are."""
         return self.body.mask
 
     @property
@@ -419,13 +418,17 @@ class Message:
 
     @cached_property
     def _finite(self) -> bool:
-        return values.verify(self._values) if self.base is None else ops.all_finite(self.packed)
+        if self.base is None and self.mask.device == values.CPU:
+            return values.verify(self._values)
+        return ops.all_finite(self.packed)
 
     def add_to(self, values_: ops.Accumulator, weight: float) -> None:
         """Add `weight * packed` to an accumulator of mask.nnz elements: the same bits as
         `values_.add(message.packed, weight)`, but from the message's bytes, tile by tile, with no
-        copy of the values where they are coded. The accumulator is on the CPU."""
-        if self.base is not None or (self._values.encoding == RAW and self.dtype != "int8"):
+        copy of the values where they are coded and on the CPU. The accumulator is on the message's
+        device."""
+        raw = self._values.encoding == RAW and self.dtype != "int8"
+        if raw or self.base is not None or self.mask.device != values.CPU:
             values_.add(self.packed, weight)
             return
         _checks.check_numel("accumulator", values_.sums, self.mask.nnz, "the mask's nnz")
@@ -449,6 +452,7 @@ def decode(
     mask: Mask | None = None,
     base: Message | None = None,
     materialize: bool = True,
+    device: torch.device | str | None = None,
 ) -> Message:
     """Read a message, trusting nothing of it; nothing of the receiver is changed.
 
@@ -461,6 +465,8 @@ def decode(
         base: the decoded broadcast that the values may be differences from.
         materialize: False checks values that are coded tile by tile and keeps only their bytes,
             for `Message.add_to`; `packed` decodes them when it is asked for.
+        device: where mask, values and tail are wanted: coded payloads are copied there once and
+            decoded there. None: where `mask` is, or the CPU.
 
     Raises:
         MaskNeeded: the message needs a mask other than `mask`; see its `wanted`.
@@ -469,6 +475,9 @@ def decode(
     """
     if mask is not None:
         _checks.check_mask("mask", mask, layout.prunable_numel)
+    if device is None:
+        device = values.CPU if mask is None else mask.device
+    place = torch.empty(0, device=device).device  # "cuda" is one of several: the current one
     header, found = container.parse(data)
     if header.layout != layout.digest():
         wanted, got = layout.digest().hex(), header.layout.hex()
@@ -485,13 +494,13 @@ def decode(
         raise FormatError("expected MASK or DELTA, got both", sections[Id.DELTA].offset)
     dense = bool(header.flags & DENSE)
     carried = sections.get(Id.MASK) or sections.get(Id.DELTA)
-    own = masks.read(header, carried, dense, layout, mask)
+    own = masks.read(header, carried, dense, layout, mask, place)
     if dense is not (own.nnz == layout.eligible):
         raise FormatError(f"expected DENSE to say {not dense} of {own.nnz} survivors", 12)
     coded, rest = sections[Id.VALUES], sections[Id.TAIL]
     values.check(coded, own.nnz, (*values.FLOATS, Wire.INT8), (RAW, RANS))
     values.check(rest, layout.tail_numel, values.FLOATS, (RAW, RANS))
-    tail = values.read(rest)
+    tail = values.read(rest, place)
     values.check_tail(tail, rest, layout)
     others = tuple(s for s in sections.values() if s is not carried)
     message = Message(

@@ -90,7 +90,7 @@ def decode_state_dict(
             raise ValueError("decode_state_dict: expected `like` or `layout`, got neither")
         layout = FlatLayout.from_state_dict(like)
     mask = None if masks is None else as_mask(masks, layout)
-    state = decode(data, layout, mask=mask, base=base).to_state_dict()
+    state = decode(data, layout, mask=mask, base=base, device="cpu").to_state_dict()
     return {name: _like(t, None if like is None else like[name]) for name, t in state.items()}
 
 

@@ -20,14 +20,15 @@ from fedmap_sparse.codec.container import (
     Id,
     Section,
     Wire,
-    tensor_bytes,
     tensor_view,
+    to_host,
 )
 from fedmap_sparse.codec.errors import FormatError
 from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.quantize import num_blocks
 
+CPU = torch.device("cpu")
 FLOATS = (Wire.FLOAT32, Wire.FLOAT16, Wire.BFLOAT16)
 
 _BUFFERS = {
@@ -72,6 +73,13 @@ class Quantized:
         """What a receiver decodes: float32."""
         return ops.dequantize_int8(self.codes, self.scales, block=self.block)
 
+    def to(self, device: torch.device) -> Quantized:
+        return Quantized(self.codes.to(device), self.scales.to(device), self.block)
+
+    def payload(self) -> Tensor:
+        """The bytes that travel: the scales, then the codes."""
+        return torch.cat([t.view(torch.uint8) for t in (self.scales, self.codes)])
+
 
 def _uniform(numel: int, seed: int) -> Tensor:
     """Draws from [0, 1) in float64: splitmix64 of seed and index, whose arithmetic wraps."""
@@ -96,10 +104,42 @@ def write(id: Id, values: Tensor, lossless: bool = False) -> Section:
     return Section.make(id, wire, values.numel(), values)
 
 
-def write_quantized(values: Quantized) -> Section:
-    """VALUES in int8: the scales, then the codes."""
-    parts = [t.cpu().view(torch.uint8) for t in (values.scales, values.codes)]
-    payload = torch.cat(parts)
+def write_model(packed: Tensor | Quantized, tail: Tensor, lossless: bool) -> list[Section]:
+    """VALUES and TAIL. On a device both are coded there before their sizes are asked for."""
+    if _backends.pick(None, tail.device) != "triton":
+        rest = write(Id.TAIL, tail.cpu(), lossless)
+        if isinstance(packed, Quantized):
+            return [_int8(packed, packed.payload().cpu()), rest]
+        return [write(Id.VALUES, packed.cpu(), lossless), rest]
+    parts = (packed, tail)
+    codings = [_begin(t) if lossless and isinstance(t, Tensor) else None for t in parts]
+    payloads = [
+        (_bytes(t), RAW)
+        if coding is None or size >= _bytes(t).numel()
+        else (coding.room[:size], RANS)
+        for t, coding, size in zip(parts, codings, entropy.Coding.sizes(codings), strict=True)
+    ]
+    first, rest_payload = to_host([payload for payload, _ in payloads])
+    rest = _floats(Id.TAIL, tail, rest_payload, payloads[1][1])
+    if isinstance(packed, Quantized):
+        return [_int8(packed, first), rest]
+    return [_floats(Id.VALUES, packed, first, payloads[0][1]), rest]
+
+
+def _begin(t: Tensor) -> entropy.Coding | None:
+    return entropy.begin_values(t, t.nbytes - 1) if t.numel() else None
+
+
+def _bytes(t: Tensor | Quantized) -> Tensor:
+    return t.payload() if isinstance(t, Quantized) else t.detach().reshape(-1).view(torch.uint8)
+
+
+def _floats(id: Id, values: Tensor, payload: Tensor, encoding: int) -> Section:
+    wire = WIRE_OF_TORCH[values.dtype]
+    return Section.make(id, wire, values.numel(), payload, encoding=encoding)
+
+
+def _int8(values: Quantized, payload: Tensor) -> Section:
     return Section.make(Id.VALUES, Wire.INT8, values.codes.numel(), payload, block=values.block)
 
 
@@ -127,15 +167,16 @@ def check(section: Section, count: int, dtypes: Sequence[Wire], encodings: Seque
         raise FormatError(f"{name}: expected {size} bytes, got {len(section.payload)}", at)
 
 
-def read(section: Section) -> Tensor:
-    """The elements of a checked section, 1-D: a view of the message where they are raw."""
+def read(section: Section, device: torch.device = CPU) -> Tensor:
+    """The elements of a checked section, 1-D, on `device`, where they are decoded: a view of the
+    message where they are raw and stay on the CPU."""
     if section.dtype == Wire.INT8:
-        return quantized(section).float()
+        return quantized(section).to(device).float()
     if section.encoding == RAW:
-        return section.tensor()
+        return section.tensor().to(device)
     dtype = TORCH_OF_WIRE[Wire(section.dtype)]
     try:
-        return entropy.decode_values(section.coded(), section.count, dtype)
+        return entropy.decode_values(section.coded(), section.count, dtype, device=device)
     except entropy.PayloadError as error:
         raise _refusal(section, error) from None
 
@@ -197,13 +238,19 @@ def _refusal(section: Section, error: entropy.PayloadError) -> FormatError:
 
 def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
     """Raise FormatError unless the gaps between the tail's tensors are zero."""
-    data, size = tensor_bytes(tail), tail.element_size()
-    for entry in layout.tail_entries:
-        start = entry.offset + entry.numel
-        end = -(-start // TAIL_ALIGN) * TAIL_ALIGN
-        begin, stop = ((i - layout.prunable_numel) * size for i in (start, end))
-        if any(data[begin:stop]):
-            at = section.offset + (begin if section.encoding == RAW else 0)
+    gaps = [
+        (entry, range(start, -(-start // TAIL_ALIGN) * TAIL_ALIGN))
+        for entry in layout.tail_entries
+        for start in [entry.offset + entry.numel - layout.prunable_numel]
+    ]
+    places = torch.tensor([i for _, gap in gaps for i in gap], dtype=torch.int64)
+    bits = tail.view(torch.int32 if tail.element_size() == 4 else torch.int16)
+    wrong = set(places[bits[places.to(tail.device)].cpu() != 0].tolist())
+    for entry, gap in gaps:
+        if not wrong.isdisjoint(gap):
+            at = section.offset + (
+                gap.start * tail.element_size() if section.encoding == RAW else 0
+            )
             raise FormatError(f"TAIL: expected zeros after {entry.name}", at)
 
 
@@ -228,8 +275,8 @@ def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Sectio
             continue
         wide = any(t.dtype == torch.float64 for t in tensors)
         dtype = TORCH_OF_WIRE[dtypes[-1] if wide else dtypes[0]]
-        flat = torch.cat([t.reshape(-1).to("cpu", dtype) for t in tensors])
-        sections.append(write(id, flat))
+        flat = torch.cat([t.reshape(-1).to(tensors[0].device, dtype) for t in tensors])
+        sections.append(write(id, flat.cpu()))
     return sections
 
 

@@ -73,8 +73,8 @@ def ranks_at(mask: Mask, positions: Tensor) -> Tensor:
     out = torch.empty_like(positions)
     backend = _backends.pick(None, mask.device)
     if backend == "triton":
-        moved = positions.to(mask.device)
-        return _run("ranks_at", mask.words, mask.rank, moved).cpu()
+        out.copy_(_run("ranks_at", mask.words, mask.rank, positions.to(mask.device)))
+        return out
     if backend == "cpu":
         native.ranks_at(
             mask.words.data_ptr(),
@@ -223,9 +223,11 @@ class Coding:
     size: Tensor
 
     @staticmethod
-    def sizes(codings: Sequence[Coding]) -> list[int]:
-        """Their sizes in bytes; the device is waited for once."""
-        return torch.cat([coding.size for coding in codings]).tolist()
+    def sizes(codings: Sequence[Coding | None]) -> list[int]:
+        """Their sizes in bytes, 0 for None; the device is waited for once."""
+        under_way = [coding.size for coding in codings if coding is not None]
+        known = iter(torch.cat(under_way).tolist() if under_way else ())
+        return [0 if coding is None else next(known) for coding in codings]
 
 
 def begin_values(values: Tensor, capacity: int) -> Coding | None:
@@ -385,6 +387,7 @@ def _device_plan(coded: list[tuple[int, int, int]]) -> Tensor:
 
 def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.device) -> Tensor:
     opened = _open_mask(payload.cpu(), runs)
+    words: Tensor
     words, broken = _run(
         "decode_mask",
         _padded(payload, device),
@@ -409,6 +412,7 @@ def _decode_values_triton(
     escapes = _offsets(opened.entries["escapes"].astype(np.int64), opened.escapes_at)
     places = torch.stack([words, escapes]).to(device)
     room = _padded(payload, device)
+    values: Tensor
     values, broken = _run("decode_values", room, opened.parts, places, numel, dtype)
     for chunk in broken.any(0).nonzero()[:1].flatten().tolist():
         raise PayloadError("words or escapes that do not decode", 40 * chunk)
@@ -506,7 +510,7 @@ class _Masked:
 
 
 def _open_mask(payload: Tensor, runs: Runs) -> _Masked:
-    data = memoryview(payload.numpy())
+    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]
     count = runs.start.numel()
     directory = 8 + -(-count // 4) * 4
     if len(data) < directory:
@@ -660,7 +664,7 @@ class _Valued:
 
 def _open_values(payload: Tensor, n: int, dtype: torch.dtype) -> _Valued:
     e_bits, low_bits, high_bits, _ = _SPLIT[dtype]
-    data = memoryview(payload.numpy())
+    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]
     chunks = -(-n // VALUE_CHUNK)
     parts = states_at, low_at, high_at, words_at = _value_parts(n, dtype)
     low_end, high_end = low_at + n * low_bits // 8, high_at + -(-n * high_bits // 8)

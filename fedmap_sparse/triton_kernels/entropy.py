@@ -22,13 +22,13 @@ from fedmap_sparse.triton_kernels._scan import _add_up
 LANES = 32
 #: Columns of a row of a mask's plan: first step, first bit, bits, filling, then 16 frequencies.
 ROW = 20
-_CHUNK = 1 << 15  # values
+#: Values a chunk.
+CHUNK = 1 << 15
 _SCAN = 1024
 
 _STEPS = tl.constexpr(8)  # whose nibbles fill a register
 _STEP_BITS = tl.constexpr(128)
 _ROW = tl.constexpr(ROW)
-_VALUES = tl.constexpr(_CHUNK)
 _ENTRY = tl.constexpr(20)  # of the directory, in 16-bit words
 _ESCAPE = tl.constexpr(15)
 
@@ -344,6 +344,7 @@ def _describe(
     high,
     escapes,
     nibbles,
+    CHUNK: tl.constexpr,
     EXPONENT: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -351,8 +352,8 @@ def _describe(
 ):
     """A chunk's entry of the directory but for its words, its planes, and its symbols."""
     c = tl.program_id(0)
-    begin = c.to(tl.int64) * _VALUES
-    size = tl.minimum(n - begin, _VALUES).to(tl.int32)
+    begin = c.to(tl.int64) * CHUNK
+    size = tl.minimum(n - begin, CHUNK).to(tl.int32)
     bins = tl.arange(0, 256)
     counts = tl.zeros((256,), tl.int32)
     blocks = (size + BLOCK - 1) // BLOCK
@@ -403,7 +404,7 @@ def _describe(
         e = ((v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)).to(tl.int32)
         eight = tl.sum(_symbol(top, e) << (4 * step), 1)
         to = block * (BLOCK // 256) + tl.arange(0, BLOCK // 256)[:, None]
-        tl.store(nibbles + c.to(tl.int64) * (_VALUES // 8) + 32 * to + lane[None, :], eight)
+        tl.store(nibbles + c.to(tl.int64) * (CHUNK // 8) + 32 * to + lane[None, :], eight)
 
 
 @triton.jit
@@ -412,17 +413,17 @@ def _frequencies(directory, c, lane):
 
 
 @triton.jit
-def _encode_values(nibbles, n, directory, states, scratch, counts):
+def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.constexpr):
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
     bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
-    scratch += c * _VALUES
-    size = tl.minimum(n - c * _VALUES, _VALUES).to(tl.int32)
+    scratch += c * CHUNK
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
     rate, reciprocal, shift = _encoding_table(_frequencies(directory, c, lane), lane)
     x = tl.full((32,), 1 << 15, tl.uint32)
-    end = tl.zeros((), tl.int32) + _VALUES
+    end = tl.zeros((), tl.int32) + CHUNK
     tiles = (size + 255) // 256
-    place = nibbles + c * (_VALUES // 8) + (tiles - 1) * 32 + lane
+    place = nibbles + c * (CHUNK // 8) + (tiles - 1) * 32 + lane
     ahead = tl.load(place)
     for i in range(tiles):
         eight = ahead.to(tl.uint32, bitcast=True)
@@ -435,7 +436,7 @@ def _encode_values(nibbles, n, directory, states, scratch, counts):
             on = lane < live - 32 * j
             x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
     tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
-    words = _VALUES - end
+    words = CHUNK - end
     tl.store(directory + c * _ENTRY, words.to(tl.uint16))
     tl.store(counts + 1 + c, words.to(tl.int64))
 
@@ -451,6 +452,7 @@ def _escapes(
     base,
     limit,
     chunks,
+    CHUNK: tl.constexpr,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -458,8 +460,8 @@ def _escapes(
     """The exponents that have no symbol, behind the words."""
     c = tl.program_id(0).to(tl.int64)
     to = base + (2 * tl.load(offsets + chunks) + 3) // 4 * 4 + tl.load(escapes + c)
-    values += c * _VALUES
-    size = tl.minimum(n - c * _VALUES, _VALUES).to(tl.int32)
+    values += c * CHUNK
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
     top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
     if tl.load(escapes + c + 1) > tl.load(escapes + c):
         for start in range(0, size, BLOCK):
@@ -474,12 +476,14 @@ def _escapes(
 
 
 @triton.jit
-def _decode_values(payload, directory, pairs, states, offsets, n, nibbles, broken):
+def _decode_values(
+    payload, directory, pairs, states, offsets, n, nibbles, broken, CHUNK: tl.constexpr
+):
     """A chunk's symbols: 8 steps of a lane a register."""
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
     bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
-    size = tl.minimum(n - c * _VALUES, _VALUES).to(tl.int32)
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
     table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
     x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
     begin = tl.load(offsets + c)
@@ -493,7 +497,7 @@ def _decode_values(payload, directory, pairs, states, offsets, n, nibbles, broke
                 x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
             )
             symbols = symbols | (s.to(tl.uint32) << (4 * j))
-        to = nibbles + c * (_VALUES // 8) + tile * 32 + lane
+        to = nibbles + c * (CHUNK // 8) + tile * 32 + lane
         tl.store(to, symbols.to(tl.int32, bitcast=True))
     taken = 2 * base + at - (begin & 1)
     sound = (x == (1 << 15)) & (taken == tl.load(offsets + c + 1) - begin)
@@ -511,6 +515,7 @@ def _join(
     n,
     out,
     broken,
+    CHUNK: tl.constexpr,
     EXPONENT: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -518,8 +523,8 @@ def _join(
 ):
     """Values from symbols, escapes and planes."""
     c = tl.program_id(0).to(tl.int64)
-    begin = c * _VALUES
-    size = tl.minimum(n - begin, _VALUES).to(tl.int32)
+    begin = c * CHUNK
+    size = tl.minimum(n - begin, CHUNK).to(tl.int32)
     top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
     next_escape = tl.load(offsets + c)
     last_escape = tl.load(offsets + c + 1)
@@ -527,9 +532,7 @@ def _join(
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < size
-        eight = tl.load(
-            nibbles + c * (_VALUES // 8) + (i >> 8) * 32 + (i & 31), mask=inside, other=0
-        )
+        eight = tl.load(nibbles + c * (CHUNK // 8) + (i >> 8) * 32 + (i & 31), mask=inside, other=0)
         s = (eight >> (((i >> 5) & 7) * 4)) & 15
         escaped = inside & (s == _ESCAPE)
         flags = escaped.to(tl.int32)
@@ -703,12 +706,12 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         parts: where states, low plane, high plane and words begin, each a multiple of 4.
     """
     device, n = values.device, values.numel()
-    chunks = triton.cdiv(n, _CHUNK)
+    chunks = triton.cdiv(n, CHUNK)
     exponent, low_bits, high_bits, low_type = _SPLIT[values.dtype]
     states, low, high, base = parts
     out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
-    scratch = torch.empty(chunks * _CHUNK, dtype=torch.int16, device=device).view(torch.uint16)
-    nibbles = torch.empty(chunks * _CHUNK // 8, dtype=torch.int32, device=device)
+    scratch = torch.empty(chunks * CHUNK, dtype=torch.int16, device=device).view(torch.uint16)
+    nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=device)
     counts, escapes = torch.empty(2, chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     bits, shorts, mantissa = _raw(values), out.view(torch.uint16), low_bits + high_bits - 1
@@ -720,10 +723,11 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         out[high:],
         escapes,
         nibbles,
+        CHUNK=CHUNK,
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
-        BLOCK=4096,
+        BLOCK=min(4096, CHUNK),
         num_warps=8,
     )
     _encode_values[(chunks,)](
@@ -733,13 +737,14 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         out[states:].view(torch.int32),
         scratch,
         counts,
+        CHUNK=CHUNK,
         num_warps=1,
     )
     _scan(counts)
     _scan(escapes)
     _compact[(chunks, 4)](
         scratch,
-        _CHUNK,
+        CHUNK,
         counts,
         escapes,
         shorts,
@@ -759,6 +764,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         base,
         capacity,
         chunks,
+        CHUNK=CHUNK,
         EXPONENT=exponent,
         MANTISSA=mantissa,
         BLOCK=2048,
@@ -781,7 +787,7 @@ def decode_values(
     exponent, low_bits, high_bits, low_type = _SPLIT[dtype]
     states, low, high, _ = parts
     out = torch.empty(numel, dtype=dtype, device=payload.device)
-    nibbles = torch.empty(chunks * _CHUNK // 8, dtype=torch.int32, device=payload.device)
+    nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=payload.device)
     broken = torch.empty(2, chunks, dtype=torch.int32, device=payload.device)
     shorts = payload.view(torch.uint16)
     _decode_values[(chunks,)](
@@ -793,6 +799,7 @@ def decode_values(
         numel,
         nibbles,
         broken[0],
+        CHUNK=CHUNK,
         num_warps=1,
     )
     _join[(chunks,)](
@@ -805,6 +812,7 @@ def decode_values(
         numel,
         _raw(out),
         broken[1],
+        CHUNK=CHUNK,
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
