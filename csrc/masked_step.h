@@ -178,7 +178,7 @@ class MaskedStep {
   MaskedStep(const StepBuffers<T>& buffers, int threads)
       : b_(buffers), k_(StepKernels<T, Rule>::chosen()), blocks_(mask_blocks(b_.prunable)),
         nnz_(b_.rank[blocks_]),
-        threads_(threads_for(b_.numel + 16 * (nnz_ + b_.numel - b_.prunable), threads)) {}
+        threads_(threads_for(b_.numel + 16 * (nnz_ + b_.numel - b_.prunable), threads, kGrain)) {}
 
   void run(const Segment* segments, int64_t nseg, const double* scalars) const {
     const Segment* last = segments + nseg;
@@ -202,6 +202,9 @@ class MaskedStep {
   // of 256 11.0, of 2048 13.8; packing gradients and values in one pass 10.6.
   static constexpr int64_t kChunk = 512;
   static constexpr int64_t kPieceBlocks = 128;
+  // Bytes for each thread. 270 k float32 at density .1 took 51 us on one thread, 54 on two of which
+  // the second was awake, 112 where it had to be woken.
+  static constexpr int64_t kGrain = 1 << 20;
 
   // Where a block of the prunable part, or after those one of the tail, begins.
   int64_t begin_of(int64_t block) const {

@@ -8,6 +8,7 @@
 #include "entropy.h"
 #include "kernels.h"
 #include "pool.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fedmap;
@@ -179,7 +180,48 @@ void bind_bytes(py::module_& m) {
       Unlocked());
 }
 
+// Whether torch shows a tensor; false too where there is none, or not one that DLPack can describe.
+bool view(const DlExchange& torch, PyObject* object, DlTensor& seen) {
+  if (torch.view(object, &seen) == 0)
+    return true;
+  PyErr_Clear();
+  return false;
+}
+
+// One look at a model before a step: true, with each gradient's address in `segments` (0: none), if
+// every parameter is still its module's and the view of `values` that its segment says, and every
+// gradient is as kernels want it. From Python, an attribute at a time, it took eight times as long.
+bool read_gradients(const py::capsule& exchange, py::handle values, const py::list& parameters,
+                    const py::list& owners, const py::list& keys, Address segments) {
+  static PyObject* const grad = PyUnicode_InternFromString("grad");
+  const auto* torch = exchange.get_pointer<DlExchange>();
+  DlTensor whole, seen;
+  if (torch->version.major != 1 || !view(*torch, values.ptr(), whole))
+    return false;
+  Segment* segment = at<Segment>(segments);
+  for (size_t i = 0; i < parameters.size(); ++i, ++segment) {
+    PyObject* parameter = PyList_GET_ITEM(parameters.ptr(), i);
+    PyObject* owner = PyList_GET_ITEM(owners.ptr(), i);
+    if (PyDict_GetItem(owner, PyList_GET_ITEM(keys.ptr(), i)) != parameter ||
+        !view(*torch, parameter, seen) || !seen.is_flat(segment->numel, whole) ||
+        (segment->numel &&
+         seen.address() != whole.address() + segment->offset * whole.dtype.bits / 8))
+      return false;
+    const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad));
+    if (!gradient)
+      throw py::error_already_set();
+    if (gradient.is_none())
+      segment->gradient = 0;
+    else if (view(*torch, gradient.ptr(), seen) && seen.is_flat(segment->numel, whole))
+      segment->gradient = seen.address();
+    else
+      return false;
+  }
+  return true;
+}
+
 void bind_steps(py::module_& m) {
+  m.def("read_gradients", &read_gradients);
   m.def(
       "masked_sgd",
       [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
