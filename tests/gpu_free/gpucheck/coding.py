@@ -1,0 +1,194 @@
+"""What every device must do with payloads and messages: the CPU's bytes, and its refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedmap_sparse as fs
+from fedmap_sparse.ops import entropy
+from fedmap_sparse.schedule import Iterative
+from gpucheck.contracts import Show, same, special
+
+#: Bits and density of tensors: constant ones, one without bits, one that ends inside of a nibble.
+RUNS = ((700, 0.1), (5, 0.4), (3000, 0.02), (0, 0.5), (129, 0.9), (2600, 0.3), (64, 1.0), (40, 0.0))
+
+
+@contextlib.contextmanager
+def small_chunks(steps: int, values: int) -> Iterator[None]:
+    """Chunks that an interpreter can afford; the format's begin at 1024 steps."""
+    kernels = importlib.import_module("fedmap_sparse.triton_kernels.entropy")
+    saved = entropy._MIN_CHUNK, entropy.chunk_steps, entropy.VALUE_CHUNK, kernels.CHUNK
+    entropy._MIN_CHUNK, entropy.chunk_steps = steps, lambda numel, codes: steps  # type: ignore[assignment]
+    entropy.VALUE_CHUNK = kernels.CHUNK = values
+    try:
+        yield
+    finally:
+        entropy._MIN_CHUNK, entropy.chunk_steps, entropy.VALUE_CHUNK, kernels.CHUNK = saved
+
+
+def runs_of(shapes: Any, gap: int) -> tuple[entropy.Runs, Tensor, Tensor]:
+    """(runs, bits, ones in each run); `gap` 0 begins runs at multiples of 128, as a model's."""
+    start, parts, at = [], [], 0
+    for n, density in shapes:
+        start.append(at)
+        each = n + gap if gap else -(-n // 128) * 128
+        parts.append(torch.zeros(each, dtype=torch.bool))
+        parts[-1][:n] = torch.rand(n) < density
+        at += each
+    runs = entropy.Runs(torch.tensor(start), torch.tensor([n for n, _ in shapes]))
+    return runs, torch.cat(parts), torch.tensor([int(p.sum()) for p in parts])
+
+
+def masks(shapes: Any, gap: int, device: str, show: Show, by: str = "cpu") -> None:
+    """Payloads as `by` writes them, and back; a broken one is refused as `by` refuses it."""
+    runs, bits, nnz = runs_of(shapes, gap)
+    mask = fs.Mask.from_bool(bits)
+    room = 4 * mask.words.numel() + 10_000
+    want = entropy.encode_mask(mask.words, runs, nnz, room, backend=by)
+    assert want is not None
+    words = mask.words.to(device)
+    got = entropy.encode_mask(words, runs, nnz, want.numel(), backend="triton")
+    assert got is not None
+    assert same(got, want)
+    back = entropy.decode_mask(want, runs, mask.numel, device=words.device, backend="triton")
+    assert same(back, mask.words)
+    broken = want.clone()
+    broken[-2] ^= 4
+    refusals = _refusals(
+        lambda where, backend: entropy.decode_mask(
+            broken, runs, mask.numel, device=where, backend=backend
+        ),
+        words.device,
+        by,
+    )
+    assert refusals[0] == refusals[1] != ""
+
+
+def masks_without_room(device: str, show: Show) -> None:
+    """Nothing to code, and capacities too small: for the states, and for the words."""
+    runs, bits, nnz = runs_of(((300, 0.0), (64, 1.0)), 0)
+    words = fs.Mask.from_bool(bits).words
+    want = entropy.encode_mask(words, runs, nnz, 100, backend="cpu")
+    got = entropy.encode_mask(words.to(device), runs, nnz, 100, backend="triton")
+    assert want is not None
+    assert got is not None
+    assert same(got, want)
+    back = entropy.decode_mask(want.to(device), runs, bits.numel(), backend="triton")
+    assert same(back, words)
+    runs, bits, nnz = runs_of(((900, 0.3),), 0)
+    words = fs.Mask.from_bool(bits).words
+    want = entropy.encode_mask(words, runs, nnz, 10_000, backend="cpu")
+    assert want is not None
+    for capacity in (100, want.numel() - 1):
+        assert entropy.encode_mask(words.to(device), runs, nnz, capacity, backend="triton") is None
+
+
+def ranks(n: int, device: str, show: Show) -> None:
+    mask = fs.Mask.from_bool(torch.rand(n) < 0.4)
+    positions = torch.tensor([0, 1, 31, 32, n // 2, n - 1, n])
+    kernels = importlib.import_module("fedmap_sparse.triton_kernels.entropy")
+    moved = (t.to(device) for t in (mask.words, mask.rank, positions))
+    assert same(kernels.ranks_at(*moved), entropy.ranks_at(mask, positions))
+
+
+def values(n: int, dtype: torch.dtype, device: str, show: Show, by: str = "cpu") -> None:
+    """As `masks`; with escapes where there are 20 values or more."""
+    x = special(n, dtype, "cpu")
+    room = 2 * x.nbytes + 1000
+    want = entropy.encode_values(x, room, backend=by)
+    assert want is not None
+    got = entropy.encode_values(x.to(device), want.numel(), backend="triton")
+    assert got is not None
+    assert same(got, want)
+    assert entropy.encode_values(x.to(device), want.numel() - 1, backend="triton") is None
+    where = torch.empty(0, device=device).device
+    assert same(entropy.decode_values(want, n, dtype, device=where, backend="triton"), x)
+
+
+def values_refused(device: str, show: Show) -> None:
+    """Words that do not decode, symbols beyond the top, escapes that run out or are none."""
+    zeros, halves = torch.zeros(65), special(200, torch.float16, "cpu")
+    plain = entropy.encode_values(zeros, 10_000, backend="cpu")
+    assert plain is not None
+    beyond, run_out = plain.clone(), plain.clone()
+    beyond[8:40] = run_out[8:40] = 0
+    beyond[8 + 2 * 3 + 1] = run_out[8 + 2 * 15 + 1] = 0x80  # every slot means this one symbol
+    coded = entropy.encode_values(halves, 10_000, backend="cpu")
+    assert coded is not None
+    broken, impossible = coded.clone(), coded.clone()
+    words_at = entropy._value_parts(200, torch.float16)[-1]
+    broken[words_at] ^= 1
+    impossible[entropy._open_values(coded, 200, torch.float16).escapes_at] = 77
+    where = torch.empty(0, device=device).device
+    for payload, like in (
+        (beyond, zeros),
+        (run_out, zeros),
+        (broken, halves),
+        (impossible, halves),
+    ):
+        refusals = _refusals(
+            lambda device, backend, p=payload, v=like: entropy.decode_values(
+                p, v.numel(), v.dtype, device=device, backend=backend
+            ),
+            where,
+            "cpu",
+        )
+        assert refusals[0] == refusals[1] != ""
+
+
+def _refusals(
+    decode: Callable[[torch.device, str], object], device: torch.device, by: str
+) -> list[str]:
+    found = []
+    for where, backend in ((torch.device("cpu"), by), (device, "triton")):
+        with pytest.raises(entropy.PayloadError) as caught:
+            decode(where, backend)
+        found.append(str(caught.value))
+    return found
+
+
+def rounds(device: str, width: int, dtype: str, delta: bool) -> list[Any]:
+    """Every message of two rounds of a server with two clients, and the model at the end.
+
+    Masks travel in full and as deltas; a late client needs the full one.
+    """
+
+    def params(seed: int) -> fs.FlatParameters:
+        torch.manual_seed(seed)
+        return fs.flatten(nn.Sequential(nn.Linear(width, 96), nn.BatchNorm1d(96)).to(device))
+
+    server = fs.FedMapServer(params(0), Iterative(0.95, 0, 1), dtype=dtype, lr=0.1)
+    clients = [fs.FedMapClient(params(i), dtype=dtype, delta=delta) for i in (1, 2, 3)]
+    sent: list[Any] = []
+    noise = torch.Generator().manual_seed(5)
+    for r in range(2):
+        server.begin_round()
+        updates = []
+        for i in (r, r + 1):
+            message = server.broadcast(clients[i].have)
+            clients[i].receive(message)
+            held = clients[i].params
+            change = torch.randn(held.values.numel(), generator=noise).mul_(0.01).to(device)
+            with torch.no_grad():
+                held.prunable.add_(change[: held.prunable.numel()])
+                held.prunable.mul_(held.mask.to_bool())
+                for p in held.parameters[len(held.layout.prunable_entries) :]:
+                    p.add_(0.25)
+            updates.append((i, clients[i].update(3 + i, 0.5)))
+            sent += [message, updates[-1][1]]
+        result = server.aggregate(updates)
+        assert not result.refused
+    return sent + [t.cpu() for t in server.params.to_state_dict().values()]
+
+
+def same_rounds(got: list[Any], want: list[Any]) -> bool:
+    return len(got) == len(want) and all(
+        a == b if isinstance(a, bytes) else same(a, b) for a, b in zip(got, want, strict=True)
+    )

@@ -1,0 +1,63 @@
+"""Entropy coding and messages on every rung: the CPU's bytes, its refusals, no fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpucheck import WHOLE, coding
+from gpucheck.contracts import FLOATS
+
+import fedmap_sparse as fs
+from fedmap_sparse import _backends
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("steps", [8, 32] if WHOLE else [16])
+def test_masks(rung: Any, gap: int, steps: int) -> None:
+    with coding.small_chunks(steps, 256):
+        coding.masks(coding.RUNS, gap, "cpu", rung.show, by="reference")
+
+
+def test_masks_without_room(rung: Any) -> None:
+    coding.masks_without_room("cpu", rung.show)
+    coding.ranks(5001, "cpu", rung.show)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 700, 1500] if WHOLE else [700])
+def test_values(rung: Any, n: int, dtype: torch.dtype) -> None:
+    with coding.small_chunks(16, 512):
+        coding.values(n, dtype, "cpu", rung.show, by="reference")
+
+
+def test_values_refused(rung: Any) -> None:
+    coding.values_refused("cpu", rung.show)
+
+
+@pytest.mark.skipif(not WHOLE, reason="33 000 steps of a lane: run by make test-gpu-free")
+def test_chunks_of_the_format(rung: Any) -> None:
+    coding.values((1 << 15) + 77, torch.float32, "cpu", rung.show)
+    coding.masks(((140_000, 0.5),), 0, "cpu", rung.show)
+
+
+_ROUNDS = [("float32", True), ("int8", True), ("float16", False)] if WHOLE else [("float32", True)]
+_RUNGS = ["interpreter, shuffled 1", *(["ptx sm_90"] if WHOLE else [])]
+
+
+@pytest.mark.parametrize("rung", _RUNGS, indirect=True)
+@pytest.mark.parametrize(("dtype", "delta"), _ROUNDS)
+def test_rounds(rung: Any, dtype: str, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server and its clients on the backend: what they send, and the model they end with."""
+    want = coding.rounds("cpu", 64, dtype, delta)
+    coded = {
+        section.name
+        for message in want
+        if isinstance(message, bytes)
+        for section in fs.codec.inspect(message).sections
+        if section.encoding == "rans"
+    }
+    assert coded >= {"MASK", "TAIL"} | ({"VALUES"} if dtype != "int8" else set())
+    monkeypatch.setattr(_backends, "_forced", "triton")
+    assert coding.same_rounds(coding.rounds("cpu", 64, dtype, delta), want)
