@@ -34,6 +34,9 @@ bool mask_subset(const uint32_t* a, const uint32_t* b, int64_t numel, int thread
 std::array<uint64_t, 2> mask_digest(const uint32_t* words, int64_t numel, int threads);
 
 int64_t count_bits(const uint32_t* words, int64_t count);
+// The two halves of rank_index: the survivors of each block, and their sums before each.
+void count_blocks(const uint32_t* words, int64_t count, int64_t* counts);
+int64_t sum_ranks(int64_t* rank, int64_t blocks);
 
 // select.cpp
 struct SelectInput {
@@ -61,9 +64,9 @@ void unpack(const void* packed, int packed_dtype, const uint32_t* words, const i
 
 // nest.cpp
 void relative(const uint32_t* child, const uint32_t* parent, const int64_t* parent_rank,
-              int64_t numel, uint32_t* out, int threads);
+              int64_t numel, uint32_t* out, int64_t* rank, int threads);
 void nest(const uint32_t* kept, const uint32_t* parent, const int64_t* parent_rank, int64_t numel,
-          uint32_t* out, int threads);
+          uint32_t* out, int64_t* rank, int threads);
 
 // masked_sgd.cpp, masked_adamw.cpp
 struct Segment {

@@ -241,15 +241,13 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
   return FEDMAP_DISPATCH(count_bits)(words, count);
 }
 
-int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int threads) {
-  const int64_t count = mask_words(numel), blocks = mask_blocks(numel);
+void count_blocks(const uint32_t* words, int64_t count, int64_t* counts) {
   const auto count_bits = FEDMAP_DISPATCH(count_bits);
-  parallel_ranges(blocks, kShare / kBlockWords, threads_for(count * 4, threads),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t b = begin; b < end; ++b)
-                      rank[b] = count_bits(words + b * kBlockWords,
-                                           std::min(kBlockWords, count - b * kBlockWords));
-                  });
+  for (int64_t j = 0; j < count; j += kBlockWords)
+    counts[j / kBlockWords] = count_bits(words + j, std::min(kBlockWords, count - j));
+}
+
+int64_t sum_ranks(int64_t* rank, int64_t blocks) {
   int64_t before = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t bits = rank[b];
@@ -257,6 +255,14 @@ int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int thre
     before += bits;
   }
   return rank[blocks] = before;
+}
+
+int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int threads) {
+  const int64_t count = mask_words(numel);
+  parallel_ranges(count, kShare, threads_for(count * 4, threads), [&](int64_t begin, int64_t end) {
+    count_blocks(words + begin, end - begin, rank + begin / kBlockWords);
+  });
+  return sum_ranks(rank, mask_blocks(numel));
 }
 
 void mask_from_bools(const uint8_t* bools, int64_t numel, uint32_t* words, int threads) {

@@ -132,17 +132,17 @@ void bind_nest(py::module_& m) {
   m.def(
       "relative",
       [](Address child, Address parent, Address parent_rank, int64_t numel, Address out,
-         int threads) {
+         Address rank, int threads) {
         relative(at<uint32_t>(child), at<uint32_t>(parent), at<int64_t>(parent_rank), numel,
-                 at<uint32_t>(out), threads);
+                 at<uint32_t>(out), at<int64_t>(rank), threads);
       },
       Unlocked());
   m.def(
       "nest",
       [](Address kept, Address parent, Address parent_rank, int64_t numel, Address out,
-         int threads) {
+         Address rank, int threads) {
         nest(at<uint32_t>(kept), at<uint32_t>(parent), at<int64_t>(parent_rank), numel,
-             at<uint32_t>(out), threads);
+             at<uint32_t>(out), at<int64_t>(rank), threads);
       },
       Unlocked());
 }

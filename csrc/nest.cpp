@@ -32,18 +32,19 @@ class BitWriter {
       flush_32();
   }
 
-  // Whether 64 bits can be stored without reaching a shared word.
-  bool roomy() const { return !shared_ && next_ + 2 <= last_; }
+  // Whether as many words can be stored without reaching a shared one.
+  bool roomy(int words) const { return !shared_ && next_ + words <= last_; }
 
   // In roomy places alone. Stores what it has each time, complete or not: no branch to mispredict.
   void append_64(uint64_t bits, unsigned count) {
-    const uint64_t low = held_ | bits << fill_, high = bits >> 1 >> (63 - fill_);
+    const uint64_t low = held_ | bits << fill_;
+    const uint64_t high = bits >> 1 >> (63 - fill_); // 0 unless `low` is full
     std::memcpy(next_, &low, sizeof low);
     fill_ += count;
-    const bool full = fill_ >= 64;
-    held_ = full ? high : low;
-    next_ += full ? 2 : 0;
-    fill_ &= 63;
+    const uint64_t full = fill_ / 64;
+    held_ = high | (low & (full - 1));
+    next_ += 2 * full;
+    fill_ %= 64;
   }
 
   // Between append_64 and append_32 or finish.
@@ -77,17 +78,13 @@ class BitWriter {
   bool shared_;
 };
 
-// 64 bits from `position` on; bits past the end of the array read as zero.
-inline uint64_t read_64(const uint32_t* words, uint64_t count, uint64_t position) {
-  const uint64_t word = position / 32, shift = position % 32;
-  if (word + 3 <= count) {
-    const uint64_t high = static_cast<uint64_t>(words[word + 2]) << 32 << (31 - shift) << 1;
-    return load_64(words + word) >> shift | high;
-  }
+// Bits from `position` on, at least 32; those past the end of the array read as zero.
+inline uint64_t read_32(const uint32_t* words, uint64_t count, uint64_t position) {
+  const uint64_t word = position / 32;
   uint64_t bits = word < count ? words[word] : 0;
   if (word + 1 < count)
     bits |= static_cast<uint64_t>(words[word + 1]) << 32;
-  return bits >> shift;
+  return bits >> position % 32;
 }
 
 } // namespace
@@ -108,7 +105,8 @@ static uint32_t deposit(uint32_t bits, uint32_t mask) {
   return result;
 }
 
-static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, BitWriter& out) {
+static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, bool /*joins*/,
+                     BitWriter& out) {
   for (int64_t j = 0; j < count; ++j)
     out.append_32(extract(child[j], parent[j]), __builtin_popcount(parent[j]));
 }
@@ -116,7 +114,7 @@ static void relative(const uint32_t* child, const uint32_t* parent, int64_t coun
 static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
                  const uint32_t* parent, int64_t count, uint32_t* out) {
   for (int64_t j = 0; j < count; ++j) {
-    out[j] = deposit(static_cast<uint32_t>(read_64(kept, kept_count, position)), parent[j]);
+    out[j] = deposit(static_cast<uint32_t>(read_32(kept, kept_count, position)), parent[j]);
     position += __builtin_popcount(parent[j]);
   }
 }
@@ -127,7 +125,8 @@ static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-static void relative(const uint32_t* child, const uint32_t* parent, int64_t count,
+// `joins`: two 64-bit words of the parent seldom have more than 63 bits together.
+static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, bool joins,
                      BitWriter& shared) {
   BitWriter out = shared; // a copy whose members can stay in registers
   int64_t j = 0;
@@ -135,9 +134,24 @@ static void relative(const uint32_t* child, const uint32_t* parent, int64_t coun
     out.append_32(_pext_u32(child[j], parent[j]), _mm_popcnt_u32(parent[j]));
     ++j;
   };
-  while (j < count && !out.roomy())
+  while (j < count && !out.roomy(2))
     one();
-  for (; j + 2 <= count && out.roomy(); j += 2) {
+  // Two at once where both fit: 0.44 instead of 0.59 ms for 26 M bits on one thread of Zen 4.
+  if (joins)
+    for (; j + 4 <= count && out.roomy(4); j += 4) {
+      const uint64_t mask = load_64(parent + j), next = load_64(parent + j + 2);
+      const uint64_t bits = _pext_u64(load_64(child + j), mask);
+      const uint64_t more = _pext_u64(load_64(child + j + 2), next);
+      const auto ones = static_cast<unsigned>(_mm_popcnt_u64(mask));
+      const auto others = static_cast<unsigned>(_mm_popcnt_u64(next));
+      if (ones + others < 64) {
+        out.append_64(bits | more << ones, ones + others);
+      } else {
+        out.append_64(bits, ones);
+        out.append_64(more, others);
+      }
+    }
+  for (; j + 2 <= count && out.roomy(2); j += 2) {
     const uint64_t mask = load_64(parent + j);
     out.append_64(_pext_u64(load_64(child + j), mask), static_cast<unsigned>(_mm_popcnt_u64(mask)));
   }
@@ -149,14 +163,17 @@ static void relative(const uint32_t* child, const uint32_t* parent, int64_t coun
 
 static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
                  const uint32_t* parent, int64_t count, uint32_t* out) {
-  const int64_t whole = count / 2 * 2;
-  for (int64_t j = 0; j < whole; j += 2) {
-    const uint64_t mask = load_64(parent + j);
-    const uint64_t bits = _pdep_u64(read_64(kept, kept_count, position), mask);
+  const auto* bytes = reinterpret_cast<const unsigned char*>(kept);
+  int64_t j = 0;
+  for (; j + 2 <= count && position + 71 < 32 * kept_count; j += 2) {
+    const uint64_t mask = load_64(parent + j), byte = position / 8, shift = position % 8;
+    uint64_t bits;
+    std::memcpy(&bits, bytes + byte, sizeof bits);
+    bits = _pdep_u64(bits >> shift | uint64_t{bytes[byte + 8]} << 1 << (63 - shift), mask);
     std::memcpy(out + j, &bits, sizeof bits);
-    position += _mm_popcnt_u64(mask);
+    position += static_cast<uint64_t>(_mm_popcnt_u64(mask));
   }
-  scalar::nest(kept, kept_count, position, parent + whole, count - whole, out + whole);
+  scalar::nest(kept, kept_count, position, parent + j, count - j, out + j);
 }
 
 } // namespace avx2
@@ -169,7 +186,7 @@ using avx2::relative;
 #endif
 
 void relative(const uint32_t* child, const uint32_t* parent, const int64_t* parent_rank,
-              int64_t numel, uint32_t* out, int threads) {
+              int64_t numel, uint32_t* out, int64_t* rank, int threads) {
   const int64_t count = mask_words(numel), blocks = mask_blocks(numel);
   const auto form = FEDMAP_DISPATCH(relative);
   for (int64_t b = 0; b < blocks; b += kShareBlocks)
@@ -179,24 +196,28 @@ void relative(const uint32_t* child, const uint32_t* parent, const int64_t* pare
     out[parent_rank[blocks] / 32] = 0;
   parallel_ranges(
       blocks, kShareBlocks, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kBlockWords;
-        BitWriter writer(out, parent_rank[begin], parent_rank[end]);
-        form(child + first, parent + first, std::min(count, end * kBlockWords) - first, writer);
+        const int64_t first = begin * kBlockWords, from = parent_rank[begin], to = parent_rank[end];
+        BitWriter writer(out, from, to);
+        const int64_t words = std::min(count, end * kBlockWords) - first;
+        form(child + first, parent + first, words, 5 * (to - from) <= 2 * 32 * words, writer);
         writer.finish();
       });
+  rank_index(out, parent_rank[blocks], rank, threads);
 }
 
 void nest(const uint32_t* kept, const uint32_t* parent, const int64_t* parent_rank, int64_t numel,
-          uint32_t* out, int threads) {
+          uint32_t* out, int64_t* rank, int threads) {
   const int64_t count = mask_words(numel), blocks = mask_blocks(numel);
   const int64_t kept_count = mask_words(parent_rank[blocks]);
   const auto form = FEDMAP_DISPATCH(nest);
   parallel_ranges(blocks, kShareBlocks, threads_for(count * 8, threads),
                   [&](int64_t begin, int64_t end) {
                     const int64_t first = begin * kBlockWords;
-                    form(kept, kept_count, parent_rank[begin], parent + first,
-                         std::min(count, end * kBlockWords) - first, out + first);
+                    const int64_t words = std::min(count, end * kBlockWords) - first;
+                    form(kept, kept_count, parent_rank[begin], parent + first, words, out + first);
+                    count_blocks(out + first, words, rank + begin);
                   });
+  sum_ranks(rank, blocks);
 }
 
 } // namespace fedmap

@@ -260,16 +260,8 @@ uint32_t Selection::mark(const Bracket& bracket, uint32_t first, uint32_t last, 
 
 // Turns the counts per block into ranks.
 uint32_t Selection::finish(uint32_t threshold) {
-  for (const SelectInput& input : inputs_) {
-    const int64_t blocks = mask_blocks(input.numel);
-    int64_t before = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t count = input.rank[b];
-      input.rank[b] = before;
-      before += count;
-    }
-    input.rank[blocks] = before;
-  }
+  for (const SelectInput& input : inputs_)
+    sum_ranks(input.rank, mask_blocks(input.numel));
   return threshold;
 }
 

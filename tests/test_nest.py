@@ -9,6 +9,7 @@ from guards import EDGES, guarded, random_mask
 import fedmap_sparse as fs
 from fedmap_sparse import Mask
 from fedmap_sparse._backends import native
+from fedmap_sparse.mask import num_ranks
 
 pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is not built")
 
@@ -58,8 +59,16 @@ def test_nothing_is_written_around_the_results(isa: str) -> None:
         parent = random_mask(n, 0.6)
         child = parent & random_mask(n, 0.5, seed=1)
         arguments = parent.words.data_ptr(), parent.rank.data_ptr(), n
-        with guarded(-(-parent.nnz // 32), torch.int32, shift=1) as kept:
-            native.relative(child.words.data_ptr(), *arguments, kept.data_ptr(), 2)
-            with guarded(-(-n // 32), torch.int32, shift=1) as words:
-                native.nest(kept.data_ptr(), *arguments, words.data_ptr(), 2)
+        with (
+            guarded(-(-parent.nnz // 32), torch.int32, shift=1) as kept,
+            guarded(num_ranks(parent.nnz), torch.int64) as rank,
+        ):
+            outputs = kept.data_ptr(), rank.data_ptr()
+            native.relative(child.words.data_ptr(), *arguments, *outputs, 2)
+            with (
+                guarded(-(-n // 32), torch.int32, shift=1) as words,
+                guarded(num_ranks(n), torch.int64) as rank,
+            ):
+                native.nest(kept.data_ptr(), *arguments, words.data_ptr(), rank.data_ptr(), 2)
                 assert torch.equal(words, child.words)
+                assert torch.equal(rank, child.rank)

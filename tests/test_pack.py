@@ -81,7 +81,7 @@ def test_blocks_of_every_density(isa: str) -> None:
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_results_that_go_past_the_cache(isa: str, shift: int) -> None:
-    """From 16 MiB on whole lines are streamed: packing up to the first one, unpacking if aligned."""
+    """From 16 MiB on whole lines are streamed: unpacking only where they are aligned."""
     n = (17 << 20) // 4 + 67
     mask, values = random_mask(n, 0.97), torch.randn(n)
     kept = mask.to_bool()

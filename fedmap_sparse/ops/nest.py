@@ -6,6 +6,8 @@ those bits, `nest` deposits them again (pext and pdep on 64-bit words, prefix co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,31 +42,29 @@ def _nest_reference(
 def _relative_cpu(
     child: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
 ) -> tuple[Tensor, Tensor]:
-    words = torch.empty(num_words(nnz), dtype=torch.int32)
-    native.relative(
-        child.data_ptr(),
-        parent.data_ptr(),
-        rank.data_ptr(),
-        numel,
-        words.data_ptr(),
-        _backends.threads(),
-    )
-    return words, rank_index(words, nnz, "cpu")
+    return _run(native.relative, child, parent, rank, numel, nnz)
 
 
 def _nest_cpu(
     kept: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
 ) -> tuple[Tensor, Tensor]:
-    words = torch.empty(num_words(numel), dtype=torch.int32)
-    native.nest(
-        kept.data_ptr(),
+    return _run(native.nest, kept, parent, rank, numel, numel)
+
+
+def _run(
+    kernel: Callable[..., None], source: Tensor, parent: Tensor, rank: Tensor, numel: int, size: int
+) -> tuple[Tensor, Tensor]:
+    words, ranks = out = _masks(source, size)
+    kernel(
+        source.data_ptr(),
         parent.data_ptr(),
         rank.data_ptr(),
         numel,
         words.data_ptr(),
+        ranks.data_ptr(),
         _backends.threads(),
     )
-    return words, rank_index(words, numel, "cpu")
+    return out
 
 
 def _masks(like: Tensor, numel: int) -> tuple[Tensor, Tensor]:
