@@ -353,7 +353,9 @@ class Message:
     def packed(self) -> Tensor:
         """Tensor[mask.nnz] in the wire's dtype; float32 for int8 and where a base was added."""
         wire = values.read(self._values, self.mask.device)
-        return wire if self.base is None else self.base.packed.float() + wire.float()
+        if self.base is None:
+            return wire
+        return self.base.packed.to(wire.device).float() + wire.float()
 
     @property
     def _values(self) -> Section:

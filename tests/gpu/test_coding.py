@@ -1,0 +1,91 @@
+"""Entropy coding and messages on a real device, at sizes that fill it: the CPU's bytes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "gpu_free"))
+import test_codec_vectors as vectors
+from gpucheck import coding
+from gpucheck.contracts import FLOATS, same
+
+import fedmap_sparse as fs
+
+pytestmark = pytest.mark.gpu
+_MANY = tuple((700 + 37 * i, 0.003 * (i + 1)) for i in range(300))
+
+
+def show(**tensors: Any) -> None:
+    """A device reaches every tensor by its address."""
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize(
+    "shapes",
+    [coding.RUNS, _MANY, ((10_000_000, 0.1), (12_345_679, 0.01), (3_000_003, 0.6))],
+    ids=["odd", "many", "large"],
+)
+def test_masks(shapes: Any, gap: int) -> None:
+    coding.masks(shapes, gap, "cuda", show)
+
+
+def test_masks_without_room() -> None:
+    coding.masks_without_room("cuda", show)
+    coding.ranks(1_000_001, "cuda", show)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 32768 + 77, 3_000_001])
+def test_values(n: int, dtype: torch.dtype) -> None:
+    coding.values(n, dtype, "cuda", show)
+
+
+def test_values_refused() -> None:
+    coding.values_refused("cuda", show)
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "delta"), [("float32", True), ("bfloat16", False), ("int8", True)]
+)
+def test_rounds(width: int, dtype: str, delta: bool) -> None:
+    """A server and its clients on the device: what they send, and the model they end with."""
+    want = coding.rounds("cpu", width, dtype, delta)
+    assert coding.same_rounds(coding.rounds("cuda", width, dtype, delta), want)
+
+
+@pytest.mark.parametrize("name", vectors.GOLDEN)
+def test_golden(name: str) -> None:
+    data, want = vectors.golden(name), vectors.decode(name, vectors.golden(name))
+    got = _decode(name, data)
+    assert got.mask.device.type == got.packed.device.type == got.tail.device.type == "cuda"
+    assert same(got.mask.words, want.mask.words)
+    assert same(got.packed, want.packed)
+    assert same(got.tail, want.tail)
+    assert got.encode() == want.encode()
+
+
+@pytest.mark.parametrize("name", vectors.MALFORMED)
+def test_malformed(name: str) -> None:
+    entry = vectors.MALFORMED[name]
+    data = (vectors.HERE / "malformed" / f"{name}.fsm").read_bytes()
+    with pytest.raises(fs.FormatError) as caught:
+        _decode(entry["from"], data)
+    assert entry["reason"] in caught.value.reason
+    assert caught.value.offset == entry["offset"]
+
+
+def _decode(name: str, data: bytes) -> fs.codec.Message:
+    layout = vectors.layout(vectors.GOLDEN[name]["layout"])
+    have, base = vectors.have(name), vectors.base(name)
+    return fs.codec.decode(data, layout, mask=have, base=base, device="cuda")
