@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedmap_sparse import _checks
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask
 
 #: Prunable tensors start on multiples of this many elements: no warp spans two tensors.
 ALIGN = 128
 #: Tail tensors start on multiples of this: 16 bytes in every dtype, as inductor and cuBLAS assume.
 TAIL_ALIGN = 8
+
+# How C++ reads a torch tensor: csrc/tensors.h.
+_EXCHANGE = torch.Tensor.__dlpack_c_exchange_api__
 
 Prunable = Callable[[str, Any], bool]
 
@@ -284,13 +288,8 @@ class FlatParameters:
             owner._parameters[key] = current[name]
         self.values = values
         self.parameters = list(current.values())
-        size = values.element_size()
-        self._bindings = [
-            (owner._parameters, key, p, values.data_ptr() + e.offset * size, p.stride(), e.name)
-            for (owner, key), p, e in zip(
-                self._owners, self.parameters, self.layout.entries, strict=True
-            )
-        ]
+        self._holders = [owner._parameters for owner, _ in self._owners]
+        self._keys = [key for _, key in self._owners]
 
     @property
     def prunable(self) -> Tensor:
@@ -339,16 +338,36 @@ class FlatParameters:
     def check_bound(self) -> None:
         """Raise RuntimeError unless every parameter of the module is still the view it was.
 
-        About 0.3 us a parameter; the optimizers call it at each step, so that nobody trains stale
-        copies.
+        The optimizers ask at each step (see `read_gradients`), so that nobody trains stale copies.
         """
-        for parameters, key, p, address, stride, name in self._bindings:
-            if parameters.get(key) is not p or p.data_ptr() != address or p.stride() != stride:
+        start, size = self.values.data_ptr(), self.values.element_size()
+        for holder, key, p, e in zip(
+            self._holders, self._keys, self.parameters, self.layout.entries, strict=True
+        ):
+            if (
+                holder.get(key) is not p
+                or p.dtype != self.values.dtype
+                or p.numel() != e.numel
+                or not p.is_contiguous()
+                or (e.numel and p.data_ptr() != start + e.offset * size)
+            ):
                 raise RuntimeError(
-                    f"{name} is no longer a view of the flat buffer (the module was moved, cast, "
+                    f"{e.name} is no longer a view of the flat buffer (the module was moved, cast, "
                     "re-strided, or the parameter replaced after flatten). Call rebind() on the "
                     "FlatParameters"
                 )
+
+    def read_gradients(self, rows: Tensor) -> bool:
+        """Write each gradient's address (0 for None) into a table of segments, `Segments.rows`.
+
+        True only if `check_bound` would pass and every gradient is as kernels want it: contiguous,
+        of its parameter's size, of the buffer's dtype and device. Else, and where there is no C++,
+        it is for Python to say what is wrong or to mend it. 0.12 us a parameter, where the same
+        attributes read from Python take 0.9.
+        """
+        return native is not None and native.read_gradients(
+            _EXCHANGE, self.values, self.parameters, self._holders, self._keys, rows.data_ptr()
+        )
 
     def rebind(self) -> None:
         """Take the module's parameters as they are now into a fresh buffer of their dtype, device.

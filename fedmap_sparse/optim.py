@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _checks, ops
+from fedmap_sparse import _backends, _checks, ops
 from fedmap_sparse.layout import FlatParameters
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops import _segments, masked_adamw, masked_sgd
 
 Groups = Iterable[dict[str, Any]]
+#: A group's scalars and flags, as a row of the table of segments holds them.
+Numbers = tuple[tuple[float, ...], int]
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):
@@ -25,8 +28,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     copies, packed likewise.
     """
 
-    #: Which packed tensors a step may keep, in the order of the op's keywords.
+    #: Which packed tensors a step may keep, in the order of the op's arguments.
     state_names: tuple[str, ...] = ()
+    _kernel: str
+    _op: Callable[..., None]
 
     def __init__(
         self,
@@ -47,6 +52,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         entries = params.layout.entries
         self._segments = ops.Segments([e.offset for e in entries], [e.numel for e in entries])
         self._grouped: list[list[int]] = []
+        self._ungrouped = list(range(len(entries)))
+        self._written: list[Numbers] = []
         self._parameters = params.parameters
         self._packed: dict[str, Tensor] = {}
         self._versions = [-1] * len(params.parameters)
@@ -95,6 +102,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 )
             indices.append(known[id(p)])
         self._grouped.append(indices)
+        self._ungrouped = [i for i in self._ungrouped if i not in indices]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -113,7 +121,6 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         chosen = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, in one call into the kernels.
 
@@ -125,31 +132,56 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.flat.check_bound()
-        if self._parameters is not self.flat.parameters:
+        flat, rows = self.flat, self._segments.rows
+        read = flat.read_gradients(rows)
+        if not read:
+            flat.check_bound()
+        if self._parameters is not flat.parameters:
             self._follow_rebind()
-        if self.flat.mask is not self._mask:
-            self.set_mask(self.flat.mask)
-        grads = self._gradients()
-        self._write_segments(np.array([g is not None for g in grads], dtype=bool))
+        backend = _backends.pick(None, flat.values.device)
+        grads = None if read and backend == "cpu" else self._gradients()
+        if flat.mask is not self._mask:
+            self.set_mask(flat.mask)
+        self._write_segments(grads)
         self._follow_writes()
         self._prepare_state()
-        self._apply(grads)
-        self.flat.mark_written()
-        self._versions = [p._version for p in self.flat.parameters]
+        packed = [self._packed.get(name) for name in (*self.state_names, "master")]
+        mask, scalars = self._mask, self._segments.scalars
+        where = (flat.values, mask.words, mask.rank, mask.numel)
+        if grads is None:
+            _segments.step_native(self._kernel, *where, rows, scalars, *packed)
+        else:
+            self._op(*where, mask.nnz, grads, rows, scalars, *packed, backend)
+        flat.mark_written()
+        self._versions = [p._version for p in flat.parameters]
         return loss
 
     def _gradients(self) -> list[Tensor | None]:
-        covered = {i for indices in self._grouped for i in indices}
-        grads: list[Tensor | None] = []
-        for i, p in enumerate(self.flat.parameters):
-            grad = p.grad if i in covered else None
+        """Of each segment, as kernels want them; those of no group are None."""
+        grads = [p.grad for p in self.flat.parameters]
+        for i in self._ungrouped:
+            grads[i] = None
+        for i, grad in enumerate(grads):
             if grad is not None:
                 if grad.layout is not torch.strided:
                     raise TypeError(f"grad: expected dense gradients, got {grad.layout}")
-                grad = grad.contiguous()
-            grads.append(grad)
-        return grads
+                grads[i] = grad.contiguous()
+        return _segments.check_gradients(grads, self._segments, self.flat.values)
+
+    def _write_segments(self, grads: list[Tensor | None] | None) -> None:
+        """Flags and scalars of every segment; `grads` None: the table has their addresses."""
+        rows, scalars = self._segments.rows.numpy(), self._segments.scalars.numpy()
+        numbers = [self._numbers(group) for group in self.param_groups]
+        if numbers != self._written:
+            for (values, flags), indices in zip(numbers, self._grouped, strict=True):
+                scalars[indices, : len(values)] = values
+                rows[indices, 3] = flags
+            self._written = numbers
+        if self._ungrouped:
+            rows[self._ungrouped, 2] = 0
+        if grads is not None:
+            rows[:, 2] = [g is not None for g in grads]
+        self._advance(rows, scalars, rows[:, 2] != 0)
 
     def _follow_rebind(self) -> None:
         for group, indices in zip(self.param_groups, self._grouped, strict=True):
@@ -269,12 +301,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """What is kept a segment between steps, float64 [segments, ...]."""
 
     @abstractmethod
-    def _write_segments(self, stepping: np.ndarray) -> None:
-        """Write this step's flags and scalars of every segment; `stepping` ones have gradients."""
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        """What a group's segments have in their rows."""
 
     @abstractmethod
-    def _apply(self, grads: list[Tensor | None]) -> None:
-        """Call the op."""
+    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
+        """Write what changes from step to step; `stepping` segments have gradients."""
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -295,6 +327,7 @@ class MaskedSGD(MaskedOptimizer):
     """
 
     state_names = ("momentum_buffer",)
+    _kernel, _op = "masked_sgd", masked_sgd.op
 
     def __init__(
         self,
@@ -335,37 +368,18 @@ class MaskedSGD(MaskedOptimizer):
     def _segment_state(self) -> np.ndarray:
         return self._started
 
-    def _write_segments(self, stepping: np.ndarray) -> None:
-        rows, scalars = self._segments.rows.numpy(), self._segments.scalars.numpy()
-        started = self._segment_state()[:, 0]
-        for group, indices in zip(self.param_groups, self._grouped, strict=True):
-            momentum = float(group["momentum"])
-            scalars[indices, :4] = (
-                float(group["lr"]),
-                momentum,
-                float(group["dampening"]),
-                float(group["weight_decay"]),
-            )
-            flags = ops.sgd_flags(
-                nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True
-            )
-            first = ops.sgd_flags(first=True)
-            rows[indices, 3] = np.where(started[indices] == 0, flags | first, flags)
-            if momentum != 0:
-                started[indices] = np.maximum(started[indices], stepping[indices])
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        scalars = tuple(float(group[k]) for k in ("lr", "momentum", "dampening", "weight_decay"))
+        flags = ops.sgd_flags(nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True)
+        return scalars, flags
+
+    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
+        started = self._started[:, 0]
+        rows[:, 3] = rows[:, 3] & ~_segments.FIRST | _segments.FIRST * (started == 0)
+        started[stepping & (scalars[:, 1] != 0)] = 1
 
     def _wanted_state(self) -> tuple[str, ...]:
         return self.state_names if any(g["momentum"] != 0 for g in self.param_groups) else ()
-
-    def _apply(self, grads: list[Tensor | None]) -> None:
-        ops.masked_sgd_(
-            self.flat.values,
-            self._mask,
-            grads,
-            self._segments,
-            momentum_buffer=self._packed.get("momentum_buffer"),
-            master=self._packed.get("master"),
-        )
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -381,6 +395,7 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _kernel, _op = "masked_adamw", masked_adamw.op
 
     def __init__(
         self,
@@ -419,41 +434,21 @@ class MaskedAdamW(MaskedOptimizer):
     def _segment_state(self) -> np.ndarray:
         return self._powers
 
-    def _write_segments(self, stepping: np.ndarray) -> None:
-        rows, scalars = self._segments.rows.numpy(), self._segments.scalars.numpy()
-        powers = self._segment_state()
-        for group, indices in zip(self.param_groups, self._grouped, strict=True):
-            beta1, beta2 = (float(b) for b in group["betas"])
-            stepped = powers[indices] * (beta1, beta2)
-            powers[indices] = np.where(stepping[indices, None], stepped, powers[indices])
-            scalars[indices, :5] = (
-                float(group["lr"]),
-                beta1,
-                beta2,
-                float(group["eps"]),
-                float(group["weight_decay"]),
-            )
-            scalars[indices, 5:7] = powers[indices]
-            rows[indices, 3] = ops.adamw_flags(
-                maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True
-            )
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        beta1, beta2 = group["betas"]
+        given = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        flags = ops.adamw_flags(maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True)
+        return tuple(float(x) for x in given), flags
+
+    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
+        betas, powers = scalars[:, 1:3], self._powers
+        np.multiply(powers, betas, out=powers, where=stepping[:, None])
+        scalars[:, 5:7] = powers
 
     def _wanted_state(self) -> tuple[str, ...]:
         if any(g["amsgrad"] for g in self.param_groups):
             return self.state_names
         return self.state_names[:2]
-
-    def _apply(self, grads: list[Tensor | None]) -> None:
-        ops.masked_adamw_(
-            self.flat.values,
-            self._mask,
-            grads,
-            self._segments,
-            exp_avg=self._packed["exp_avg"],
-            exp_avg_sq=self._packed["exp_avg_sq"],
-            max_exp_avg_sq=self._packed.get("max_exp_avg_sq"),
-            master=self._packed.get("master"),
-        )
 
 
 def _at_least(name: str, value: Any, least: float) -> None:

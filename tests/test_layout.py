@@ -150,8 +150,14 @@ def test_empty_and_zero_dimensional_parameters():
             self.weight = nn.Parameter(torch.ones(2, 2))
 
     flat = flatten(Odd())
+    flat.check_bound()
     assert flat.layout.eligible == 4
     assert flat.module.scale == 3.0
+
+
+def halves(t: torch.Tensor) -> torch.Tensor:
+    """Another dtype at the same address, of the same shape."""
+    return t.view(-1).view(torch.float16)[: t.numel()].view(t.shape)
 
 
 @pytest.mark.parametrize(
@@ -161,19 +167,36 @@ def test_empty_and_zero_dimensional_parameters():
         (lambda m: m.to(memory_format=torch.channels_last), True),
         (lambda m: setattr(m[3], "weight", nn.Parameter(torch.ones(5, 3))), True),
         (lambda m: setattr(m[3].weight, "data", torch.ones(5, 3)), True),
+        (lambda m: setattr(m[3].weight, "data", m[3].weight.data.as_strided((5, 3), (1, 5))), True),
+        (lambda m: setattr(m[3].weight, "data", m[3].weight.data[1:4]), False),
+        (lambda m: setattr(m[3].weight, "data", m[3].weight.data[:4]), False),
+        (lambda m: setattr(m[3].weight, "data", halves(m[3].weight.data)), False),
         (lambda m: setattr(m[3], "weight", nn.Parameter(torch.ones(5, 4))), False),
     ],
-    ids=["half", "channels_last", "replaced", "data", "reshaped"],
+    ids=[
+        "half",
+        "channels_last",
+        "replaced",
+        "data",
+        "strides",
+        "moved",
+        "shortened",
+        "retyped",
+        "reshaped",
+    ],
 )
 def test_lost_views_are_noticed_and_rebind_mends(break_it, mend):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 5))
     flat = flatten(model)
+    rows = fs.ops.Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
+    assert flat.read_gradients(rows)
     break_it(model)
     with pytest.raises(RuntimeError, match=r"rebind\(\)"):
         flat.check_bound()
+    assert not flat.read_gradients(rows)
     if not mend:
         values = flat.values.clone()
-        with pytest.raises(ValueError, match=r"expected shape \(5, 3\), got \(5, 4\)"):
+        with pytest.raises((ValueError, TypeError), match=r"3\.weight: expected"):
             flat.rebind()
         assert torch.equal(flat.values, values)
         return
@@ -183,6 +206,32 @@ def test_lost_views_are_noticed_and_rebind_mends(break_it, mend):
     assert flat.values.dtype == model[3].weight.dtype
     for name, value in flat.to_state_dict().items():
         assert torch.equal(value, wanted[name].contiguous())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: setattr(p, "grad", p.grad.t().contiguous().t()),
+        lambda p: setattr(p, "grad", p.grad.to_sparse()),
+        lambda p: setattr(p.grad, "data", p.grad[:4]),
+        lambda p: setattr(p.grad, "data", p.grad.double()),
+        lambda p: setattr(p.grad, "data", p.grad.view(torch.int32)),
+    ],
+    ids=["strides", "sparse", "size", "width", "dtype"],
+)
+def test_addresses_are_read_of_gradients_that_kernels_can_use(spoil):
+    flat = flatten(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
+    rows = fs.ops.Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
+    first, second = flat.parameters[:2]
+    first.grad, second.grad = torch.ones(5, 3), torch.ones(2, 5)
+    assert flat.read_gradients(rows)
+    assert rows[:, 2].tolist() == [first.grad.data_ptr(), second.grad.data_ptr(), 0, 0]
+    second.grad = None
+    assert flat.read_gradients(rows)
+    assert rows[:, 2].tolist() == [first.grad.data_ptr(), 0, 0, 0]
+    spoil(first)
+    flat.check_bound()
+    assert not flat.read_gradients(rows)
 
 
 def test_rebind_zeroes_what_the_mask_has_pruned():

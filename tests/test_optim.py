@@ -380,6 +380,41 @@ def test_stale_views_raise_and_rebind_mends(make):
     assert not model[3].weight.eq(1).all()  # the new Parameter is the one that trains
 
 
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+def test_a_model_read_by_python_takes_the_same_steps(make, monkeypatch):
+    """C++ reads addresses of ordinary gradients; what it leaves to Python gives the same bits."""
+    torch.manual_seed(0)
+    flat = fs.flatten(net())
+    mask = fs.ops.prune_(flat.prunable, 90, within=flat.mask)
+    other = fs.flatten(copy.deepcopy(flat.module))
+    monkeypatch.setattr(other, "read_gradients", lambda rows: False)
+    for f in (flat, other):
+        f.module[1].weight.requires_grad_(False)
+        grouped = [p for p in f.parameters if p is not f.module[3].bias]
+        optimizer = make(f, mask, groups=[{"params": grouped}], lr=0.1)
+        for seed in range(4):
+            train(f.module, optimizer, seed)
+    assert flat.module[3].bias.grad is not None
+    assert torch.equal(flat.values.view(torch.int32), other.values.view(torch.int32))
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+def test_gradients_that_no_kernel_takes_change_nothing(make):
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3))
+    flat = fs.flatten(model)
+    optimizer = make(flat, lr=0.1)
+    before = flat.values.clone(), optimizer.state_dict()["state"]["segments"].clone()
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"dense gradients, got torch\.sparse_coo"):
+        optimizer.step()
+    model[0].weight.grad = None
+    model[1].weight.grad.data = model[1].weight.grad.double()
+    with pytest.raises(TypeError, match="expected dtype float32, got float64"):
+        optimizer.step()
+    assert torch.equal(flat.values, before[0])
+    assert torch.equal(optimizer.state_dict()["state"]["segments"], before[1])
+
+
 def test_channels_last_inputs_and_gradients():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
     twin = copy.deepcopy(model)

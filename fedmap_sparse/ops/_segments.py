@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _checks
+from fedmap_sparse import _backends, _checks
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops.quantize import cast_reference
 
@@ -39,19 +41,10 @@ class Segments:
         return self.rows.shape[0]
 
 
-def check_step(
-    values: Tensor,
-    mask: Mask,
-    grads: Sequence[Tensor | None],
-    segments: Segments,
-    states: dict[str, Tensor | None],
-) -> None:
-    """Raise unless one step's tensors agree; writes nothing."""
-    _checks.check_tensor("values", values)
-    _checks.check_mask("mask", mask)
-    _checks.check_same_device("mask", mask, values)
-    if mask.numel > values.numel():
-        raise ValueError(f"mask: expected at most {values.numel()} elements, got {mask.numel}")
+def check_gradients(
+    grads: Sequence[Tensor | None], segments: Segments, values: Tensor
+) -> list[Tensor | None]:
+    """The gradients without autograd; raises unless each is as kernels want it."""
     if len(grads) != len(segments):
         raise ValueError(f"grads: expected {len(segments)}, one a segment, got {len(grads)}")
     for grad, numel in zip(grads, segments.numels, strict=True):
@@ -59,6 +52,25 @@ def check_step(
             _checks.check_tensor("grads", grad, (values.dtype,))
             _checks.check_numel("grads", grad, numel, "the segment's size")
             _checks.check_device("grads", grad, values.device)
+    return [None if g is None else _checks.plain(g) for g in grads]
+
+
+def step(
+    op: Callable[..., None],
+    values: Tensor,
+    mask: Mask,
+    grads: Sequence[Tensor | None],
+    segments: Segments,
+    states: dict[str, Tensor | None],
+    backend: str | None,
+) -> None:
+    """Check that one step's tensors agree, then call `op`. `states` in its order, master last."""
+    _checks.check_tensor("values", values)
+    _checks.check_mask("mask", mask)
+    _checks.check_same_device("mask", mask, values)
+    if mask.numel > values.numel():
+        raise ValueError(f"mask: expected at most {values.numel()} elements, got {mask.numel}")
+    plain = check_gradients(grads, segments, values)
     size = mask.nnz + values.numel() - mask.numel
     for name, state in states.items():
         if state is not None:
@@ -67,6 +79,63 @@ def check_step(
         raise ValueError(
             f"master: expected float32 master copies for {_checks.short(values.dtype)} values"
         )
+    op(
+        _checks.plain(values),
+        mask.words,
+        mask.rank,
+        mask.numel,
+        mask.nnz,
+        plain,
+        segments.rows,
+        segments.scalars,
+        *states.values(),
+        _backends.pick(backend, values.device),
+    )
+
+
+def step_native(
+    kernel: str,
+    values: Tensor,
+    words: Tensor,
+    rank: Tensor,
+    numel: int,
+    rows: Tensor,
+    scalars: Tensor,
+    *states: Tensor | None,
+) -> None:
+    """Call the C++ kernel of this name; `rows` hold the gradients' addresses."""
+    getattr(native, kernel)(
+        values.data_ptr(),
+        _checks.DTYPE_CODES[values.dtype],
+        words.data_ptr(),
+        rank.data_ptr(),
+        numel,
+        values.numel(),
+        rows.data_ptr(),
+        rows.shape[0],
+        scalars.data_ptr(),
+        *[0 if t is None else t.data_ptr() for t in states],
+        _backends.threads(),
+    )
+
+
+def step_cpu(kernel: str) -> Callable[..., None]:
+    """The `cpu` implementation of a step's op."""
+
+    def run(
+        values: Tensor,
+        words: Tensor,
+        rank: Tensor,
+        numel: int,
+        nnz: int,
+        grads: list[Tensor | None],
+        rows: Tensor,
+        *rest: Any,
+    ) -> None:
+        rows.numpy()[:, 2] = [0 if g is None else g.data_ptr() for g in grads]
+        step_native(kernel, values, words, rank, numel, rows, *rest)
+
+    return run
 
 
 def float32_scalar(value: float, like: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
+from fedmap_sparse import _backends
+from fedmap_sparse._backends import define
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
 from fedmap_sparse.ops._segments import AMSGRAD, MAXIMIZE, ZEROED, Segments
@@ -52,46 +52,13 @@ def _reference(*args: Any) -> None:
     )
 
 
-def _cpu(
-    values: Tensor,
-    words: Tensor,
-    rank: Tensor,
-    numel: int,
-    nnz: int,
-    grads: list[Tensor | None],
-    rows: Tensor,
-    scalars: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    master: Tensor | None,
-) -> None:
-    rows.numpy()[:, 2] = [0 if g is None else g.data_ptr() for g in grads]
-    native.masked_adamw(
-        values.data_ptr(),
-        _checks.DTYPE_CODES[values.dtype],
-        words.data_ptr(),
-        rank.data_ptr(),
-        numel,
-        values.numel(),
-        rows.data_ptr(),
-        len(grads),
-        scalars.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        0 if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
-        0 if master is None else master.data_ptr(),
-        _backends.threads(),
-    )
-
-
-_op = define(
+op = define(
     "masked_adamw_(Tensor(a!) values, Tensor words, Tensor rank, SymInt numel, SymInt nnz,"
     " Tensor?[] grads, Tensor(b!) rows, Tensor scalars, Tensor(c!) exp_avg,"
     " Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, Tensor(f!)? master, str backend) -> ()",
     lambda *args: None,
     reference=_reference,
-    cpu=_cpu,
+    cpu=_segments.step_cpu("masked_adamw"),
     triton=lambda *a: _backends.kernels("masked_adamw").masked_adamw_(*a),
 )
 
@@ -136,19 +103,4 @@ def masked_adamw_(
         "max_exp_avg_sq": max_exp_avg_sq,
         "master": master,
     }
-    _segments.check_step(values, mask, grads, segments, states)
-    _op(
-        _checks.plain(values),
-        mask.words,
-        mask.rank,
-        mask.numel,
-        mask.nnz,
-        [None if g is None else _checks.plain(g) for g in grads],
-        segments.rows,
-        segments.scalars,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-        master,
-        _backends.pick(backend, values.device),
-    )
+    _segments.step(op, values, mask, grads, segments, states, backend)

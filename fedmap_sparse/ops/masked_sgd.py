@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
+from fedmap_sparse import _backends
+from fedmap_sparse._backends import define
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
 from fedmap_sparse.ops._segments import FIRST, MAXIMIZE, NESTEROV, ZEROED, Segments
@@ -38,42 +38,13 @@ def _reference(*args: Any) -> None:
     )
 
 
-def _cpu(
-    values: Tensor,
-    words: Tensor,
-    rank: Tensor,
-    numel: int,
-    nnz: int,
-    grads: list[Tensor | None],
-    rows: Tensor,
-    scalars: Tensor,
-    momentum: Tensor | None,
-    master: Tensor | None,
-) -> None:
-    rows.numpy()[:, 2] = [0 if g is None else g.data_ptr() for g in grads]
-    native.masked_sgd(
-        values.data_ptr(),
-        _checks.DTYPE_CODES[values.dtype],
-        words.data_ptr(),
-        rank.data_ptr(),
-        numel,
-        values.numel(),
-        rows.data_ptr(),
-        len(grads),
-        scalars.data_ptr(),
-        0 if momentum is None else momentum.data_ptr(),
-        0 if master is None else master.data_ptr(),
-        _backends.threads(),
-    )
-
-
-_op = define(
+op = define(
     "masked_sgd_(Tensor(a!) values, Tensor words, Tensor rank, SymInt numel, SymInt nnz,"
     " Tensor?[] grads, Tensor(b!) rows, Tensor scalars, Tensor(c!)? momentum,"
     " Tensor(d!)? master, str backend) -> ()",
     lambda *args: None,
     reference=_reference,
-    cpu=_cpu,
+    cpu=_segments.step_cpu("masked_sgd"),
     triton=lambda *a: _backends.kernels("masked_sgd").masked_sgd_(*a),
 )
 
@@ -129,19 +100,5 @@ def masked_sgd_(
 
     O(touched lines + nnz): `0.125 + 8 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
     """
-    _segments.check_step(
-        values, mask, grads, segments, {"momentum_buffer": momentum_buffer, "master": master}
-    )
-    _op(
-        _checks.plain(values),
-        mask.words,
-        mask.rank,
-        mask.numel,
-        mask.nnz,
-        [None if g is None else _checks.plain(g) for g in grads],
-        segments.rows,
-        segments.scalars,
-        momentum_buffer,
-        master,
-        _backends.pick(backend, values.device),
-    )
+    states = {"momentum_buffer": momentum_buffer, "master": master}
+    _segments.step(op, values, mask, grads, segments, states, backend)
