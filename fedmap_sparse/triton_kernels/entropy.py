@@ -17,14 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
-from fedmap_sparse.triton_kernels._scan import _add_up
 
 LANES = 32
 #: Columns of a row of a mask's plan: first step, first bit, bits, filling, then 16 frequencies.
 ROW = 20
 #: Values a chunk.
 CHUNK = 1 << 15
-_SCAN = 1024
+_WORDS = 1024  # that a program copies at once
 
 _STEPS = tl.constexpr(8)  # whose nibbles fill a register
 _STEP_BITS = tl.constexpr(128)
@@ -583,11 +582,6 @@ def _raw(t: Tensor) -> Tensor:
     return t.view(-1).view(torch.uint32 if t.dtype == torch.float32 else torch.uint16)
 
 
-def _scan(counts: Tensor) -> None:
-    """counts[1:] become their running sums, counts[0] zero."""
-    _add_up[(1,)](counts, counts.numel() - 1, CHUNK=_SCAN)
-
-
 def _room(capacity: int, head: Tensor, device: torch.device) -> Tensor:
     """Zeros for a payload of `capacity` bytes that begins with `head`."""
     out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
@@ -611,7 +605,7 @@ def encode_mask(
     out = _room(capacity, head, device)
     room = LANES * min(chunk, steps)
     scratch = torch.empty(chunks * room, dtype=torch.int16, device=device).view(torch.uint16)
-    counts = torch.empty(chunks + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros(chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     directory = out[head.numel() :].view(torch.int32)
     _encode_mask[(chunks,)](
@@ -627,26 +621,25 @@ def encode_mask(
         directory[chunks:],
         num_warps=1,
     )
-    _scan(counts)
     base = head.numel() // 2 + 2 * chunks + 2 * LANES * chunks
     _compact[(chunks, _shares(room))](
         scratch,
         room,
-        counts,
+        counts.cumsum(0),
         None,
         out.view(torch.uint16),
         base,
         capacity // 2,
         size,
         chunks,
-        BLOCK=_SCAN,
+        BLOCK=_WORDS,
     )
     return out, size
 
 
 def _shares(room: int) -> int:
     """Programs that copy a chunk's words; they are a quarter of its room or less."""
-    return max(1, min(16, room // (8 * _SCAN)))
+    return max(1, min(16, room // (8 * _WORDS)))
 
 
 def decode_mask(
@@ -712,7 +705,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
     out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
     scratch = torch.empty(chunks * CHUNK, dtype=torch.int16, device=device).view(torch.uint16)
     nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=device)
-    counts, escapes = torch.empty(2, chunks + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros(2, chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     bits, shorts, mantissa = _raw(values), out.view(torch.uint16), low_bits + high_bits - 1
     _describe[(chunks,)](
@@ -721,7 +714,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         shorts,
         out[low:].view(low_type),
         out[high:],
-        escapes,
+        counts[1],
         nibbles,
         CHUNK=CHUNK,
         EXPONENT=exponent,
@@ -736,29 +729,28 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         shorts,
         out[states:].view(torch.int32),
         scratch,
-        counts,
+        counts[0],
         CHUNK=CHUNK,
         num_warps=1,
     )
-    _scan(counts)
-    _scan(escapes)
+    words, escapes = counts.cumsum(1)
     _compact[(chunks, 4)](
         scratch,
         CHUNK,
-        counts,
+        words,
         escapes,
         shorts,
         base // 2,
         capacity // 2,
         size,
         chunks,
-        BLOCK=_SCAN,
+        BLOCK=_WORDS,
     )
     _escapes[(chunks,)](
         bits,
         n,
         shorts,
-        counts,
+        words,
         escapes,
         out,
         base,
