@@ -128,12 +128,7 @@ class Mask:
         authentication. Defined in docs/format.md.
         """
         if self._digest is None:
-            if _backends.pick(None, self.device) == "cpu":
-                self._digest = native.mask_digest(
-                    self.words.data_ptr(), self.numel, _backends.threads()
-                )
-            else:
-                self._digest = digest_reference(self.words, self.numel)
+            self._digest = _digest(self.words, self.numel)
         return self._digest
 
     def __le__(self, other: object) -> bool:
@@ -216,6 +211,16 @@ def rank_index(words: Tensor, numel: int, backend: str) -> Tensor:
         padded = torch.nn.functional.pad(bits, (0, -bits.numel() % BLOCK))
         torch.cumsum(padded.view(-1, BLOCK).sum(1), 0, out=rank[1:])
     return rank
+
+
+def _digest(words: Tensor, numel: int) -> bytes:
+    backend = _backends.pick(None, words.device)
+    if backend == "cpu":
+        return bytes(native.mask_digest(words.data_ptr(), numel, _backends.threads()))
+    if backend == "triton":
+        digest = _backends.kernels("_digest").digest
+        return bytes(_backends.on_device(digest, (words, numel)))
+    return digest_reference(words, numel)
 
 
 def words_from_bool(keep: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from fedmap_sparse import ops
 from fedmap_sparse.bench import floors
 from fedmap_sparse.bench.case import Peer, Setting, Trial, case, same
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops._segments import ZEROED
 
 DENSITIES = (1.0, 0.5, 0.1, 0.01)
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
@@ -29,6 +30,7 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 def masked_sgd(s: Setting) -> Trial:
     segments = ops.Segments([0], [s.n])
     segments.scalars[0, :2] = torch.tensor([SGD["lr"], SGD["momentum"]])
+    segments.rows[0, 3] = ZEROED  # as the optimizers say from their second step on
     grad, mask = s.normal(), s.mask(s.values())
 
     def step(buffers: Buffers, backend: str | None = None) -> Tensor:
@@ -51,6 +53,7 @@ def masked_sgd(s: Setting) -> Trial:
 def masked_adamw(s: Setting) -> Trial:
     segments = ops.Segments([0], [s.n])
     segments.scalars[0, :7] = torch.tensor(ADAMW_SCALARS, dtype=torch.float64)
+    segments.rows[0, 3] = ZEROED
     grad, mask = s.normal(), s.mask(s.values())
 
     def step(buffers: Buffers, backend: str | None = None) -> Tensor:

@@ -99,14 +99,17 @@ def cast(
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite. O(n), without a temporary on the CPU."""
+    """Whether no element is NaN or infinite. O(n), without a temporary of that size."""
     _checks.check_tensor("values", values)
-    if _backends.pick(None, values.device) == "cpu":
+    backend = _backends.pick(None, values.device)
+    if backend == "cpu":
         return bool(
             native.all_finite(
                 values.data_ptr(), _CODES[values.dtype], values.numel(), _backends.threads()
             )
         )
+    if backend == "triton":
+        return bool(_backends.on_device(_backends.kernels("quantize").all_finite, (values,)))
     return bool(torch.isfinite(values).all())
 
 

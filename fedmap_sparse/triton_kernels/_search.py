@@ -1,25 +1,32 @@
-"""What leads a selection to its key: sample, bracket, one read, radix histograms."""
+"""What leads a selection to its key: sample, bracket, one read, radix histograms.
+
+A launch ends with its last program, which draws the conclusion that the next launch starts from:
+each program takes a ticket when its atomics are done, and who gets the last one sees all of them.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
+from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount, survivor
 
-# Slots of the state, int64: the bracket's lowest and highest key, its first shift; counts above it
-# and within; then what was found: the key, how many ties of it are kept, whether the bracket
-# missed. Behind them, the sums that the scan carries into each tensor: survivors, ties.
-_LOW, _TOP, _SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_ABOVE, _FOUND = tl.constexpr(3), tl.constexpr(4)
-_KEY, _TIES, _MISSED = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+# Slots of the state, int64. Of the bracket: its top key. Of what is known: the wanted key lies in
+# [LOW, LOW + 2^SHIFT) and is the WANTED-th largest there. Counts of the read: keys above the
+# bracket and within. Whether the bracket missed. Then a ticket of each launch, and
+# the ties with the key, kept or not.
+_TOP, _LOW, _SHIFT, _WANTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_ABOVE, _FOUND, _MISSED = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+_TICKETS, _ALL_TIES = tl.constexpr(7), tl.constexpr(15)
+SLOTS = 16
 
-# Bins of the sample: the highest 13 bits of a key.
-_SAMPLE_BINS = tl.constexpr(8192)
-# Radix levels of 11, 10 and 10 bits cover the 31 of a float32 key.
-_BINS1, _BINS = tl.constexpr(2048), tl.constexpr(1024)
+# Bins of the sample: the highest 13 bits of a key. Of the histograms: 11 bits a level.
+SAMPLE_BINS, BINS = 8192, 2048
+_SAMPLE_BINS, _BINS, _BITS = tl.constexpr(SAMPLE_BINS), tl.constexpr(BINS), tl.constexpr(11)
 # Standard deviations of the sampled rank to either side: a miss in 16 000 on unordered data.
 _WIDTH = tl.constexpr(4.0)
+# A block with more candidates than this may hold one key over and over, added up before it counts.
+_CROWD = tl.constexpr(256)
 
 
 @triton.jit
@@ -29,55 +36,44 @@ def _keys(bits, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _pick(histogram, wanted, BINS: tl.constexpr):
-    """The bin that holds the `wanted`-th largest, and how many of it are wanted."""
-    lane = tl.arange(0, BINS)
-    counts = tl.load(histogram + lane).to(tl.int64)
+def _is_last(state, LAUNCH: tl.constexpr):
+    """Whether every other program of this launch is done with its atomics."""
+    tl.debug_barrier()
+    ticket = tl.atomic_add(state + _TICKETS + LAUNCH, 1, sem="acq_rel")
+    return ticket == tl.num_programs(0) - 1
+
+
+@triton.jit
+def _narrow(state, histogram, copies, low, wanted, shift):
+    """One program: from a histogram in bins of 2^shift keys from `low` on to the bin that holds the
+    `wanted`-th largest. Leaves the histogram zero for the next one."""
+    lane = tl.arange(0, _BINS)
+    counts = tl.zeros((_BINS,), tl.int64)
+    for i in range(copies):
+        counts += tl.load(histogram + i * _BINS + lane).to(tl.int64)
+        tl.store(histogram + i * _BINS + lane, tl.zeros((_BINS,), tl.int32))
     above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
     here = tl.max(tl.where(above + counts >= wanted, lane, 0), 0)
-    return here, wanted - tl.sum(tl.where(lane > here, counts, 0), 0)
+    tl.store(state + _LOW, low + (here.to(tl.int64) << shift))
+    tl.store(state + _SHIFT, shift)
+    tl.store(state + _WANTED, wanted - tl.sum(tl.where(lane > here, counts, 0), 0))
 
 
-@triton.jit
-def _missed(state, keep, capacity):
-    """Whether the wanted key lies outside the bracket, or the candidates did not fit."""
-    found = tl.load(state + _FOUND)
-    wanted = keep - tl.load(state + _ABOVE)
-    return (wanted <= 0) | (wanted > found) | (found > capacity)
-
-
-@triton.jit
-def _resolve(state, histograms, keep, missed, LEVELS: tl.constexpr, KEY_BITS: tl.constexpr):
-    """After LEVELS histograms: lowest key still possible, its shift, how many are wanted from
-    there. If the bracket missed, it is every key, and the second set of histograms speaks."""
-    base = histograms + tl.where(missed, 4096, 0)
-    low = tl.where(missed, 0, tl.load(state + _LOW))
-    shift = tl.where(missed, KEY_BITS - 11, tl.load(state + _SHIFT))
-    wanted = keep - tl.where(missed, 0, tl.load(state + _ABOVE))
-    if LEVELS > 0:
-        here, wanted = _pick(base, wanted, _BINS1)
-        low += here.to(tl.int64) << shift
-    if LEVELS > 1:
-        if shift > 0:
-            shift = tl.maximum(shift - 10, 0)
-            here, wanted = _pick(base + 2048, wanted, _BINS)
-            low += here.to(tl.int64) << shift
-    if LEVELS > 2:
-        if shift > 0:
-            shift = tl.maximum(shift - 10, 0)
-            here, wanted = _pick(base + 3072, wanted, _BINS)
-            low += here.to(tl.int64) << shift
-    return low, shift, wanted
-
-
-@triton.jit(do_not_specialize=["spacing"], do_not_specialize_on_alignment=["values", "within"])
+@triton.jit(
+    do_not_specialize=["keep", "eligible", "last"], do_not_specialize_on_alignment=["within"]
+)
 def _sample(
-    values, within, sample, num_words, spacing, runs, KEY_BITS: tl.constexpr, RUNS: tl.constexpr
-):
-    """Runs of 32 elements (a word of the mask), one at a pseudo-random place of each stretch."""
+    values, within, state, sample, num_words, runs, keep, eligible, last, KEY_BITS: tl.constexpr,
+    RUNS: tl.constexpr,
+):  # fmt: skip
+    """Runs of 32 elements (a word of the mask), one at a pseudo-random place of each stretch; of
+    the last tensor's launch the last program finds the keys between which the wanted one lies, in
+    whole bins of the sample."""
     run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    mixed = (run.to(tl.uint32) * 0x9E3779B1) >> 8
-    word = run.to(tl.int64) * spacing + (mixed % spacing.to(tl.uint32)).to(tl.int64)
+    begin = run.to(tl.int64) * num_words // runs
+    room = (run + 1).to(tl.int64) * num_words // runs - begin
+    mixed = ((run.to(tl.uint32) * 0x9E3779B1) >> 8).to(tl.int64)
+    word = begin + mixed % tl.maximum(room, 1)
     inside = (run < runs) & (word < num_words - 1)  # the last word may be short
     bit = tl.arange(0, 32)
     take = inside[:, None] & (bit[None, :] >= 0)
@@ -87,24 +83,28 @@ def _sample(
     at = word[:, None] * 32 + bit[None, :]
     key = _keys(tl.load(values + at, mask=take, other=0), KEY_BITS)
     tl.atomic_add(sample + (key >> (KEY_BITS - 13)), 1, mask=take, sem="relaxed")
+    if _is_last(state, 0):
+        if last != 0:
+            _bracket(state, sample, keep, eligible, KEY_BITS)
+        else:
+            tl.store(state + _TICKETS, tl.zeros((), tl.int64))
 
 
-@triton.jit(do_not_specialize=["keep", "eligible"])
+@triton.jit
 def _bracket(state, sample, keep, eligible, KEY_BITS: tl.constexpr):
-    """One program: the keys between which the wanted one lies, in whole bins of the sample."""
     lane = tl.arange(0, _SAMPLE_BINS)
     counts = tl.load(sample + lane)
     total = tl.sum(counts, 0)
-    at_or_above = total - tl.cumsum(counts, 0) + counts
+    at_or_above = (total - tl.cumsum(counts, 0) + counts).to(tl.float32)
     share = keep.to(tl.float32) / eligible.to(tl.float32)
     middle = share * total.to(tl.float32)
     spread = _WIDTH * tl.sqrt(middle * (1.0 - share)) + 1.0
-    low = tl.max(tl.where(at_or_above.to(tl.float32) >= middle + spread, lane, 0), 0)
-    high = tl.min(tl.where(at_or_above.to(tl.float32) <= middle - spread, lane, 8192), 0)
+    low = tl.max(tl.where(at_or_above >= middle + spread, lane, 0), 0)
+    high = tl.min(tl.where(at_or_above <= middle - spread, lane, _SAMPLE_BINS), 0)
     high = tl.maximum(high, low + 1).to(tl.int64)
     keys = (high - low) << (KEY_BITS - 13)
     shift = tl.zeros((), tl.int64)
-    while ((keys - 1) >> shift) >= 2048:
+    while ((keys - 1) >> shift) >= _BINS:
         shift += 1
     tl.store(state + _LOW, low.to(tl.int64) << (KEY_BITS - 13))
     tl.store(state + _TOP, (high << (KEY_BITS - 13)) - 1)
@@ -146,110 +146,131 @@ def _to_words(flags):
 
 @triton.jit
 def _read_block(
-    values, within, words, keys, places, offsets, counts, above, state, histograms, n, num_words,
-    block, first_block, capacity, KEY_BITS: tl.constexpr, FULL: tl.constexpr,
+    values, within, words, keys, places, offsets, counts, above, state, histogram, copies, n,
+    num_words, block, first_block, capacity, KEY_BITS: tl.constexpr, LANES: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     low = tl.load(state + _LOW).to(tl.int32)
     top = tl.load(state + _TOP).to(tl.int32)
     shift = tl.load(state + _SHIFT).to(tl.int32)
     key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, FULL)
-    row, bit = tl.arange(0, 64), tl.arange(0, 32)
+    row = block * 64 + tl.arange(0, 64)
     over = _to_words(eligible & (key > top))
     candidate = eligible & (key >= low) & (key <= top)
     some = _to_words(candidate)
     if words is not None:
-        tl.store(
-            words + block * 64 + row,
-            over.to(tl.int32, bitcast=True),
-            mask=block * 64 + row < num_words,
-        )
-    each = popcount(some)
+        tl.store(words + row, over.to(tl.int32, bitcast=True), mask=row < num_words)
+    each, over_count = popcount(some), tl.sum(popcount(over), 0)
     found = tl.sum(each, 0)
-    over_count = tl.sum(popcount(over), 0)
     start = tl.atomic_add(state + _FOUND, found.to(tl.int64), sem="relaxed")
     tl.atomic_add(state + _ABOVE, over_count.to(tl.int64), sem="relaxed")
     tl.store(offsets + first_block + block, start)
     tl.store(counts + first_block + block, found)
     tl.store(above + first_block + block, over_count)
-    before = some[:, None] & ((1 << bit.to(tl.uint32)) - 1)[None, :]
-    place = start + exclusive(each)[:, None] + popcount(before)
-    room = candidate & (place < capacity)
-    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=room)
-    tl.store(places + place, (row[:, None] * 32 + bit[None, :]).to(tl.int16), mask=room)
-    tl.atomic_add(histograms + ((key - low) >> shift), 1, mask=candidate, sem="relaxed")
+    # A copy of the histogram for every so many programs: they would wait at a common key.
+    mine = histogram + (tl.program_id(0) % copies) * _BINS
+    before = exclusive(each)
+    for begin in range(0, tl.where(start + found > capacity, 0, found), LANES):
+        j = begin + tl.arange(0, LANES)
+        live = j < found
+        place = survivor(some, before, j, 64, 6)
+        again = _keys(tl.load(values + block * 2048 + place, mask=live, other=0), KEY_BITS)
+        tl.store(keys + start + j, again.to(keys.dtype.element_ty), mask=live)
+        tl.store(places + start + j, place.to(tl.int16), mask=live)
+        bin = (again - low) >> shift
+        apart = live
+        if found > _CROWD:
+            least = tl.min(tl.where(live, bin, _BINS), 0)
+            apart = live & (tl.max(tl.where(live, bin, 0), 0) != least)
+            total = tl.minimum(found - begin, LANES)
+            together = tl.max(apart.to(tl.int32), 0) == 0
+            tl.atomic_add(mine + least, total, mask=together, sem="relaxed")
+        tl.atomic_add(mine + bin, 1, mask=apart, sem="relaxed")
 
 
-@triton.jit(do_not_specialize_on_alignment=["within", "words"])
+@triton.jit(do_not_specialize=["copies"], do_not_specialize_on_alignment=["within", "words"])
 def _read(
-    values, within, words, keys, places, offsets, counts, above, state, histograms, n, num_words,
-    first_block, capacity, KEY_BITS: tl.constexpr,
+    values, within, words, keys, places, offsets, counts, above, state, histogram, copies, n,
+    num_words, first_block, capacity, KEY_BITS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """A block of 2048 a program, of one warp: nothing in it waits for other warps."""
     block = tl.program_id(0).to(tl.int64)
     if (block + 1) * 2048 <= n:
         _read_block(
-            values, within, words, keys, places, offsets, counts, above, state, histograms, n,
-            num_words, block, first_block, capacity, KEY_BITS, True,
+            values, within, words, keys, places, offsets, counts, above, state, histogram, copies,
+            n, num_words, block, first_block, capacity, KEY_BITS, LANES, True,
         )  # fmt: skip
     else:
         _read_block(
-            values, within, words, keys, places, offsets, counts, above, state, histograms, n,
-            num_words, block, first_block, capacity, KEY_BITS, False,
+            values, within, words, keys, places, offsets, counts, above, state, histogram, copies,
+            n, num_words, block, first_block, capacity, KEY_BITS, LANES, False,
         )  # fmt: skip
 
 
-@triton.jit
-def _add_histogram(histogram, total, BINS: tl.constexpr):
-    tl.atomic_add(histogram + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["keep"], do_not_specialize_on_alignment=["keys"])
-def _refine(
-    state, histograms, keys, keep, capacity, LEVEL: tl.constexpr, KEY_BITS: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """Histogram LEVEL of the candidates, unless the level before was exact."""
-    if _missed(state, keep, capacity):
-        return
-    low, shift, _ = _resolve(state, histograms, keep, False, LEVEL - 1, KEY_BITS)
-    if shift == 0:
-        return
-    next_shift = tl.maximum(shift - 10, 0)
+@triton.jit(do_not_specialize=["keep", "copies"])
+def _decide(state, histogram, copies, keep, capacity, KEY_BITS: tl.constexpr):
+    """One program: whether the bracket holds the wanted key, and the bin of the first histogram."""
     found = tl.load(state + _FOUND)
-    total = tl.zeros((_BINS,), tl.int32)
+    wanted = keep - tl.load(state + _ABOVE)
+    low, shift = tl.load(state + _LOW), tl.load(state + _SHIFT)
+    missed = (wanted <= 0) | (wanted > found) | (found > capacity)
+    tl.store(state + _MISSED, missed.to(tl.int64))
+    tl.debug_barrier()  # what was loaded is stored to
+    _narrow(state, histogram, copies, low, wanted, shift)
+    if missed:  # then it may be any key
+        tl.debug_barrier()
+        tl.store(state + _LOW, tl.zeros((), tl.int64))
+        tl.store(state + _SHIFT, tl.zeros((), tl.int64) + KEY_BITS)
+        tl.store(state + _WANTED, tl.zeros((), tl.int64) + keep)
+
+
+@triton.jit(do_not_specialize=["copies"], do_not_specialize_on_alignment=["keys"])
+def _refine(state, histogram, copies, keys, LAUNCH: tl.constexpr, LANES: tl.constexpr):
+    """The next 11 bits of the wanted key, from the candidates, unless it is known."""
+    shift = tl.load(state + _SHIFT)
+    if (tl.load(state + _MISSED) != 0) | (shift == 0):
+        return
+    low = tl.load(state + _LOW)
+    found = tl.load(state + _FOUND)
+    finer = tl.maximum(shift - _BITS, 0)
+    mine = histogram + (tl.program_id(0) % copies) * _BINS
     for start in range(tl.program_id(0) * LANES, found, tl.num_programs(0) * LANES):
         at = start + tl.arange(0, LANES)
         key = tl.load(keys + at, mask=at < found, other=0).to(tl.int64)
         inside = (at < found) & (key >= low) & (((key - low) >> shift) == 0)
-        bin = tl.where(inside, (key - low) >> next_shift, 0).to(tl.int32)
-        total += tl.histogram(bin, _BINS, mask=inside)
-    _add_histogram(histograms + 2048 + (LEVEL - 2) * 1024, total, _BINS)
+        bin = ((key - low) >> finer).to(tl.int32)
+        tl.atomic_add(mine + bin, 1, mask=inside, sem="relaxed")
+    if _is_last(state, LAUNCH):
+        _narrow(state, histogram, copies, low, tl.load(state + _WANTED), finer)
 
 
-@triton.jit(do_not_specialize=["keep"], do_not_specialize_on_alignment=["within"])
+@triton.jit(do_not_specialize=["last", "copies"], do_not_specialize_on_alignment=["within"])
 def _refine_values(
-    values, within, state, histograms, keep, capacity, n, num_words, blocks, LEVEL: tl.constexpr,
-    KEY_BITS: tl.constexpr,
+    values, within, state, histogram, copies, n, num_words, blocks, last, KEY_BITS: tl.constexpr,
+    LAUNCH: tl.constexpr,
 ):  # fmt: skip
-    """Histogram LEVEL of all values, if the bracket missed."""
-    if not _missed(state, keep, capacity):
+    """Likewise from all values, if the bracket missed."""
+    shift = tl.load(state + _SHIFT)
+    if (tl.load(state + _MISSED) == 0) | (shift == 0):
         return
-    low, shift, _ = _resolve(state, histograms, keep, True, LEVEL - 1, KEY_BITS)
-    BINS: tl.constexpr = _BINS1 if LEVEL == 1 else _BINS
-    next_shift = shift
-    if LEVEL > 1:
-        if shift == 0:
-            return
-        next_shift = tl.maximum(shift - 10, 0)
-    total = tl.zeros((BINS,), tl.int32)
+    low = tl.load(state + _LOW)
+    finer = tl.maximum(shift - _BITS, 0)
+    mine = histogram + (tl.program_id(0) % copies) * _BINS
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
         block = tl.zeros((), tl.int64) + i
         key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, False)
         wide = key.to(tl.int64)
-        if LEVEL > 1:
-            eligible = eligible & (wide >= low) & (((wide - low) >> shift) == 0)
-        bin = tl.where(eligible, (wide - low) >> next_shift, 0).to(tl.int32)
-        total += tl.histogram(tl.reshape(bin, (2048,)), BINS, mask=tl.reshape(eligible, (2048,)))
-    if LEVEL == 1:
-        _add_histogram(histograms + 4096, total, BINS)
-    else:
-        _add_histogram(histograms + 4096 + 2048 + (LEVEL - 2) * 1024, total, BINS)
+        inside = eligible & (wide >= low) & (((wide - low) >> shift) == 0)
+        bin = ((wide - low) >> finer).to(tl.int32)
+        least = tl.min(tl.min(tl.where(inside, bin, _BINS - 1), 0), 0)
+        most = tl.max(tl.max(tl.where(inside, bin, 0), 0), 0)
+        if least == most:  # one key over and over
+            total = tl.sum(tl.sum(inside.to(tl.int32), 0), 0)
+            tl.atomic_add(mine + least, total, sem="relaxed")
+        else:
+            tl.atomic_add(mine + bin, 1, mask=inside, sem="relaxed")
+    if _is_last(state, LAUNCH):
+        if last != 0:
+            _narrow(state, histogram, copies, low, tl.load(state + _WANTED), finer)
+        else:
+            tl.store(state + _TICKETS + LAUNCH, tl.zeros((), tl.int64))

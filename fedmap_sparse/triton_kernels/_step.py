@@ -27,6 +27,7 @@ from fedmap_sparse.triton_kernels._bits import (
     tile_words,
     widen,
 )
+from fedmap_sparse.triton_kernels._tables import to_device
 
 _ZEROED = tl.constexpr(ZEROED)
 # One lane a thread, else the compiler gives a thread four neighbouring lanes and splits each access
@@ -200,18 +201,6 @@ def step(
                 tl.store(values + start + at, 0, mask=pruned & (at < elements))
 
 
-_captured: list[Tensor] = []
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    if host.device == device:
-        return host
-    pinned = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)  # the graph reads it at each replay
-    return pinned.to(device, non_blocking=True)
-
-
 def launch(
     values: Tensor,
     words: Tensor,
@@ -240,16 +229,23 @@ def launch(
     total = int(tiles.sum())
     if not total:
         return
-    header = torch.from_numpy(np.concatenate([table.ravel(), np.cumsum(tiles) - tiles]))
-    moved = to_device(header, values.device)
+    parts = [table, np.cumsum(tiles) - tiles]
+    if scalars.device != values.device:
+        parts.append(scalars.numpy().view(np.int64))
+    whole = np.concatenate([part.ravel() for part in parts])
+    rows_there, first_tiles, scalars_there = to_device(whole, values.device).tensor_split(
+        (table.size, table.size + len(grads))
+    )
+    if scalars.device == values.device:
+        scalars_there = scalars
     setup, update, uses = rule
     step[(total,)](
         raw(values),
         words,
         rank,
-        moved[: rows.numel()],
-        moved[rows.numel() :],
-        to_device(scalars, values.device),
+        rows_there,
+        first_tiles,
+        scalars_there.view(torch.float64),
         *states,
         master,
         len(grads),

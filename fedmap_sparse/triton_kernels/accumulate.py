@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import FLOAT16, FLOAT32, KINDS, block_of, narrow, raw, widen
-from fedmap_sparse.triton_kernels._step import to_device
+from fedmap_sparse.triton_kernels._tables import to_device
 
 
 @triton.jit
@@ -131,8 +132,8 @@ def weighted_mean_out(payloads: list[Tensor], weights: list[float], out: Tensor)
     total = 0.0
     for weight in weights:
         total += weight
-    table = torch.tensor(
-        [*(p.data_ptr() for p in payloads), *map(_bits, weights), _bits(total)], dtype=torch.int64
+    table = np.array(
+        [*(p.data_ptr() for p in payloads), *map(_bits, weights), _bits(total)], np.int64
     )
     block, warps = block_of(*payloads, out)
     _weighted_mean[(triton.cdiv(out.numel(), block),)](

@@ -8,8 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.mask import num_words
-from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount, tile_words
+from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
 from fedmap_sparse.triton_kernels._scan import rank_index
+
+# Words of the parent that a program takes at a time, and words of the result that it writes.
+_WORDS, _OUT = 64, 32
 
 
 @triton.jit
@@ -158,10 +161,8 @@ def relative(
     """The child's bits over the parent's survivors, and their rank index."""
     out = torch.empty(num_words(nnz), dtype=torch.int32, device=parent.device)
     if nnz:
-        size = tile_words(nnz / numel)
-        # More words a program read fewer tiles twice; sparse parents want more programs instead.
-        each = 256 if nnz / numel > 0.05 else 64
-        _relative[(triton.cdiv(out.numel(), each),)](
+        # One warp a program: its loops wait for nobody.
+        _relative[(triton.cdiv(out.numel(), _OUT),)](
             child,
             parent,
             rank,
@@ -170,9 +171,10 @@ def relative(
             parent.numel(),
             out.numel(),
             nnz,
-            WORDS=size,
-            STEPS=size.bit_length() - 1,
-            OUT=each,
+            WORDS=_WORDS,
+            STEPS=_WORDS.bit_length() - 1,
+            OUT=_OUT,
+            num_warps=1,
         )
     return out, rank_index(out, nnz)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import (
     KINDS,
+    block_of,
     convert,
     exclusive,
     load_words,
@@ -30,6 +31,7 @@ def _pack(
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
+    FLAT: tl.constexpr,
     FROM: tl.constexpr,
     TO: tl.constexpr,
 ):
@@ -43,12 +45,19 @@ def _pack(
     count = tl.sum(counts, 0)
     base = tl.load(rank + tile * (WORDS // 64))
     skew = (base & 15).to(tl.int32)  # writes start at a sector
-    for start in range(-skew, count, LANES):
-        j = start + tl.arange(0, LANES)
-        live = (j >= 0) & (j < count)
-        element = survivor(w, before, tl.maximum(j, 0), WORDS, STEPS)
-        bits = tl.load(values + tile * (WORDS * 32) + element, mask=live, other=0)
-        tl.store(out + base + j, convert(bits, FROM, TO), mask=live)
+    values += tile * (WORDS * 32)
+    if (count == WORDS * 32) & (skew == 0):
+        base = base // 16 * 16  # tells the compiler of the multiple
+        for start in range(0, WORDS * 32, FLAT):
+            at = start + tl.arange(0, FLAT)
+            tl.store(out + base + at, convert(tl.load(values + at), FROM, TO))
+    else:
+        for start in range(-skew, count, LANES):
+            j = start + tl.arange(0, LANES)
+            live = (j >= 0) & (j < count)
+            element = survivor(w, before, tl.maximum(j, 0), WORDS, STEPS)
+            bits = tl.load(values + element, mask=live, other=0)
+            tl.store(out + base + j, convert(bits, FROM, TO), mask=live)
 
 
 @triton.jit(do_not_specialize_on_alignment=["words", "packed"])
@@ -97,7 +106,10 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     """The survivors of `values` into `out`, converted on the way."""
     if not out.numel():
         return
-    size = tile_words(out.numel() / values.numel())
+    density = out.numel() / values.numel()
+    # Few survivors: one warp waits for nobody (on an H100 9 us instead of 23 at density 0.01, but
+    # 233 instead of 145 at 1).
+    size, lanes, warps = (128, 64, 1) if density < 0.0625 else (tile_words(density), _LANES, 4)
     _pack[(triton.cdiv(words.numel(), size),)](
         raw(values),
         words,
@@ -106,9 +118,11 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
         words.numel(),
         WORDS=size,
         STEPS=size.bit_length() - 1,
-        LANES=_LANES,
+        LANES=lanes,
+        FLAT=block_of(values, out)[0] if warps == 4 else 128,
         FROM=KINDS[values.dtype],
         TO=KINDS[out.dtype],
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 

@@ -20,6 +20,8 @@ from fedmap_sparse.triton_kernels._bits import (
 # Four elements a thread: 16 bytes of the float32 stream (see block_of).
 _WARPS = 8
 _TILE = 32 * _WARPS * 4
+# Blocks of a program that ends with a sum over its threads.
+_PARTS = 8
 
 
 @triton.jit
@@ -45,23 +47,48 @@ def _is_infinity(bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def _cast_tile(values, out, overflowed, offsets, inside, FROM: tl.constexpr, TO: tl.constexpr):
+def _cast_tile(values, out, offsets, inside, FROM: tl.constexpr, TO: tl.constexpr):
+    """Convert; 1 where a finite value became infinite."""
     bits = tl.load(values + offsets, mask=inside, other=0)
     cast = convert(bits, FROM, TO)
     tl.store(out + offsets, cast, mask=inside)
-    over = _is_infinity(cast, TO) & _finite(bits, FROM)
-    count = tl.sum(over.to(tl.int32), 0)
+    return (_is_infinity(cast, TO) & _finite(bits, FROM)).to(tl.int32)
+
+
+@triton.jit
+def _cast(
+    values, out, overflowed, n, FROM: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * PARTS)
+    over = tl.zeros((BLOCK,), tl.int32)
+    if start + BLOCK * PARTS <= n:  # a mask that is always true does not split wide accesses
+        for part in range(PARTS):
+            offsets = start + part * BLOCK + tl.arange(0, BLOCK)
+            over += _cast_tile(values, out, offsets, offsets >= 0, FROM, TO)
+    else:
+        for part in range(PARTS):
+            offsets = start + part * BLOCK + tl.arange(0, BLOCK)
+            over += _cast_tile(values, out, offsets, offsets < n, FROM, TO)
+    count = tl.sum(over, 0)
     tl.atomic_add(overflowed, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @triton.jit
-def _cast(values, out, overflowed, n, FROM: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # a mask that is always true does not split wide accesses
-        _cast_tile(values, out, overflowed, offsets, offsets >= 0, FROM, TO)
+def _count_bad(values, bad, n, KIND: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * PARTS)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    if start + BLOCK * PARTS <= n:
+        for part in range(PARTS):
+            bits = tl.load(values + start + part * BLOCK + tl.arange(0, BLOCK))
+            wrong += (_finite(bits, KIND) == 0).to(tl.int32)
     else:
-        _cast_tile(values, out, overflowed, offsets, offsets < n, FROM, TO)
+        for part in range(PARTS):
+            offsets = start + part * BLOCK + tl.arange(0, BLOCK)
+            bits = tl.load(values + offsets, mask=offsets < n, other=0)
+            wrong += (_finite(bits, KIND) == 0).to(tl.int32)
+    count = tl.sum(wrong, 0)
+    tl.atomic_add(bad, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @triton.jit
@@ -126,7 +153,7 @@ def cast_out(values: Tensor, out: Tensor) -> Tensor:
     overflowed = torch.zeros((), dtype=torch.int64, device=values.device)
     if values.numel():
         block, warps = block_of(values, out)
-        _cast[(triton.cdiv(values.numel(), block),)](
+        _cast[(triton.cdiv(values.numel(), block * _PARTS),)](
             raw(values),
             raw(out),
             overflowed,
@@ -134,9 +161,27 @@ def cast_out(values: Tensor, out: Tensor) -> Tensor:
             FROM=KINDS[values.dtype],
             TO=KINDS[out.dtype],
             BLOCK=block,
+            PARTS=_PARTS,
             num_warps=warps,
         )
     return overflowed
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no element is NaN or infinite, on the device."""
+    bad = torch.zeros((), dtype=torch.int64, device=values.device)
+    if values.numel():
+        block, warps = block_of(values)
+        _count_bad[(triton.cdiv(values.numel(), block * _PARTS),)](
+            raw(values),
+            bad,
+            values.numel(),
+            KIND=KINDS[values.dtype],
+            BLOCK=block,
+            PARTS=_PARTS,
+            num_warps=warps,
+        )
+    return bad == 0
 
 
 def quantize_int8_out(

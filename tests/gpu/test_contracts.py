@@ -54,6 +54,13 @@ def test_accumulate(dtype: torch.dtype, aligned: bool) -> None:
     contracts.mean_rounds_once("cuda", show)
 
 
+@pytest.mark.parametrize("n", [1, 33, 3_000_001])
+def test_digest_and_finiteness(n: int) -> None:
+    contracts.digest(n, "cuda", show)
+    for dtype in FLOATS:
+        contracts.all_finite(n, dtype, "cuda", show)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_cast(dtype: torch.dtype) -> None:
     contracts.cast(1_000_001, dtype, "cuda", show)
@@ -73,6 +80,10 @@ def test_select(n: int, share: float, dtype: torch.dtype) -> None:
     within = contracts.mask_of(n, 0.3, "cuda", holes=True)
     contracts.select(values, within.nnz // 2, within, show)
     contracts.select(torch.ones_like(values), max(1, n // 2), None, show)
+    if n > 4096:
+        hidden = contracts.hidden_from_the_sample(n, dtype, "cuda")
+        contracts.select(hidden, n // 3, None, show)
+        contracts.select(hidden, within.nnz // 3, within, show)
 
 
 def test_select_does_not_wait_for_the_device() -> None:

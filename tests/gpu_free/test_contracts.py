@@ -77,6 +77,13 @@ def test_cast(rung: Any, n: int, dtype: torch.dtype) -> None:
     contracts.cast(n, dtype, "cpu", rung.show)
 
 
+@pytest.mark.parametrize("n", [1, 33, 9000])
+def test_digest_and_finiteness(rung: Any, n: int) -> None:
+    contracts.digest(n, "cpu", rung.show)
+    for dtype in FLOATS:
+        contracts.all_finite(n, dtype, "cpu", rung.show)
+
+
 @pytest.mark.parametrize("block", [64, 192, 1024])
 @pytest.mark.parametrize("feedback", [True, False])
 def test_quantize(rung: Any, block: int, feedback: bool) -> None:
@@ -101,7 +108,8 @@ def test_select_within_a_mask(rung: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["constant", "zeros", "sorted", "two values"] if WHOLE else ["zeros"]
+    "what",
+    ["constant", "zeros", "sorted", "two values", "hidden"] if WHOLE else ["zeros", "hidden"],
 )
 def test_select_when_the_bracket_misses(rung: Any, what: str) -> None:
     """More candidates than there is room for, all of them ties, or a sample that misleads."""
@@ -111,10 +119,12 @@ def test_select_when_the_bracket_misses(rung: Any, what: str) -> None:
         "zeros": torch.randn(n) * (torch.rand(n) < 0.3),
         "sorted": torch.arange(n, dtype=torch.float32).exp2().clamp(max=1e30) + torch.arange(n),
         "two values": torch.where(torch.rand(n) < 0.5, 1.0, -2.0),
+        "hidden": contracts.hidden_from_the_sample(n, torch.float32, "cpu"),
     }[what]
     contracts.select(values, 41000, None, rung.show)
-    kernels = [r if isinstance(r, str) else r.kernel for r in rung.launches]
-    assert len(kernels) <= 2 * 14
+    if what == "hidden":
+        contracts.select(values, 20000, contracts.mask_of(n, 0.7, "cpu"), rung.show)
+    assert len(rung.launches) <= 4 * 14
 
 
 def test_select_keeps_the_lowest_index_of_ties(rung: Any) -> None:

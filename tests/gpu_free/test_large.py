@@ -65,7 +65,7 @@ def test_pack_and_unpack(tile: dict[str, Tensor]) -> None:
     run(
         pack._pack,
         {"values": "*i32", "out": "*i32", **pointers},
-        {"WORDS": 64, "STEPS": 6, "LANES": 1024, "FROM": 0, "TO": 0},
+        {"WORDS": 64, "STEPS": 6, "LANES": 1024, "FLAT": 512, "FROM": 0, "TO": 0},
         {"values": before(tile["values"], start), "out": before(tile["packed"], base), **where},
         shown,
         [BLOCK],
@@ -94,7 +94,7 @@ def test_cast_and_zero_pruned(tile: dict[str, Tensor]) -> None:
     run(
         quantize._cast,
         {"values": "*i32", "out": "*i16", "overflowed": "*i64", "n": "i64"},
-        {"FROM": 0, "TO": 2, "BLOCK": 2048},
+        {"FROM": 0, "TO": 2, "BLOCK": 1024, "PARTS": 2},
         {
             "values": before(tile["values"], start),
             "out": before(out, start),
@@ -126,24 +126,25 @@ def test_select_reads_a_block(tile: dict[str, Tensor]) -> None:
     start = BLOCK * 2048
     key = tile["values"].view(torch.int32) & 0x7FFFFFFF
     low = int(key.sort().values[1000])
-    state = torch.tensor([low, low + (1 << 20) - 1, 9, 0, 0, 0, 0, 0])
+    state = torch.zeros(16, dtype=torch.int64)
+    state[:3] = torch.tensor([low + (1 << 20) - 1, low, 9])
     words = torch.zeros(64, dtype=torch.int32)
     keys, places = torch.zeros(2048, dtype=torch.int32), torch.zeros(2048, dtype=torch.int16)
     block = {name: torch.zeros(1, dtype=kind) for name, kind in (
         ("offsets", torch.int64), ("counts", torch.int32), ("above", torch.int32))}  # fmt: skip
-    histograms = torch.zeros(8192, dtype=torch.int32)
+    histogram = torch.zeros(2048, dtype=torch.int32)
     run(
         select._read,
         {
             "values": "*i32", "words": "*i32", "keys": "*i32", "places": "*i16",
             "offsets": "*i64", "counts": "*i32", "above": "*i32", "state": "*i64",
-            "histograms": "*i32", "n": "i64", "num_words": "i64", "first_block": "i32",
-            "capacity": "i32",
+            "histogram": "*i32", "copies": "i32", "n": "i64", "num_words": "i64",
+            "first_block": "i32", "capacity": "i32",
         },
-        {"within": None, "KEY_BITS": 31},
+        {"within": None, "KEY_BITS": 31, "LANES": 32},
         {
             "values": before(tile["values"], start), "words": before(words, BLOCK * 64),
-            "keys": keys, "places": places, "state": state, "histograms": histograms,
+            "keys": keys, "places": places, "state": state, "histogram": histogram, "copies": 1,
             "n": start + 2048, "num_words": (BLOCK + 1) * 64, "first_block": 0,
             "capacity": 2048, **{k: before(t, BLOCK) for k, t in block.items()},
         },
@@ -151,7 +152,8 @@ def test_select_reads_a_block(tile: dict[str, Tensor]) -> None:
         [BLOCK],
     )  # fmt: skip
     inside = (key >= low) & (key < low + (1 << 20))
-    found = int(state[4])
+    found = int(state[5])
     assert torch.equal(keys[:found], key[inside])
     assert torch.equal(places[:found].long(), inside.nonzero().flatten())
-    assert int(state[3]) == int((key >= low + (1 << 20)).sum())
+    assert torch.equal(histogram.long(), torch.bincount((key[inside] - low) >> 9, minlength=2048))
+    assert int(state[4]) == int((key >= low + (1 << 20)).sum())

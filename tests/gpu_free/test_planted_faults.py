@@ -77,6 +77,10 @@ def _select(show: Any) -> None:
     contracts.select(values.round(decimals=2), 2000, contracts.mask_of(20000, 0.7, "cpu"), show)
 
 
+def _rank(show: Any) -> None:
+    contracts.rank_index(2048 * 1100 + 5, "cpu", show)
+
+
 def _select_missed(show: Any) -> None:
     contracts.select(torch.ones(70000), 41000, None, show)
 
@@ -232,8 +236,8 @@ FAULTS = [
     Fault(
         "select",
         "highest index of ties kept",
-        "(exclusive(equal) < left)",
-        "(exclusive(equal) >= tl.sum(equal, 0) - left)",
+        "(exclusive(equal) >= left)",
+        "(exclusive(equal) < tl.sum(equal, 0) - left)",
         _select,
     ),
     Fault(
@@ -246,8 +250,8 @@ FAULTS = [
     Fault(
         "select",
         "ties of earlier blocks forgotten",
-        "left = tl.load(state + _TIES) - tl.load(ties + first_block + block)",
-        "left = tl.load(state + _TIES)",
+        "left = allowed - tl.load(ties_before + first_block + block)",
+        "left = allowed",
         _select,
     ),
     Fault(
@@ -260,16 +264,30 @@ FAULTS = [
     Fault(
         "_search",
         "candidates past their room",
-        "room = candidate & (place < capacity)",
-        "room = candidate",
+        "tl.where(start + found > capacity, 0, found)",
+        "found",
         _select_missed,
+    ),
+    Fault(
+        "_search",
+        "no ticket: every program concludes",
+        "return ticket == tl.num_programs(0) - 1",
+        "return ticket >= 0",
+        _select,
+    ),
+    Fault(
+        "_scan",
+        "a scan that forgets earlier spans",
+        "carry = sum_before(counts, begin, CHUNK)",
+        "carry = sum_before(counts, 0, CHUNK)",
+        _rank,
     ),
     Fault(
         "select",
         "count read and written by all",
-        "tl.store(kept + slot, over_counts + more, mask=real)",
-        "tl.store(above + slot, over_counts + more, mask=real)\n"
-        "            tl.store(kept + slot, tl.load(above + slot, mask=real, other=0), mask=real)",
+        "tl.store(kept + slot, tl.load(above + slot) + tl.sum(more, 0))",
+        "tl.store(above + slot, tl.load(above + slot) + tl.sum(more, 0))\n"
+        "        tl.store(kept + slot, tl.load(above))",
         _select,
     ),
 ]
@@ -290,6 +308,7 @@ def _plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names += {
         "_step": ["masked_sgd", "masked_adamw"],
         "_bits": ["_scan"],
+        "_scan": ["nest", "select"],
         "_search": ["select"],
     }.get(fault.stem, [])
     for name in names:

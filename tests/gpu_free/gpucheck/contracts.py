@@ -7,6 +7,7 @@ One set of contracts for the rungs of the ladder (small, on CPU tensors) and for
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
+from fedmap_sparse.mask import digest_reference
 from fedmap_sparse.ops._segments import ZEROED
 
 Show = Callable[..., None]
@@ -222,6 +224,22 @@ def rank_index(n: int, device: str, show: Show) -> None:
         scan._CHUNK = whole
 
 
+def digest(n: int, device: str, show: Show) -> None:
+    module = importlib.import_module("fedmap_sparse.triton_kernels._digest")
+    words = mask_of(n, 0.4, device).words
+    assert module.digest(words, n) == digest_reference(words, n)
+
+
+def all_finite(n: int, dtype: torch.dtype, device: str, show: Show) -> None:
+    module = importlib.import_module("fedmap_sparse.triton_kernels.quantize")
+    values = torch.randn(n).to(dtype).to(device)
+    assert bool(module.all_finite(values))
+    for at, wrong in ((0, math.inf), (n // 2, -math.inf), (n - 1, math.nan)):
+        broken = values.clone()
+        broken[at] = wrong
+        assert not bool(module.all_finite(broken))
+
+
 def cast(n: int, dtype: torch.dtype, device: str, show: Show) -> None:
     values = special(n, dtype, device)
     for to in FLOATS:
@@ -275,20 +293,37 @@ def prune(n: int, keep: int, within: fs.Mask | None, dtype: torch.dtype, device:
     assert same(pruned, expected)
 
 
+def hidden_from_the_sample(n: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Distinct values, small in each word that a selection samples and large in every other."""
+    words = n // 32
+    runs = max(1, min(words, min(n, max(16384, min(65536, n // 64))) // 32))
+    run = torch.arange(runs)
+    begin, end = run * words // runs, (run + 1) * words // runs
+    mixed = ((run * 0x9E3779B1) & 0xFFFFFFFF) >> 8
+    values = torch.rand(n) + 1.0
+    for word in (begin + mixed % (end - begin)).tolist():
+        values[32 * word : 32 * word + 32] *= 0.1
+    return values.to(dtype).to(device)
+
+
 def select_places_in_chunks(device: str, show: Show) -> None:
-    """The scan of a selection over 1300 blocks and a carry, in chunks of 512."""
+    """The scan of a selection over 2600 blocks behind 20 ties, by three programs."""
     module = importlib.import_module("fedmap_sparse.triton_kernels.select")
-    blocks, allowed = 1300, 700
+    blocks, allowed = 2600, 700
     kept = torch.randint(0, 9, (blocks,), dtype=torch.int32)
-    ties = torch.randint(0, 4, (blocks,))
-    state = torch.tensor([0, 0, 0, 0, 0, 0, allowed, 0])
-    carries = torch.tensor([50, 20, 0, 0])
-    through = 20 + ties.cumsum(0)
+    ties = torch.randint(0, 2, (10 + blocks,), dtype=torch.int32)
+    ties[:10] = 2
+    through = ties.to(torch.int64).cumsum(0)
     want = torch.zeros(blocks + 1, dtype=torch.int64)
-    want[1:] = kept.cumsum(0) + through.clamp(max=allowed) - 20
-    rank = torch.empty(blocks + 1, dtype=torch.int64, device=device)
-    moved = [t.clone().to(device) for t in (state, carries, kept, ties)]
-    module._place[(1,)](*moved, rank, blocks, 0, CHUNK=512, num_warps=16)
+    want[1:] = kept.cumsum(0) + through[10:].clamp(max=allowed) - 20
+    state = torch.zeros(16, dtype=torch.int64)
+    state[3] = allowed
+    padded = torch.nn.functional.pad(kept, (10, 0))
+    rank, before = (torch.empty(s, dtype=torch.int64) for s in (blocks + 1, blocks + 10))
+    state, padded, ties, before, rank = (t.to(device) for t in (state, padded, ties, before, rank))
+    module._place[(3,)](
+        state, padded, ties, before, rank, blocks, 10, 1024, CHUNK=1024, num_warps=8
+    )
     assert torch.equal(rank.cpu(), want)
-    assert torch.equal(moved[3].cpu(), through - ties)
-    assert moved[1].tolist() == [50, 20, 50 + int(kept.sum()), int(through[-1])]
+    assert torch.equal(before[10:].cpu(), (through - ties.cpu())[10:])
+    assert int(state[15]) == int(through[-1])

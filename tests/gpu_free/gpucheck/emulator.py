@@ -107,6 +107,7 @@ class Emulator(Operands):
             self.constants[name] = int(value)
         self.steps = 0
         order = np.arange(np.prod(self.grid)) if only is None else np.array(only)
+        self.memory.grid_blocks = len(order)
         if self.rng is not None:
             order = self.rng.permutation(order)
         for start in range(0, len(order), self.resident):

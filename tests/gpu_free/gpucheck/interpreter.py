@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Guard:
         self.launches: list[str] = []
         self.visible: list[tuple[str, torch.Tensor]] = []
         self._bytes = 0
-        self.program = 0
+        self.program = self.programs = 0
         self.original = interpreter._interpreter
         self._start([])
 
@@ -100,6 +100,9 @@ class Guard:
         self._tracked = [
             _Tracked(name, address, size, granule) for address, size, name, granule in merged
         ]
+        # Which programs did an acquiring and releasing atomic at an address, and who came last.
+        self._tickets: dict[int, set[int]] = defaultdict(set)
+        self._after_all = _NOBODY
         self._starts = np.array([t.address for t in self._tracked] or [0], np.int64)
         self._ends = np.array([t.address + t.size for t in self._tracked] or [0], np.int64)
 
@@ -126,7 +129,7 @@ class Guard:
         granule = tracked.granule
         at = (offset // granule)[:, None] + np.arange(max(1, size // granule))
         against = {"ld": ("st",), "st": ("ld", "st", "atom"), "atom": ("st",)}[kind]
-        for other in against:
+        for other in against if self.program != self._after_all else ():
             who = tracked.program[other][at]
             if ((who != _NOBODY) & (who != self.program)).any():
                 self.errors[f"race between programs ({kind} of {tracked.name})", line] += 1
@@ -147,6 +150,11 @@ class Guard:
 
     def atomic_rmw(self, op: Any, pointers: Any, value: Any, mask: Any, sem: Any) -> Any:
         good = self._check(pointers, mask, value.dtype.itemsize, "atom")
+        if sem.name == "ACQUIRE_RELEASE":
+            for address in pointers.ravel()[np.ravel(good)].tolist():
+                self._tickets[address].add(self.program)
+                if len(self._tickets[address]) == self.programs:
+                    self._after_all = self.program
         return self.original.atomic_rmw(op, pointers, value, good, sem)
 
     def atomic_cas(self, pointers: Any, compare: Any, value: Any, sem: Any) -> Any:
@@ -204,7 +212,7 @@ def guard(seed: int | None = None) -> Iterator[Guard]:
         )
 
     def shuffled_dim(self: Any, x: int, y: int, z: int) -> Any:
-        count = x * y * z
+        count = watch.programs = x * y * z
         order["shape"] = (x, y, z)
         order["of"] = (
             np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)

@@ -90,6 +90,11 @@ class Memory:
         granule = min([_GRANULE["global"], *(t.element_size() for _, t in self.tensors)])
         self.shadow = {"global": Shadow(size, granule)} if check_races else {}
         self.shared = np.zeros(0, np.uint8)
+        # Tickets: which blocks did an acquiring and releasing atomic at an address, and which came
+        # after every other block's.
+        self.grid_blocks = 0
+        self.tickets: dict[int, set[int]] = defaultdict(set)
+        self.after_all: set[int] = set()
         for t, view in self._views():
             view[:] = t
 
@@ -116,6 +121,9 @@ class Memory:
             np.arange(threads), len(blocks)
         )
         self.epoch = np.zeros(self.lanes, np.int64)
+        self.accessed = np.full(
+            self.lanes, -1, np.int64
+        )  # the epoch of a lane's last global access
         self.shared_size = shared_bytes
         self.stride = -(-shared_bytes // 256) * 256 + 256
         self.shared = np.full(len(blocks) * self.stride + 16, 0xA5, np.uint8)
@@ -172,7 +180,8 @@ class Memory:
         """Two accesses to one granule, one of them a write, that no barrier orders.
 
         Within a block a barrier orders, and so do lanes of one warp (they run in step here, and
-        Triton separates them). Between blocks nothing does; two atomics never race.
+        Triton separates them). Between blocks nothing does but the last ticket of a launch; two
+        atomics never race.
         """
         shadow = self.shadow[space]
         lanes = np.flatnonzero(good)
@@ -182,6 +191,9 @@ class Memory:
         where = ((offset[lanes] // shadow.granule)[:, None] + np.arange(count)).ravel()
         lane = np.repeat(lanes, count)
         me, epoch = self.thread_id[lane], self.epoch[lane]
+        alone = ~np.isin(me // self.threads, list(self.after_all))
+        if space == "global":
+            self.accessed[lanes] = self.epoch[lanes]
 
         def clash(other: str) -> Array:
             thread = shadow.thread[other][where]
@@ -192,7 +204,7 @@ class Memory:
                 another = another | shadow.many_warps[where]
                 elsewhere = elsewhere | shadow.many_blocks[where]
             unordered = another & (shadow.epoch[other][where] == epoch)
-            return used & ((elsewhere & (space == "global")) | (block & unordered))
+            return used & ((elsewhere & alone & (space == "global")) | (block & unordered))
 
         against = {"ld": ("st",), "st": ("st", "ld", "atom"), "atom": ("st",)}[kind]
         if space == "shared" and kind != "st":
@@ -201,6 +213,17 @@ class Memory:
         if clashes.any():
             self.faults.add(f"{space} race ({kind})", ins, int(clashes.sum()))
         shadow.note(kind, where, me, epoch, self.threads)
+
+    def _take_ticket(self, lane: int, address: int, ins: Any) -> None:
+        """What other warps of the block did is released only if a barrier came before."""
+        mine = self.thread_id // self.threads == self.thread_id[lane] // self.threads
+        other = mine & (self.thread_id // 32 != self.thread_id[lane] // 32)
+        if (self.accessed[other] == self.epoch[other]).any():
+            self.faults.add("ticket without a barrier before it", ins, 1)
+        block = int(self.thread_id[lane]) // self.threads
+        self.tickets[address].add(block)
+        if len(self.tickets[address]) == self.grid_blocks:
+            self.after_all.add(block)
 
     def _collision(self, index: Array, values: list[Array], ins: Any, space: str) -> None:
         """Two lanes of one store that write different values to one element."""
@@ -272,6 +295,8 @@ class Memory:
             at = offset[lane] // dtype.itemsize
             before = cells[at]
             old[lane] = before
+            if self.check_races and "acq_rel" in ins.opcode:
+                self._take_ticket(lane, int(offset[lane]), ins)
             if op == "cas":
                 cells[at] = rest[0][lane] if before == first[lane] else before
             else:
