@@ -11,12 +11,6 @@ namespace {
 
 constexpr int64_t kShareBlocks = 256; // one task: 64 KiB of each mask
 
-uint64_t load_64(const uint32_t* words) {
-  uint64_t word;
-  std::memcpy(&word, words, sizeof word);
-  return word;
-}
-
 // Appends bits to the array from `position` to `end`, both in bits. Other threads may share its
 // first and last word: there bits are added atomically, onto zeros; all others are stored.
 class BitWriter {
@@ -124,6 +118,12 @@ static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
 #if FEDMAP_X86
 FEDMAP_TARGET_AVX2
 namespace avx2 {
+
+static uint64_t load_64(const uint32_t* words) {
+  uint64_t word;
+  std::memcpy(&word, words, sizeof word);
+  return word;
+}
 
 // `joins`: two 64-bit words of the parent seldom have more than 63 bits together.
 static void relative(const uint32_t* child, const uint32_t* parent, int64_t count, bool joins,

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -82,13 +83,16 @@ constexpr int kSpins = 2000;
 class Worker {
  public:
   explicit Worker(int slot) : slot_(slot) {
-    std::thread([this] { loop(); }).detach();
+    std::thread thread([this] { loop(); });
+    handle_ = thread.native_handle();
+    thread.detach();
   }
 
   void offer(Job* job) {
     inbox_.store(job);
     if (asleep_.load()) {
       std::lock_guard<std::mutex> lock(mutex_);
+      leave_to_caller();
       wake_.notify_one();
     }
   }
@@ -119,22 +123,44 @@ class Worker {
     }
   }
 
+  // Having been woken it looks for a while, as a waking may take longer than the job it was for:
+  // the next one finds it ready.
   Job* await() {
-    for (int spins = 0; spins < kSpins; ++spins) {
-      if (Job* job = inbox_.load(std::memory_order_relaxed))
-        return job;
-      relax();
+    for (;;) {
+      for (int spins = 0; spins < kSpins; ++spins) {
+        if (Job* job = inbox_.load(std::memory_order_relaxed))
+          return job;
+        relax();
+      }
+      std::unique_lock<std::mutex> lock(mutex_);
+#if defined(__linux__)
+      cpu_ = sched_getcpu();
+#endif
+      asleep_.store(true);
+      if (!inbox_.load())
+        wake_.wait(lock);
+      asleep_.store(false);
     }
-    std::unique_lock<std::mutex> lock(mutex_);
-    asleep_.store(true);
-    Job* job;
-    while (!(job = inbox_.load()))
-      wake_.wait(lock);
-    asleep_.store(false);
-    return job;
+  }
+
+  // Linux may wake a thread where it last ran although the caller, which goes on working, runs
+  // there now and other CPUs idle; it is moved only milliseconds later. On two virtual CPUs most
+  // jobs of 1 ms had one thread.
+  void leave_to_caller() {
+#if defined(__linux__)
+    const int cpu = sched_getcpu();
+    cpu_set_t others;
+    if (cpu_ != cpu || cpu < 0 || sched_getaffinity(0, sizeof others, &others) != 0)
+      return;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) > 0)
+      pthread_setaffinity_np(handle_, sizeof others, &others);
+#endif
   }
 
   const int slot_;
+  std::thread::native_handle_type handle_;
+  int cpu_ = -1; // where it went to sleep
   alignas(64) std::atomic<Job*> inbox_{nullptr};
   std::atomic<bool> asleep_{false};
   std::mutex mutex_;

@@ -55,10 +55,10 @@ def unpack(
     /,
 ) -> None: ...
 def relative(
-    child: int, parent: int, parent_rank: int, numel: int, out: int, threads: int, /
+    child: int, parent: int, parent_rank: int, numel: int, out: int, rank: int, threads: int, /
 ) -> None: ...
 def nest(
-    kept: int, parent: int, parent_rank: int, numel: int, out: int, threads: int, /
+    kept: int, parent: int, parent_rank: int, numel: int, out: int, rank: int, threads: int, /
 ) -> None: ...
 def masked_sgd(
     values: int,
