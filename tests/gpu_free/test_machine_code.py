@@ -19,6 +19,7 @@ _QUICK = (
     "masked_sgd float32 0.5",
     "weighted_mean 10 float32",
     "quantize_int8 feedback",
+    "decode_mask 0.1",
 )
 NAMES = [w.name for w in workloads(64)] if WHOLE else list(_QUICK)
 

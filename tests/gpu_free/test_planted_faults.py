@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpucheck import WHOLE, contracts
+from gpucheck import WHOLE, coding, contracts
 from gpucheck.driver import emulate
 from gpucheck.interpreter import guard
 
@@ -91,6 +91,32 @@ def _select_distinct(show: Any) -> None:
 
 def _rank(show: Any) -> None:
     contracts.rank_index(2048 * 1100 + 5, "cpu", show)
+
+
+def _masks(show: Any) -> None:
+    with coding.small_chunks(16, 256):
+        coding.masks(coding.RUNS, 3, "cpu", show, by="reference")
+
+
+def _no_room(show: Any) -> None:
+    coding.masks_without_room("cpu", show)
+
+
+def _ranks(show: Any) -> None:
+    coding.ranks(5001, "cpu", show)
+
+
+def _values(show: Any) -> None:
+    with coding.small_chunks(16, 512):
+        coding.values(700, torch.float16, "cpu", show, by="reference")
+
+
+def _values32(show: Any) -> None:
+    coding.values(300, F32, "cpu", show)
+
+
+def _values_refused(show: Any) -> None:
+    coding.values_refused("cpu", show)
 
 
 FAULTS = [
@@ -290,12 +316,137 @@ FAULTS = [
         "        tl.store(kept + slot, tl.load(above))",
         _select,
     ),
+    Fault(
+        "entropy",
+        "inactive lanes put words",
+        "full = on & ((x >> 16) >= f)",
+        "full = (x >> 16) >= f",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "words in the wrong order",
+        "tl.store(scratch + end + before,",
+        "tl.store(scratch + end + count - 1 - before,",
+        _masks,
+    ),
+    Fault("entropy", "reciprocal rounded down", "+ (f - 1).to(tl.uint64)", "", _values),
+    Fault(
+        "entropy",
+        "no bias where the frequency is 1",
+        "bias = _starts(f, lane) + tl.where(f < 2, (1 << 15) - 1, 0)",
+        "bias = _starts(f, lane)",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "filling forgotten",
+        "tile = (tile & inside) | (fill & (inside ^ 0xFFFFFFFF))",
+        "tile = tile & inside",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "words past the run read",
+        "low = tl.load(words, mask=rest > 0, other=0)",
+        "low = tl.load(words)",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "the first of equal starts taken",
+        "symbol = tl.where(t3 <= key, s + 3, tl.where(t2 <= key, s + 2, symbol))",
+        "symbol = tl.where(t2 <= key, s + 2, tl.where(t3 <= key, s + 3, symbol))",
+        _values,
+    ),
+    Fault(
+        "entropy",
+        "a register of words skipped",
+        "now = then\n        then = ahead",
+        "now = ahead",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "bits that cross a word lost",
+        "tl.atomic_or(words + to + 1, high, mask=high != 0,",
+        "tl.atomic_or(words + to + 1, high, mask=high == 1,",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "words shared by chunks stored",
+        'tl.atomic_or(words + to, low, mask=low != 0, sem="relaxed")',
+        "tl.store(words + to, low, mask=low != 0)",
+        _masks,
+    ),
+    Fault(
+        "entropy",
+        "words left over not noticed",
+        "(wrong == 0) & (taken == tl.load(offsets + c + 1) - begin)",
+        "(wrong == 0) & (taken >= 0)",
+        _masks,
+    ),
+    Fault("entropy", "ones one bit short", "last - at * 32, 0)", "last - 1 - at * 32, 0)", _masks),
+    Fault(
+        "entropy",
+        "past the capacity",
+        "mask=(i < count) & (to < limit))",
+        "mask=i < count)",
+        _no_room,
+    ),
+    Fault(
+        "entropy", "ranks count the bit itself", "at - w * 32, 0)", "at + 1 - w * 32, 0)", _ranks
+    ),
+    Fault(
+        "entropy",
+        "the highest top of equals",
+        "top = 255 - (tl.max((through - earlier) * 256 + 255 - bins, 0) & 255)",
+        "top = tl.max((through - earlier) * 256 + bins, 0) & 255",
+        _values32,
+    ),
+    Fault(
+        "entropy",
+        "lanes past the end counted",
+        "counts -= tl.where(bins == 0, blocks * BLOCK - size, 0)",
+        "counts -= tl.where(bins == 0, 0, 0)",
+        _values32,
+    ),
+    Fault(
+        "entropy",
+        "escapes of every lane",
+        "mask=escaped & (place < limit))",
+        "mask=place < limit)",
+        _values,
+    ),
+    Fault(
+        "entropy",
+        "a step of symbols ahead",
+        "on = lane < live - 32 * j\n            x, s, now",
+        "on = lane < live - 32 * j - 1\n            x, s, now",
+        _values,
+    ),
+    Fault(
+        "entropy",
+        "impossible symbols taken",
+        "impossible = (s > top) & (s != _ESCAPE)",
+        "impossible = (s > top) & (s == _ESCAPE)",
+        _values_refused,
+    ),
+    Fault(
+        "entropy",
+        "three bits without their spill",
+        "mask=inside & (offset > 5), other=0)",
+        "mask=inside & (offset > 6), other=0)",
+        _values,
+    ),
 ]
 _QUICK = (
     "dropped mask of the store",
     "highest index of ties kept",
     "missing other=",
     "state begins a survivor late",
+    "words shared by chunks stored",
 )
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import fedmap_sparse as fs
+from fedmap_sparse.ops import entropy as coder
 from fedmap_sparse.ops._segments import ZEROED
 from fedmap_sparse.triton_kernels import (
     _scan,
     accumulate,
+    entropy,
     masked_adamw,
     masked_sgd,
     nest,
@@ -234,8 +236,75 @@ def _selecting(n: int) -> Iterator[Workload]:
     )
 
 
+def _coding(n: int) -> Iterator[Workload]:
+    """A chain of steps a chunk: bound by latency, not by bytes, and asks for a sector step by
+    step. Coded words pass through scratch, as their place is known last."""
+    device = torch.device("cpu")
+    mask, room = _masks(n, 0.1), n + 10_000
+    runs, nnz = coder.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
+    codes = coder.density_codes(runs.numel, nnz)
+    coded, steps = coder._steps(runs, codes.tolist())
+    chunk, plan = coder.chunk_steps(runs.numel, codes), coder._device_plan(coded)
+    head = torch.frombuffer(bytearray(coder._mask_head(codes, chunk, steps)), dtype=torch.uint8)
+    payload = coder.encode_mask(mask.words, runs, nnz, room, backend="cpu")
+    assert payload is not None
+    opened, size = coder._open_mask(payload, runs), payload.numel()
+    offsets = coder._offsets(opened.sizes, opened.words_at // 2)
+    inside = coder._padded(payload, device)
+    none = torch.empty(0, 2, dtype=torch.int64)
+    yield Workload(
+        "encode_mask 0.1",
+        n,
+        lambda: entropy.encode_mask(mask.words, plan, steps, chunk, head, size),
+        0.125 + size / n,
+        1.7,
+        2.1,
+    )
+    yield Workload(
+        "decode_mask 0.1",
+        n,
+        lambda: entropy.decode_mask(
+            inside, opened.states_at, offsets, plan, steps, chunk, none, mask.words.numel()
+        ),
+        0.125 + size / n,
+        1.75,
+        1.0,
+    )
+    for dtype in (F32, torch.float16, BF16):
+        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        parts = coder._value_parts(n, dtype)
+        payload = coder.encode_values(values, 8 * n + 10_000, backend="cpu")
+        assert payload is not None
+        valued, inside = coder._open_values(payload, n, dtype), coder._padded(payload, device)
+        escapes = valued.entries["escapes"].astype("int64")
+        places = torch.stack(
+            [
+                coder._offsets(valued.sizes, parts[-1] // 2),
+                coder._offsets(escapes, valued.escapes_at),
+            ]
+        )
+        each = payload.numel()
+        floor = dtype.itemsize + each / n
+        yield Workload(
+            f"encode_values {short}",
+            n,
+            lambda v=values, p=parts, room=each: entropy.encode_values(v, p, room),
+            floor,
+            2.2,
+            2.0,
+        )
+        yield Workload(
+            f"decode_values {short}",
+            n,
+            lambda i=inside, p=parts, at=places, d=dtype: entropy.decode_values(i, p, at, n, d),
+            floor,
+            1.4,
+            2.6,
+        )
+
+
 def workloads(n: int) -> list[Workload]:
     """All of them over `n` elements."""
     torch.manual_seed(0)
-    parts = (_packing, _nesting, _stepping, _accumulating, _quantizing, _selecting)
+    parts = (_packing, _nesting, _stepping, _accumulating, _quantizing, _selecting, _coding)
     return [workload for part in parts for workload in part(n)]
