@@ -54,6 +54,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._grouped: list[list[int]] = []
         self._ungrouped = list(range(len(entries)))
         self._written: list[Numbers] = []
+        self._begun = False
+        self._backend = _backends.pick(None, params.values.device)
         self._parameters = params.parameters
         self._packed: dict[str, Tensor] = {}
         self._versions = [-1] * len(params.parameters)
@@ -138,20 +140,18 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             flat.check_bound()
         if self._parameters is not flat.parameters:
             self._follow_rebind()
-        backend = _backends.pick(None, flat.values.device)
-        grads = None if read and backend == "cpu" else self._gradients()
+        grads = None if read and self._backend == "cpu" else self._gradients()
         if flat.mask is not self._mask:
             self.set_mask(flat.mask)
-        self._write_segments(grads)
         self._follow_writes()
-        self._prepare_state()
+        self._follow_groups(grads)
         packed = [self._packed.get(name) for name in (*self.state_names, "master")]
         mask, scalars = self._mask, self._segments.scalars
         where = (flat.values, mask.words, mask.rank, mask.numel)
         if grads is None:
             _segments.step_native(self._kernel, *where, rows, scalars, *packed)
         else:
-            self._op(*where, mask.nnz, grads, rows, scalars, *packed, backend)
+            self._op(*where, mask.nnz, grads, rows, scalars, *packed, self._backend)
         flat.mark_written()
         self._versions = [p._version for p in flat.parameters]
         return loss
@@ -168,20 +168,26 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 grads[i] = grad.contiguous()
         return _segments.check_gradients(grads, self._segments, self.flat.values)
 
-    def _write_segments(self, grads: list[Tensor | None] | None) -> None:
-        """Flags and scalars of every segment; `grads` None: the table has their addresses."""
-        rows, scalars = self._segments.rows.numpy(), self._segments.scalars.numpy()
+    def _follow_groups(self, grads: list[Tensor | None] | None) -> None:
+        """Flags and scalars of every segment; `grads` None: the table has their addresses.
+
+        After a backward pass numpy's code is out of the caches, and each of its calls takes 20 us
+        here: none where nothing changed.
+        """
+        segments = self._segments
         numbers = [self._numbers(group) for group in self.param_groups]
         if numbers != self._written:
-            for (values, flags), indices in zip(numbers, self._grouped, strict=True):
-                scalars[indices, : len(values)] = values
-                rows[indices, 3] = flags
+            for (scalars, flags), indices in zip(numbers, self._grouped, strict=True):
+                segments.scalars.numpy()[indices, : len(scalars)] = scalars
+                segments.rows.numpy()[indices, 3] = flags
+            self._allocate_state()
             self._written = numbers
+            self._begun = False
         if self._ungrouped:
-            rows[self._ungrouped, 2] = 0
+            segments.rows[self._ungrouped, 2] = 0
         if grads is not None:
-            rows[:, 2] = [g is not None for g in grads]
-        self._advance(rows, scalars, rows[:, 2] != 0)
+            segments.rows[:, 2] = torch.tensor([g is not None for g in grads])  # 1 for an address
+        self._advance()
 
     def _follow_rebind(self) -> None:
         for group, indices in zip(self.param_groups, self._grouped, strict=True):
@@ -189,10 +195,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._parameters = self.flat.parameters
         self._packed = {k: t.to(self.flat.values.device) for k, t in self._packed.items()}
         self._packed.pop("master", None)  # the values are what was taken in: start from them
+        self._backend = _backends.pick(None, self.flat.values.device)
+        self._written = []
         self._mask = self._mask.to(self.flat.values.device)
 
-    def _prepare_state(self) -> None:
-        """Allocate what this step wants and lacks."""
+    def _allocate_state(self) -> None:
+        """What the groups want and lack."""
         size = self._mask.nnz + self.flat.layout.tail_numel
         for name in self._wanted_state():
             if name not in self._packed:
@@ -286,6 +294,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             dense = ops.unpack(t[: saved.nnz].to(device), saved)
             packed[name] = torch.cat([ops.pack(dense, self._mask), t[saved.nnz :].to(device)])
         self._packed = packed
+        self._written = []
         if "master" in packed:
             self._versions = [p._version for p in self.flat.parameters]
         self._segment_state()[:] = segments
@@ -305,8 +314,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """What a group's segments have in their rows."""
 
     @abstractmethod
-    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
-        """Write what changes from step to step; `stepping` segments have gradients."""
+    def _advance(self) -> None:
+        """Write what changes from step to step; segments without an address do not step."""
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -373,10 +382,14 @@ class MaskedSGD(MaskedOptimizer):
         flags = ops.sgd_flags(nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True)
         return scalars, flags
 
-    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
-        started = self._started[:, 0]
-        rows[:, 3] = rows[:, 3] & ~_segments.FIRST | _segments.FIRST * (started == 0)
-        started[stepping & (scalars[:, 1] != 0)] = 1
+    def _advance(self) -> None:
+        if self._begun:
+            return
+        rows, momentum = self._segments.rows.numpy(), self._segments.scalars.numpy()[:, 1]
+        first = (self._started[:, 0] == 0) & (momentum != 0)
+        rows[:, 3] = rows[:, 3] & ~_segments.FIRST | _segments.FIRST * first
+        self._begun = not first.any()
+        self._started[first & (rows[:, 2] != 0)] = 1
 
     def _wanted_state(self) -> tuple[str, ...]:
         return self.state_names if any(g["momentum"] != 0 for g in self.param_groups) else ()
@@ -440,10 +453,10 @@ class MaskedAdamW(MaskedOptimizer):
         flags = ops.adamw_flags(maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True)
         return tuple(float(x) for x in given), flags
 
-    def _advance(self, rows: np.ndarray, scalars: np.ndarray, stepping: np.ndarray) -> None:
-        betas, powers = scalars[:, 1:3], self._powers
-        np.multiply(powers, betas, out=powers, where=stepping[:, None])
-        scalars[:, 5:7] = powers
+    def _advance(self) -> None:
+        scalars, stepping = self._segments.scalars.numpy(), self._segments.rows.numpy()[:, 2:3] != 0
+        np.multiply(self._powers, scalars[:, 1:3], out=self._powers, where=stepping)
+        scalars[:, 5:7] = self._powers
 
     def _wanted_state(self) -> tuple[str, ...]:
         if any(g["amsgrad"] for g in self.param_groups):

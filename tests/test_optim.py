@@ -211,10 +211,12 @@ def test_groups_schedulers_and_parameters_of_no_group():
     sa = torch.optim.lr_scheduler.StepLR(a, 3, gamma=0.5)
     sb = torch.optim.lr_scheduler.StepLR(b, 3, gamma=0.5)
     alone = model[3].bias.detach().clone()
+    model[3].bias.register_hook(lambda g: g * float("nan"))  # not even multiplied by 0
     for seed in range(12):
         if seed == 6:
-            a.add_param_group({"params": [model[1].weight], "lr": 0.01})
-            b.add_param_group({"params": [twin[1].weight], "lr": 0.01})
+            late = {"lr": 0.01, "dampening": 0.5}  # which a first step leaves out
+            a.add_param_group({"params": [model[1].weight], **late})
+            b.add_param_group({"params": [twin[1].weight], **late})
         train(model, a, seed)
         train(twin, b, seed)
         sa.step()
@@ -304,6 +306,25 @@ def test_state_dict_round_trip_also_into_another_density(make, shrink):
     broken["param_groups"][0]["params"] = [0]
     with pytest.raises(ValueError, match="groups of this optimizer"):
         b.load_state_dict(broken)
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_earlier_state_is_taken_up_again(make, steps):
+    kw = {"momentum": 0.9} if make is MaskedSGD else {}
+    flat = fs.flatten(net())
+    optimizer = make(flat, lr=0.05, **kw)
+    for seed in range(steps):
+        train(flat.module, optimizer, seed)
+    model, state = copy.deepcopy(flat.module.state_dict()), optimizer.state_dict()
+    results = []
+    for _ in range(2):
+        flat.module.load_state_dict(model)
+        optimizer.load_state_dict(state)
+        for seed in range(steps, steps + 3):
+            train(flat.module, optimizer, seed)
+        results.append(flat.values.clone())
+    assert torch.equal(*results)
 
 
 def test_bfloat16_master_copies_catch_small_steps():
