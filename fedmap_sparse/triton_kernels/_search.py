@@ -25,7 +25,7 @@ SAMPLE_BINS, BINS = 8192, 2048
 _SAMPLE_BINS, _BINS, _BITS = tl.constexpr(SAMPLE_BINS), tl.constexpr(BINS), tl.constexpr(11)
 # Standard deviations of the sampled rank to either side: a miss in 16 000 on unordered data.
 _WIDTH = tl.constexpr(4.0)
-# A block with more candidates than this may hold one key over and over, added up before it counts.
+# A block with more candidates than this may hold one key over and over.
 _CROWD = tl.constexpr(256)
 
 
@@ -59,12 +59,21 @@ def _narrow(state, histogram, copies, low, wanted, shift):
     tl.store(state + _WANTED, wanted - tl.sum(tl.where(lane > here, counts, 0), 0))
 
 
+@triton.jit
+def _add_least(histogram, bin, live):
+    """Count what shares the least bin at once, as zeros often do; returns which are left."""
+    least = tl.min(tl.where(live, bin, _BINS - 1), 0)
+    common = (live & (bin == least)).to(tl.int32)
+    tl.atomic_add(histogram + least, tl.sum(common, 0), sem="relaxed")
+    return common == 0
+
+
 @triton.jit(
     do_not_specialize=["keep", "eligible", "last"], do_not_specialize_on_alignment=["within"]
 )
 def _sample(
     values, within, state, sample, num_words, runs, keep, eligible, last, KEY_BITS: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Runs of 32 elements (a word of the mask), one at a pseudo-random place of each stretch; of
     the last tensor's launch the last program finds the keys between which the wanted one lies, in
@@ -82,18 +91,21 @@ def _sample(
         take = take & (((w[:, None] >> bit[None, :]) & 1) != 0)
     at = word[:, None] * 32 + bit[None, :]
     key = _keys(tl.load(values + at, mask=take, other=0), KEY_BITS)
-    tl.atomic_add(sample + (key >> (KEY_BITS - 13)), 1, mask=take, sem="relaxed")
+    mine = sample + (tl.program_id(0) % COPIES) * _SAMPLE_BINS
+    tl.atomic_add(mine + (key >> (KEY_BITS - 13)), 1, mask=take, sem="relaxed")
     if _is_last(state, 0):
         if last != 0:
-            _bracket(state, sample, keep, eligible, KEY_BITS)
+            _bracket(state, sample, keep, eligible, KEY_BITS, COPIES)
         else:
             tl.store(state + _TICKETS, tl.zeros((), tl.int64))
 
 
 @triton.jit
-def _bracket(state, sample, keep, eligible, KEY_BITS: tl.constexpr):
+def _bracket(state, sample, keep, eligible, KEY_BITS: tl.constexpr, COPIES: tl.constexpr):
     lane = tl.arange(0, _SAMPLE_BINS)
     counts = tl.load(sample + lane)
+    for i in tl.static_range(1, COPIES):
+        counts += tl.load(sample + i * _SAMPLE_BINS + lane)
     total = tl.sum(counts, 0)
     at_or_above = (total - tl.cumsum(counts, 0) + counts).to(tl.float32)
     share = keep.to(tl.float32) / eligible.to(tl.float32)
@@ -178,14 +190,9 @@ def _read_block(
         tl.store(keys + start + j, again.to(keys.dtype.element_ty), mask=live)
         tl.store(places + start + j, place.to(tl.int16), mask=live)
         bin = (again - low) >> shift
-        apart = live
         if found > _CROWD:
-            least = tl.min(tl.where(live, bin, _BINS), 0)
-            apart = live & (tl.max(tl.where(live, bin, 0), 0) != least)
-            total = tl.minimum(found - begin, LANES)
-            together = tl.max(apart.to(tl.int32), 0) == 0
-            tl.atomic_add(mine + least, total, mask=together, sem="relaxed")
-        tl.atomic_add(mine + bin, 1, mask=apart, sem="relaxed")
+            live = live & _add_least(mine, bin, live)
+        tl.atomic_add(mine + bin, 1, mask=live, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["copies"], do_not_specialize_on_alignment=["within", "words"])
@@ -262,13 +269,9 @@ def _refine_values(
         wide = key.to(tl.int64)
         inside = eligible & (wide >= low) & (((wide - low) >> shift) == 0)
         bin = ((wide - low) >> finer).to(tl.int32)
-        least = tl.min(tl.min(tl.where(inside, bin, _BINS - 1), 0), 0)
-        most = tl.max(tl.max(tl.where(inside, bin, 0), 0), 0)
-        if least == most:  # one key over and over
-            total = tl.sum(tl.sum(inside.to(tl.int32), 0), 0)
-            tl.atomic_add(mine + least, total, sem="relaxed")
-        else:
-            tl.atomic_add(mine + bin, 1, mask=inside, sem="relaxed")
+        bin, inside = tl.reshape(bin, (2048,)), tl.reshape(inside, (2048,))
+        apart = inside & _add_least(mine, bin, inside)
+        tl.atomic_add(mine + bin, 1, mask=apart, sem="relaxed")
     if _is_last(state, LAUNCH):
         if last != 0:
             _narrow(state, histogram, copies, low, tl.load(state + _WANTED), finer)

@@ -176,9 +176,10 @@ class _Search:
         self.first_blocks = [sum(self.blocks[:i]) for i in range(len(self.blocks))]
         self.total = sum(v.numel() for v in self.values)
         self.capacity = max(self.total // 16, min(self.total, 65536))
-        # Of the histogram: one for a million values, as their counts collide where keys are few.
-        self.copies = min(32, triton.next_power_of_2(max(1, self.total >> 20)))
-        sizes = [SAMPLE_BINS, self.copies * BINS, 2 * SLOTS]
+        # Of the histograms: more for more values, whose counts collide where keys are few.
+        self.copies = min(8, triton.next_power_of_2(max(1, self.total >> 21)))
+        self.samples = 4 if self.total > 1 << 22 else 1
+        sizes = [self.samples * SAMPLE_BINS, self.copies * BINS, 2 * SLOTS]
         scratch = torch.zeros(sum(sizes), dtype=torch.int32, device=first.device)
         self.sample, self.histogram, state = scratch.split(sizes)
         self.state = state.view(torch.int64)
@@ -204,7 +205,8 @@ class _Search:
             runs = max(1, min(self.words[i], wanted * value.numel() // self.total // _RUN))
             _sample[(triton.cdiv(runs, 8),)](
                 value, within, self.state, self.sample, self.words[i], runs, self.keep,
-                self.eligible, int(i == final), KEY_BITS=bits, RUNS=8, num_warps=_WARPS,
+                self.eligible, int(i == final), KEY_BITS=bits, RUNS=8, COPIES=self.samples,
+                num_warps=_WARPS,
             )  # fmt: skip
         for i, value, within in self.parts:
             _read[(self.blocks[i],)](
@@ -221,8 +223,8 @@ class _Search:
         programs = max(1, min(256, self.total // 65536))
         for launch in (1, 2) if bits == 31 else (1,):
             _refine[(programs,)](
-                self.state, self.histogram, self.copies, self.keys, LAUNCH=launch, LANES=1024,
-                num_warps=_WARPS,
+                self.state, self.histogram, min(self.copies, 2), self.keys, LAUNCH=launch,
+                LANES=1024, num_warps=_WARPS,
             )  # fmt: skip
         for launch in (3, 4, 5) if bits == 31 else (3, 4):
             for i, value, within in self.parts:

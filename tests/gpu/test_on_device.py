@@ -102,7 +102,7 @@ def test_optimizers_give_the_bits_of_the_cpu(make: Callable[..., Any], dtype: to
     assert equal(*out)
 
 
-@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"delta": True}])
+@pytest.mark.parametrize("how", [{}, {"dtype": "bfloat16"}, {"dtype": "int8"}])
 def test_a_federation_sends_the_bytes_of_the_cpu(how: dict[str, Any]) -> None:
     """Four rounds, two of them pruning; one client on the CPU whatever the server is on."""
     out = []
