@@ -67,7 +67,7 @@ def test_kernel_is_reference_at_any_thread_count(
     isa: str, threads: int, dtype: torch.dtype
 ) -> None:
     for density in (0.01, 0.3, 1.0):
-        problem = make_problem([70_001, 5, 30_000], [9, 40_000], density, dtype, states=3)
+        problem = make_problem([70_001, 5, 30_000], [9, 120_000], density, dtype, states=3)
         set_scalars(problem, ["betas", "amsgrad", "all"], t=2)
         assert_kernel_is_reference(problem)
 

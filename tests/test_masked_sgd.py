@@ -68,7 +68,7 @@ def test_kernel_is_reference_at_any_thread_count(
     isa: str, threads: int, dtype: torch.dtype
 ) -> None:
     for density in (0.01, 0.3, 1.0):
-        problem = make_problem([70_001, 5, 30_000], [9, 40_000], density, dtype)
+        problem = make_problem([70_001, 5, 30_000], [9, 120_000], density, dtype)
         set_scalars(problem, ["dampened", "nesterov", "maximize"])
         assert_kernel_is_reference(problem)
 
