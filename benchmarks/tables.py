@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedmap_sparse.bench.report import header_line, over_floor, seconds
+from fedmap_sparse.bench.report import header_line, over_floor, produced, seconds
 
 README = Path(__file__).with_name("README.md")
 MARKERS = ("<!-- tables: python benchmarks/tables.py --write -->", "<!-- end of tables -->")
@@ -57,12 +57,12 @@ def op_row(r: dict[str, Any]) -> list[str]:
     else:
         goal = f" (goal {most})" if most else ""
         floor = mark(over_floor(r), r["ratio_to_floor"] <= most if most else None) + goal
-    peers = []
+    peers = [f"ours{produced(r)}"] if "payload_bytes" in r else []
     for name, p in r["peers"].items():
         goal = f" (goal {least[name]:g})" if name in least else ""
         reached = p["speedup"] >= least[name] if name in least else None
         times = mark(f"×{p['speedup']:.3g}", reached)
-        peers.append(f"{name} {seconds(p['median_s'])}, {times}{goal}")
+        peers.append(f"{name} {seconds(p['median_s'])}, {times}{goal}{produced(p)}")
     spread = f"{seconds(r['p20_s'])}–{seconds(r['p80_s'])}"
     return [r["op"], f"{r['density']:g}", seconds(r["median_s"]), spread, floor, "; ".join(peers)]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,6 +194,53 @@ def test_large_selections_are_checked_against_a_partition(monkeypatch: pytest.Mo
         for keep in (1, 300, 3000, 3001):
             expected = ops.magnitude_mask(values, keep, backend="reference")
             assert cases.expected_mask(values, keep) == expected
+
+
+def test_rice_positions_can_be_read_back() -> None:
+    from fedmap_sparse.bench import messages
+
+    for density in (0.5, 0.1, 0.004):
+        keep = np.random.default_rng(1).random(20_000) < density
+        bits = np.unpackbits(messages.rice(np.flatnonzero(keep), keep.size)).tolist()
+        golden = math.log((math.sqrt(5) - 1) / 2)
+        low = max(0, 1 + math.floor(math.log2(golden / math.log(1 - keep.mean()))))
+        at, found, last = 0, [], -1
+        for _ in range(int(keep.sum())):
+            quotient = bits.index(0, at) - at
+            at += quotient + 1
+            rest = int("".join(map(str, bits[at : at + low])) or "0", 2)
+            at += low
+            last += 1 + (quotient << low) + rest
+            found.append(last)
+        assert found == np.flatnonzero(keep).tolist()
+        entropy = -(density * math.log2(density) + (1 - density) * math.log2(1 - density))
+        assert at < 1.06 * 20_000 * entropy
+
+
+def test_messages_beside_other_formats(tmp_path: Path) -> None:
+    code, found = bench("--ops", "encode_full", "--sizes", "40000", into=tmp_path / "r.json")
+    assert code == 0
+    (record,) = found["records"]
+    peers = {name: p["payload_bytes"] for name, p in record["peers"].items()}
+    kept = 4000
+    assert peers["COO int32"] == 8 * kept
+    assert peers["bitmap"] == 40_000 // 8 + 4 * kept
+    assert record["payload_bytes"] < min(peers.values())
+
+
+def test_weights_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from fedmap_sparse.experiments import checkpoint
+
+    dense, epoch = torch.randn(70), torch.randint(0, 4, (70,), dtype=torch.uint8)
+    mask = Mask.from_bool(epoch == 0)
+    server = {"values": dense[epoch == 0], "mask": mask.words, "pruned_at": epoch}
+    checkpoint.save(tmp_path / "checkpoint.safetensors", {"arms": {"fedmap": {"server": server}}})
+    values, before = inputs.run(str(tmp_path))
+    assert torch.equal(values, dense * (epoch == 0))
+    assert torch.equal(before, (epoch == 0) | (epoch == 3))
+    with pytest.raises(RuntimeError, match="expected a run's folder"):
+        inputs.run(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("model", ["sgd_resnet20", "adamw_resnet20"])

@@ -46,8 +46,11 @@ class Setting:
         return drawn.to(self.dtype).to(self.device)
 
     def mask(self, values: Tensor) -> Mask:
+        """Of `density`; a run's weights have their own."""
         from fedmap_sparse import ops
 
+        if self.inputs.startswith(inputs.RUN):
+            return Mask.from_bool(values != 0)
         return ops.magnitude_mask(values, self.keep)
 
 
@@ -73,6 +76,7 @@ class Trial:
         floor: plain streams of those bytes; None: a device copy of as many.
         calls: calls per timing.
         state_bytes: of an optimizer, where there is one.
+        sizes: bytes that each produces, by "ours" and the peers' names, where that is the point.
     """
 
     ours: Run
@@ -82,6 +86,7 @@ class Trial:
     peers: dict[str, Peer] = field(default_factory=dict)
     calls: int = 1
     state_bytes: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

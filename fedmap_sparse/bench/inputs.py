@@ -1,4 +1,4 @@
-"""What the cases run on: synthetic values, or the weights that a PyPI package carries."""
+"""What the cases run on: synthetic values, the weights that a PyPI package carries, or a run's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmap_sparse import ops
+from fedmap_sparse.mask import Mask
+
 SYNTHETIC = ("normal", "uniform", "ties", "sorted")
-TRAINED = "trained:"
+TRAINED, RUN = "trained:", "run:"
 
 #: Smaller storages of a checkpoint are counters and scales.
 _LEAST_STORAGE_BYTES = 4096
@@ -21,15 +24,17 @@ _LEAST_STORAGE_BYTES = 4096
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is one that `values` knows."""
-    if name not in SYNTHETIC and not name.startswith(TRAINED):
+    if name not in SYNTHETIC and not name.startswith((TRAINED, RUN)):
         known = ", ".join(SYNTHETIC)
-        raise ValueError(f"inputs: expected {known} or {TRAINED}PACKAGE, got {name!r}")
+        raise ValueError(f"inputs: expected {known}, {TRAINED}PACKAGE or {RUN}FOLDER, got {name!r}")
 
 
 def size(name: str) -> int | None:
     """How many values there are; None where any number can be had."""
     if name.startswith(TRAINED):
         return trained(name.removeprefix(TRAINED)).numel()
+    if name.startswith(RUN):
+        return run(name.removeprefix(RUN))[0].numel()
     return None
 
 
@@ -37,6 +42,7 @@ def values(name: str, n: int, *, dtype: torch.dtype = torch.float32, seed: int =
     """`n` values on the CPU. `ties`: 33 distinct values; `sorted`: ascending, sign included.
 
     `trained:PACKAGE`: the first `n` weights of the package, rolled by `seed` tenths.
+    `run:FOLDER`: those of the sparse model that `fedmap-sparse run` left there, +0.0 where pruned.
 
     Raises:
         ValueError: unknown name, or more values than the package has.
@@ -48,6 +54,8 @@ def values(name: str, n: int, *, dtype: torch.dtype = torch.float32, seed: int =
         if n > weights.numel():
             raise ValueError(f"sizes: expected at most {weights.numel()} ({name}), got {n}")
         return torch.roll(weights[:n], seed * (n // 10)).to(dtype)
+    if name.startswith(RUN):
+        return run(name.removeprefix(RUN))[0][:n].to(dtype)
     generator = torch.Generator().manual_seed(seed)
     if name == "uniform":
         drawn = torch.rand(n, generator=generator) * 2 - 1
@@ -58,6 +66,20 @@ def values(name: str, n: int, *, dtype: torch.dtype = torch.float32, seed: int =
     if name == "sorted":
         drawn = drawn.sort().values
     return drawn.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def run(folder: str) -> tuple[Tensor, Tensor]:
+    """The global model of a finished run, dense, and who survived until its last pruning (bool)."""
+    from fedmap_sparse.experiments import checkpoint
+
+    path = Path(folder) / "checkpoint.safetensors"
+    if not path.exists():
+        raise RuntimeError(f"inputs: expected a run's folder with {path.name}, got {folder!r}")
+    state = checkpoint.load(path)["arms"]["fedmap"]["server"]
+    pruned_at = state["pruned_at"]
+    mask = Mask.from_words(state["mask"], pruned_at.numel())
+    return ops.unpack(state["values"], mask), mask.to_bool() | (pruned_at == pruned_at.max())
 
 
 @lru_cache(maxsize=1)

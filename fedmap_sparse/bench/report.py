@@ -46,9 +46,11 @@ def table(records: list[Record]) -> Any:
     grid.add_column("peers: median, × ours")
     for r in records:
         peers = [
-            f"{name} {seconds(p['median_s'])}, ×{p['speedup']:.3g}"
+            f"{name} {seconds(p['median_s'])}, ×{p['speedup']:.3g}{produced(p)}"
             for name, p in r["peers"].items()
         ]
+        if "payload_bytes" in r:
+            peers.insert(0, f"ours{produced(r)}")
         grid.add_row(
             r["op"],
             f"{r['n']:,}",
@@ -73,6 +75,11 @@ def over_floor(r: Record) -> str:
     if r["op"].startswith("latency_"):
         return f"+{(r['median_s'] - r['floor_s']) * 1e6:.1f} µs"
     return f"{r['ratio_to_floor']:.2f}"
+
+
+def produced(r: Record) -> str:
+    """The bytes that came out, where they are the point."""
+    return f", {r['payload_bytes']:,} bytes" if "payload_bytes" in r else ""
 
 
 def refusal(refused: Refused) -> str:

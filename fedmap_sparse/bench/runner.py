@@ -31,7 +31,7 @@ MOST_SETS = 32
 def registry() -> dict[str, Case]:
     """Every case by its op's name."""
     # Each registers its cases when it is imported.
-    from fedmap_sparse.bench import cases, latency, models, steps  # noqa: F401
+    from fedmap_sparse.bench import cases, latency, messages, models, steps  # noqa: F401
 
     return REGISTRY
 
@@ -160,6 +160,10 @@ def _record(
         record["call_s"] = quantile(ours.call_samples, 0.5)
         for peer in peers:
             record["peers"][peer.name]["call_s"] = quantile(peer.call_samples, 0.5)
+    if trial.sizes:
+        record["payload_bytes"] = trial.sizes["ours"]
+        for peer in peers:
+            record["peers"][peer.name]["payload_bytes"] = trial.sizes[peer.name]
     if trial.state_bytes is not None:
         record["state_bytes"] = trial.state_bytes
     return record

@@ -1,0 +1,267 @@
+"""Cases of the message: its parts by themselves, and whole ones beside what people send otherwise.
+
+The bytes of masks are counted in bits: a mask of n elements moves n / 8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fedmap_sparse as fs
+from fedmap_sparse import ops
+from fedmap_sparse.bench import floors, inputs
+from fedmap_sparse.bench.case import CheckFailed, Peer, Setting, Trial, case, same, same_mask
+from fedmap_sparse.codec import Message
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops import entropy
+
+Array = np.ndarray[Any, Any]
+
+#: The mask before this one, where there is none on record, held so many times its survivors.
+PARENT = 1.25
+
+
+def _parent(s: Setting, values: Tensor, mask: Mask) -> Mask:
+    """The mask of the pruning round before."""
+    if s.inputs.startswith(inputs.RUN):
+        return Mask.from_bool(inputs.run(s.inputs.removeprefix(inputs.RUN))[1][: s.n]).to(s.device)
+    return ops.magnitude_mask(values, min(s.n, round(PARENT * mask.nnz)))
+
+
+def _runs(n: int) -> entropy.Runs:
+    return entropy.Runs(torch.zeros(1, dtype=torch.int64), torch.tensor([n]))
+
+
+@case("mask_encode", densities=(0.5, 0.1, 0.01), dtypes=(torch.float32,), group="message")
+def mask_encode(s: Setting) -> Trial:
+    mask = s.mask(s.values())
+    runs, nnz = _runs(s.n), torch.tensor([mask.nnz])
+
+    def ours() -> Tensor | None:
+        return entropy.encode_mask(mask.words, runs, nnz, 2 * mask.words.nbytes)
+
+    def check() -> None:
+        payload = ours()
+        if payload is None:
+            raise CheckFailed("encode_mask: expected fewer bytes than two bitmaps have")
+        words = entropy.decode_mask(payload, runs, s.n)
+        same("decode_mask(encode_mask)", words, mask.words)
+
+    return Trial(ours, check, s.n // 8, floors.read(mask.words), sizes=_sizes(ours()))
+
+
+@case("mask_decode", densities=(0.5, 0.1, 0.01), dtypes=(torch.float32,), group="message")
+def mask_decode(s: Setting) -> Trial:
+    mask = s.mask(s.values())
+    runs = _runs(s.n)
+    payload = entropy.encode_mask(mask.words, runs, torch.tensor([mask.nnz]), 2 * mask.words.nbytes)
+    assert payload is not None
+
+    def ours() -> Tensor:
+        return entropy.decode_mask(payload, runs, s.n)
+
+    return Trial(
+        ours,
+        lambda: same("decode_mask", ours(), mask.words),
+        s.n // 8,
+        floors.read(mask.words),
+        sizes=_sizes(payload),
+    )
+
+
+@case("values_encode", densities=(0.1,), group="message")
+def values_encode(s: Setting) -> Trial:
+    values = s.values()
+    packed = ops.pack(values, s.mask(values))
+
+    def ours() -> Tensor | None:
+        return entropy.encode_values(packed, 2 * packed.nbytes)
+
+    def check() -> None:
+        payload = ours()
+        assert payload is not None
+        decoded = entropy.decode_values(payload, packed.numel(), packed.dtype)
+        same("decode_values(encode_values)", decoded, packed)
+
+    return Trial(ours, check, packed.nbytes, floors.read(packed), sizes=_sizes(ours()))
+
+
+@case("values_decode", densities=(0.1,), group="message")
+def values_decode(s: Setting) -> Trial:
+    values = s.values()
+    packed = ops.pack(values, s.mask(values))
+    payload = entropy.encode_values(packed, 2 * packed.nbytes)
+    assert payload is not None
+
+    def ours() -> Tensor:
+        return entropy.decode_values(payload, packed.numel(), packed.dtype)
+
+    return Trial(
+        ours,
+        lambda: same("decode_values", ours(), packed),
+        packed.nbytes,
+        floors.read(packed),
+        sizes=_sizes(payload),
+    )
+
+
+@case("encode", densities=(0.1,), dtypes=(torch.float32,), group="message")
+def encode(s: Setting) -> Trial:
+    """The mask is known to the receiver: survivors alone travel."""
+    return _encode(s, "none")
+
+
+@case("encode_delta", densities=(0.1,), dtypes=(torch.float32,), group="message")
+def encode_delta(s: Setting) -> Trial:
+    """The receiver has the mask of the pruning round before."""
+    return _encode(s, "delta")
+
+
+@case("encode_full", densities=(0.1,), dtypes=(torch.float32,), group="message")
+def encode_full(s: Setting) -> Trial:
+    """The receiver has nothing, as the peers assume."""
+    return _encode(s, "full")
+
+
+@case("decode_full", densities=(0.1,), dtypes=(torch.float32,), group="message")
+def decode_full(s: Setting) -> Trial:
+    params, mask, _ = _model(s)
+    data = fs.encode(params, mask, mask_section="full")
+
+    def ours() -> Message:
+        message = fs.decode(data, params.layout)
+        message.packed  # noqa: B018  # decoded when asked for
+        return message
+
+    def check() -> None:
+        same("decode().packed", ours().packed, ops.pack(params.prunable, mask))
+        same_mask("decode().mask", ours().mask, mask.to("cpu"))
+
+    moved = len(data) + mask.words.nbytes + 4 * mask.nnz
+    stream = torch.empty(moved // 4 + 16)
+    return Trial(ours, check, moved, floors.read(stream), sizes={"ours": len(data)})
+
+
+def _model(s: Setting) -> tuple[fs.FlatParameters, Mask, Mask]:
+    """One weight of `n` elements, its mask and the mask before."""
+    model = nn.Linear(s.n, 1, bias=False, device=s.device)
+    values = s.values()
+    with torch.no_grad():
+        model.weight.copy_(values.view(1, -1))
+    params = fs.flatten(model)
+    wide = torch.nn.functional.pad(values, (0, params.layout.prunable_numel - s.n))
+    mask = s.mask(values)
+    parent = _parent(s, values, mask)
+    masks = [_widened(m, wide.numel()) for m in (mask, parent)]
+    return params, masks[0], masks[1]
+
+
+def _widened(mask: Mask, numel: int) -> Mask:
+    return Mask.from_bool(torch.nn.functional.pad(mask.to_bool(), (0, numel - mask.numel)))
+
+
+def _encode(s: Setting, section: Any) -> Trial:
+    params, mask, parent = _model(s)
+    given = {"mask_section": section, "parent": parent if section == "delta" else None}
+
+    def ours() -> bytes:
+        return fs.encode(params, mask, **given)
+
+    def check() -> None:
+        known = {"none": mask, "delta": parent, "full": None}[section]
+        message = fs.decode(ours(), params.layout, mask=known)
+        same("decode(encode).packed", message.packed, ops.pack(params.prunable, mask))
+        same_mask("decode(encode).mask", message.mask, mask)
+
+    moved = mask.words.nbytes + params.prunable.nbytes + 4 * mask.nnz
+    writers = (
+        _formats(params.prunable.detach().cpu()[: s.n], mask.to("cpu")) if section == "full" else {}
+    )
+    peers = {"pack alone": Peer(lambda: ops.pack(params.prunable, mask))}
+    peers |= {name: Peer(write) for name, write in writers.items()}
+    sizes = {"ours": len(ours()), "pack alone": 4 * mask.nnz}
+    sizes |= {name: len(write()) for name, write in writers.items()}
+    return Trial(ours, check, moved, floors.read(params.prunable), peers, sizes=sizes)
+
+
+def _sizes(payload: Tensor | None) -> dict[str, int]:
+    return {} if payload is None else {"ours": payload.numel()}
+
+
+def _formats(values: Tensor, mask: Mask) -> dict[str, Callable[[], bytes]]:
+    """What else could be sent to someone who has nothing, each writing bytes."""
+    kept = mask.to_bool()[: values.numel()]
+    dense, keep = (values * kept).numpy(), kept.numpy()
+    rows = keep.reshape(-1, 1024) if keep.size % 1024 == 0 else keep.reshape(1, -1)
+
+    def saved() -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, dense)
+        return stream.getvalue()
+
+    def with_values(*index: Array) -> bytes:
+        return b"".join(part.tobytes() for part in (*index, dense[keep]))
+
+    def coo(kind: type[np.integer[Any]]) -> bytes:
+        return with_values(np.flatnonzero(keep).astype(kind))
+
+    def csr() -> bytes:
+        starts = np.concatenate([[0], np.cumsum(rows.sum(1))]).astype(np.int32)
+        return with_values(starts, np.nonzero(rows)[1].astype(np.int32))
+
+    def bitmap() -> bytes:
+        return with_values(np.packbits(keep, bitorder="little"))
+
+    def positions() -> bytes:
+        return with_values(rice(np.flatnonzero(keep), keep.size))
+
+    found: dict[str, Callable[[], bytes]] = {
+        "numpy.save, dense": saved,
+        "COO int64": lambda: coo(np.int64),
+        "COO int32": lambda: coo(np.int32),
+        "CSR int32": csr,
+        "bitmap": bitmap,
+        "Rice positions": positions,
+    }
+    if importlib.util.find_spec("safetensors"):
+        from safetensors.numpy import save
+
+        found["safetensors of packed"] = lambda: save(
+            {"mask": np.packbits(keep, bitorder="little"), "values": dense[keep]}
+        )
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        found["numpy.save, zstd-3"] = lambda: zstandard.ZstdCompressor(level=3).compress(saved())
+    if importlib.util.find_spec("blosc2"):
+        import blosc2
+
+        found["blosc2, bitshuffle + zstd"] = lambda: blosc2.compress2(
+            dense, codec=blosc2.Codec.ZSTD, filters=[blosc2.Filter.BITSHUFFLE], typesize=4
+        )
+    return found
+
+
+def rice(positions: Array, size: int) -> Array:
+    """Gaps between survivors in Golomb's code with the best power of two, as STC sends positions.
+
+    Sattler et al. 2019 (arXiv 1903.02891), algorithm 3; b* from the density.
+    """
+    gaps = np.diff(positions, prepend=-1) - 1
+    density = max(positions.size, 1) / max(size, 1)
+    golden = np.log((np.sqrt(5) - 1) / 2)
+    low = max(0, 1 + int(np.floor(np.log2(golden / np.log(1 - min(density, 1 - 1e-9))))))
+    quotients = gaps >> low
+    ends = np.cumsum(quotients + 1 + low)
+    bits = np.ones(int(ends[-1]) if ends.size else 0, np.uint8)
+    bits[ends - low - 1] = 0  # ends the quotient's ones
+    for i in range(low):
+        bits[ends - low + i] = (gaps >> (low - 1 - i)) & 1
+    return np.packbits(bits)
