@@ -240,7 +240,7 @@ def begin_values(values: Tensor, capacity: int) -> Coding | None:
     parts = _value_parts(values.numel(), values.dtype)
     if parts[-1] > capacity:
         return None
-    return Coding(*_run("encode_values", values, parts, capacity))
+    return Coding(*_run("encode_values", values.detach(), parts, capacity))
 
 
 def encode_values(values: Tensor, capacity: int, *, backend: str | None = None) -> Tensor | None:
@@ -396,7 +396,7 @@ def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.d
         _device_plan(opened.coded).to(device),
         opened.steps,
         opened.chunk,
-        torch.tensor(_all_ones(runs, opened.codes), dtype=torch.int64).view(-1, 2).to(device),
+        torch.tensor(_all_ones(runs, opened.codes), dtype=torch.int64).view(-1, 2),
         num_words(numel),
     )
     for chunk in broken.nonzero()[:1].flatten().tolist():

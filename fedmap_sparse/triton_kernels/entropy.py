@@ -659,14 +659,16 @@ def decode_mask(
         states: where they are in it, a multiple of 4.
         offsets: int64[chunks + 1], where each chunk's words are, in words.
         plan, steps, chunk: as in `encode_mask`.
-        spans: int64[runs, 2], first and last bit of the runs that are all ones.
+        spans: int64[runs, 2] on the CPU, begin and end of the runs that are all ones.
     """
     device = payload.device
     words = torch.zeros(num_words, dtype=torch.int32, device=device)
     chunks = offsets.numel() - 1
     broken = torch.zeros(chunks, dtype=torch.int32, device=device)
     if spans.numel():
-        _fill[(triton.cdiv(num_words, 1024) + 1, spans.shape[0])](words, spans, BLOCK=1024)
+        longest = int((spans[:, 1] - spans[:, 0]).max())
+        grid = (triton.cdiv(longest, 32 * _WORDS) + 1, spans.shape[0])
+        _fill[grid](words, spans.to(device), BLOCK=_WORDS)
     if chunks:
         _decode_mask[(chunks,)](
             payload.view(torch.int32),

@@ -76,7 +76,8 @@ def masks(shapes: Any, gap: int, device: str, show: Show, by: str = "cpu") -> No
 
 
 def masks_without_room(device: str, show: Show) -> None:
-    """Nothing to code, and capacities too small: for the states, and for the words."""
+    """Nothing to code, one step, and capacities too small: for the states, and for the words."""
+    masks(((40, 0.5),), 0, device, show)
     runs, bits, nnz = runs_of(((300, 0.0), (64, 1.0)), 0)
     words = fs.Mask.from_bool(bits).words
     want = entropy.encode_mask(words, runs, nnz, 100, backend="cpu")
