@@ -1,7 +1,11 @@
 """The round: server and client over bytes, with dropouts, late joiners and bad messages."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -589,3 +593,49 @@ def test_int8_broadcast_is_adopted_by_the_server():
             train(c, 10 * r + i)
             updates.append((i, c.update(3)))
         assert server.aggregate(updates).accepted == (0, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_a_server_of_a_hundred_clients_needs_the_memory_of_one():
+    code = """
+import re, sys, torch
+from pathlib import Path
+import fedmap_sparse as fs
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
+
+server = fs.FedMapServer(fs.flatten(torch.nn.Linear(2000, 1000)), fs.schedule.Dense())
+client = fs.FedMapClient(fs.flatten(torch.nn.Linear(2000, 1000)))
+for kind in ("stream", "list"):
+    server.begin_round()
+    client.receive(server.broadcast())
+    update = client.update(1)
+    if kind == "stream":
+        server.add(0, update)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak()
+        for i in range(1, 100):
+            assert server.add(i, update) is None
+        print(peak() - before)
+        assert len(server.close_round().accepted) == 100
+        continue
+    for clients in (1, 10):
+        received = [(i, bytes(bytearray(update))) for i in range(clients)]
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak()
+        assert len(server.aggregate(received).accepted) == clients
+        print(peak() - before)
+        server.begin_round()
+        client.receive(server.broadcast())
+        update = client.update(1)
+"""
+    # Freed blocks go back to the system, so that what is resident is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    streamed, one, ten = map(int, run.stdout.split())
+    assert streamed < 1024  # KiB; an update's values take 7,812 in float32
+    assert ten < one + 1024
