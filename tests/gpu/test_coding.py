@@ -21,9 +21,8 @@ if fs.backends()["cpu"] != "available":
         "the C++ extension, whose bytes are compared, is not built", allow_module_level=True
     )
 
-_TESTS = Path(__file__).parent.parent
-sys.path.insert(0, str(_TESTS))
-sys.path.insert(0, str(_TESTS / "gpu_free"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "gpu_free"))
 from gpucheck import coding
 from gpucheck.contracts import FLOATS, same
 
