@@ -12,6 +12,8 @@ from gpucheck.contracts import FLOATS
 import fedmap_sparse as fs
 from fedmap_sparse import _backends
 
+_BOTH = ["interpreter, shuffled 1", "ptx sm_90"]
+
 
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("steps", [8, 32] if WHOLE else [16])
@@ -36,17 +38,17 @@ def test_values_refused(rung: Any) -> None:
     coding.values_refused("cpu", rung.show)
 
 
-@pytest.mark.skipif(not WHOLE, reason="33 000 steps of a lane: run by make test-gpu-free")
+@pytest.mark.skipif(not WHOLE, reason="2 000 steps each way: run by make test-gpu-free")
+@pytest.mark.parametrize("rung", _BOTH, indirect=True)
 def test_chunks_of_the_format(rung: Any) -> None:
     coding.values((1 << 15) + 77, torch.float32, "cpu", rung.show)
     coding.masks(((140_000, 0.5),), 0, "cpu", rung.show)
 
 
 _ROUNDS = [("float32", True), ("int8", True), ("float16", False)] if WHOLE else [("float32", True)]
-_RUNGS = ["interpreter, shuffled 1", *(["ptx sm_90"] if WHOLE else [])]
 
 
-@pytest.mark.parametrize("rung", _RUNGS, indirect=True)
+@pytest.mark.parametrize("rung", _BOTH if WHOLE else _BOTH[:1], indirect=True)
 @pytest.mark.parametrize(("dtype", "delta"), _ROUNDS)
 def test_rounds(rung: Any, dtype: str, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server and its clients on the backend: what they send, and the model they end with."""

@@ -9,10 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from gpucheck import alu
 from gpucheck.driver import emulate
 from gpucheck.emulator import Emulator
 from gpucheck.interpreter import guard
 from gpucheck.offline import compile_kernel, cost
+from gpucheck.parse import Instruction
 
 
 @triton.jit
@@ -66,6 +68,11 @@ def reload_without_barrier(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_a_byte(y, SHARE: tl.constexpr):
+    tl.store(y + tl.program_id(0) // SHARE, tl.program_id(0).to(tl.uint8))
+
+
+@triton.jit
 def first_waits_for_second(x, y, n, BLOCK: tl.constexpr):
     if tl.program_id(0) == 0:
         while tl.atomic_add(y, 0) == 0:
@@ -109,6 +116,22 @@ def test_a_sound_kernel_has_no_fault_and_its_bytes_are_counted(rung: Any, seed: 
 def test_both_rungs_see(rung: Any, kernel: Any, seen: str) -> None:
     faults = launch(kernel, rung())[0]
     assert any(seen in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("enter", [guard, emulate])
+def test_bytes_race_where_they_are_shared_alone(enter: Any, share: int) -> None:
+    with enter() as session:
+        store_a_byte[(8,)](torch.zeros(8, dtype=torch.uint8), SHARE=share)
+    assert any("race" in fault for fault in session.faults) is (share == 2)
+
+
+def test_pairs_of_16_bit_integers_do_not_carry_into_each_other() -> None:
+    add = Instruction(None, False, ("add", "s16x2"), ("%r1", "%r2", "%r3"), 0, "")
+    lowered = alu.lower(add)
+    assert lowered is not None
+    a, b = (np.array([x], np.uint32) for x in (0x0001FFFF, 0x7FFF0001))
+    assert lowered[0](a, b).tolist() == [0x80000000]
 
 
 def test_interpreter_poisons_lanes_that_are_masked_off() -> None:
