@@ -5,7 +5,7 @@ of 26 M weights is 50 chunks of 4096 steps at density 0.1 (13 of 16384 at 0.01),
 chunks of 1024: fewer warps than a large device has multiprocessors. So a step is kept short. The
 words that lanes take or put are placed by a ballot (a sum of distinct bits: one REDUX on sm_80 and
 later) and its popcounts; a symbol is found by three comparisons and four shuffles side by side, not
-by four halvings one after another; words come from two registers a lane, refilled 64 words ahead;
+by four halvings one after another; words come from registers, 64 in each, the next on their way;
 nibbles of eight steps are read, transposed and written together.
 """
 
