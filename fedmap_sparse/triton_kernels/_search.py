@@ -246,7 +246,8 @@ def _refine(state, histogram, copies, keys, LAUNCH: tl.constexpr, LANES: tl.cons
         key = tl.load(keys + at, mask=at < found, other=0).to(tl.int64)
         inside = (at < found) & (key >= low) & (((key - low) >> shift) == 0)
         bin = ((key - low) >> finer).to(tl.int32)
-        tl.atomic_add(mine + bin, 1, mask=inside, sem="relaxed")
+        apart = inside & _add_least(mine, bin, inside)
+        tl.atomic_add(mine + bin, 1, mask=apart, sem="relaxed")
     if _is_last(state, LAUNCH):
         _narrow(state, histogram, copies, low, tl.load(state + _WANTED), finer)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import (
     KINDS,
-    block_of,
     convert,
     exclusive,
     load_words,
@@ -119,7 +118,7 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
         WORDS=size,
         STEPS=size.bit_length() - 1,
         LANES=lanes,
-        FLAT=block_of(values, out)[0] if warps == 4 else 128,
+        FLAT=2 * lanes,  # not the same size: the compiler would give both the flat layout
         FROM=KINDS[values.dtype],
         TO=KINDS[out.dtype],
         num_warps=warps,

@@ -42,5 +42,5 @@ def test_select_reads_once(dtype: torch.dtype, limit: float) -> None:
     values = torch.randn(n).to(dtype)
     search = select._Search([values], [None], n, n // 10)
     workload = Workload("select", n, search.mask, 0.0, 0.0, 0.0)
-    cleared = 4 * (search.sample.numel() + search.histograms.numel())
+    cleared = 4 * (search.sample.numel() + search.histogram.numel())
     assert measure.touched(workload) + cleared / n <= limit
