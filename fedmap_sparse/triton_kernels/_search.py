@@ -124,16 +124,19 @@ def _bracket(state, sample, keep, eligible, KEY_BITS: tl.constexpr, COPIES: tl.c
 
 
 @triton.jit
-def _load_block(values, within, block, n, num_words, KEY_BITS: tl.constexpr, FULL: tl.constexpr):
-    """The keys of a block as [64 words, 32 bits], and which are eligible."""
-    row, bit = tl.arange(0, 64), tl.arange(0, 32)
-    at = block * 2048 + row[:, None] * 32 + bit[None, :]
+def _load_rows(
+    values, within, first_word, n, num_words, KEY_BITS: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The keys of ROWS words of the mask as [ROWS, 32 bits], and which are eligible."""
+    word, bit = first_word + tl.arange(0, ROWS), tl.arange(0, 32)
+    at = word[:, None] * 32 + bit[None, :]
     if FULL:
         eligible = at >= 0
     else:
         eligible = at < n
     if within is not None:
-        w = load_words(within, block * 64 + row, num_words)[:, None]
+        w = load_words(within, word, num_words)[:, None]
         eligible = eligible & (((w >> bit[None, :].to(tl.uint32)) & 1) != 0)
         if FULL:
             # Four elements a load, wherever one of the four is eligible.
@@ -150,6 +153,11 @@ def _load_block(values, within, block, n, num_words, KEY_BITS: tl.constexpr, FUL
 
 
 @triton.jit
+def _load_block(values, within, block, n, num_words, KEY_BITS: tl.constexpr):
+    return _load_rows(values, within, block * 64, n, num_words, KEY_BITS, False, 64)
+
+
+@triton.jit
 def _to_words(flags):
     """[64, 32] flags to 64 words."""
     bit = tl.arange(0, 32).to(tl.uint32)
@@ -157,60 +165,88 @@ def _to_words(flags):
 
 
 @triton.jit
+def _sort_out(
+    values, within, words, first_word, low, top, n, num_words, KEY_BITS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Of half a block: writes the bits above the bracket; returns their count, and the words of
+    the candidates. Of a whole one the keys took up to 200 registers a thread."""
+    key, eligible = _load_rows(values, within, first_word, n, num_words, KEY_BITS, FULL, 32)
+    over = _to_words(eligible & (key > top))
+    if words is not None:
+        row = first_word + tl.arange(0, 32)
+        tl.store(words + row, over.to(tl.int32, bitcast=True), mask=row < num_words)
+    some = _to_words(eligible & (key >= low) & (key <= top))
+    return tl.sum(popcount(over), 0), some
+
+
+@triton.jit
+def _collect(
+    values, keys, places, histogram, some, first, start, low, shift, crowded,
+    KEY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Half a block's candidates, in order, from `start` on; `first` is the half's first element
+    within the block that `values` points to."""
+    each = popcount(some)
+    before, found = exclusive(each), tl.sum(each, 0)
+    for begin in range(0, found, 32):
+        j = begin + tl.arange(0, 32)
+        live = j < found
+        place = first + survivor(some, before, j, 32, 5)
+        key = _keys(tl.load(values + place, mask=live, other=0), KEY_BITS)
+        tl.store(keys + start + j, key.to(keys.dtype.element_ty), mask=live)
+        tl.store(places + start + j, place.to(tl.int16), mask=live)
+        bin = (key - low) >> shift
+        if crowded:
+            live = live & _add_least(histogram, bin, live)
+        tl.atomic_add(histogram + bin, 1, mask=live, sem="relaxed")
+
+
+@triton.jit
 def _read_block(
     values, within, words, keys, places, offsets, counts, above, state, histogram, copies, n,
-    num_words, block, first_block, capacity, KEY_BITS: tl.constexpr, LANES: tl.constexpr,
-    FULL: tl.constexpr,
+    num_words, block, first_block, capacity, KEY_BITS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     low = tl.load(state + _LOW).to(tl.int32)
     top = tl.load(state + _TOP).to(tl.int32)
     shift = tl.load(state + _SHIFT).to(tl.int32)
-    key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, FULL)
-    row = block * 64 + tl.arange(0, 64)
-    over = _to_words(eligible & (key > top))
-    candidate = eligible & (key >= low) & (key <= top)
-    some = _to_words(candidate)
-    if words is not None:
-        tl.store(words + row, over.to(tl.int32, bitcast=True), mask=row < num_words)
-    each, over_count = popcount(some), tl.sum(popcount(over), 0)
-    found = tl.sum(each, 0)
+    word = block * 64
+    over0, some0 = _sort_out(values, within, words, word, low, top, n, num_words, KEY_BITS, FULL)
+    word += 32
+    over1, some1 = _sort_out(values, within, words, word, low, top, n, num_words, KEY_BITS, FULL)
+    found0 = tl.sum(popcount(some0), 0)
+    found, over = found0 + tl.sum(popcount(some1), 0), over0 + over1
     start = tl.atomic_add(state + _FOUND, found.to(tl.int64), sem="relaxed")
-    tl.atomic_add(state + _ABOVE, over_count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(state + _ABOVE, over.to(tl.int64), sem="relaxed")
     tl.store(offsets + first_block + block, start)
     tl.store(counts + first_block + block, found)
-    tl.store(above + first_block + block, over_count)
-    # A copy of the histogram for every so many programs: they would wait at a common key.
-    mine = histogram + (tl.program_id(0) % copies) * _BINS
-    before = exclusive(each)
-    for begin in range(0, tl.where(start + found > capacity, 0, found), LANES):
-        j = begin + tl.arange(0, LANES)
-        live = j < found
-        place = survivor(some, before, j, 64, 6)
-        again = _keys(tl.load(values + block * 2048 + place, mask=live, other=0), KEY_BITS)
-        tl.store(keys + start + j, again.to(keys.dtype.element_ty), mask=live)
-        tl.store(places + start + j, place.to(tl.int16), mask=live)
-        bin = (again - low) >> shift
-        if found > _CROWD:
-            live = live & _add_least(mine, bin, live)
-        tl.atomic_add(mine + bin, 1, mask=live, sem="relaxed")
+    tl.store(above + first_block + block, over)
+    if start + found <= capacity:
+        # A copy of the histogram for every so many programs: they would wait at a common key.
+        mine = histogram + (tl.program_id(0) % copies) * _BINS
+        crowded = found > _CROWD
+        values += block * 2048
+        _collect(values, keys, places, mine, some0, 0, start, low, shift, crowded, KEY_BITS)
+        start += found0
+        _collect(values, keys, places, mine, some1, 1024, start, low, shift, crowded, KEY_BITS)
 
 
 @triton.jit(do_not_specialize=["copies"], do_not_specialize_on_alignment=["within", "words"])
 def _read(
     values, within, words, keys, places, offsets, counts, above, state, histogram, copies, n,
-    num_words, first_block, capacity, KEY_BITS: tl.constexpr, LANES: tl.constexpr,
+    num_words, first_block, capacity, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
     """A block of 2048 a program, of one warp: nothing in it waits for other warps."""
     block = tl.program_id(0).to(tl.int64)
     if (block + 1) * 2048 <= n:
         _read_block(
             values, within, words, keys, places, offsets, counts, above, state, histogram, copies,
-            n, num_words, block, first_block, capacity, KEY_BITS, LANES, True,
+            n, num_words, block, first_block, capacity, KEY_BITS, True,
         )  # fmt: skip
     else:
         _read_block(
             values, within, words, keys, places, offsets, counts, above, state, histogram, copies,
-            n, num_words, block, first_block, capacity, KEY_BITS, LANES, False,
+            n, num_words, block, first_block, capacity, KEY_BITS, False,
         )  # fmt: skip
 
 
@@ -266,7 +302,7 @@ def _refine_values(
     mine = histogram + (tl.program_id(0) % copies) * _BINS
     for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
         block = tl.zeros((), tl.int64) + i
-        key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, False)
+        key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS)
         wide = key.to(tl.int64)
         inside = eligible & (wide >= low) & (((wide - low) >> shift) == 0)
         bin = ((wide - low) >> finer).to(tl.int32)

@@ -51,7 +51,7 @@ def _settle(
     slot = first_block + block
     exact = tl.load(state + _LOW).to(tl.int32)
     if tl.load(state + _MISSED) != 0:
-        key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, False)
+        key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS)
         over, equal = _to_words(eligible & (key > exact)), _to_words(eligible & (key == exact))
         at = block * 64 + tl.arange(0, 64)
         tl.store(words + at, (over | equal).to(tl.int32, bitcast=True), mask=at < num_words)
@@ -120,7 +120,7 @@ def _trim(
         left = allowed - tl.load(ties_before + first_block + block)
         if tl.load(ties + first_block + block) > tl.maximum(left, 0):
             if missed:
-                key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS, False)
+                key, eligible = _load_block(values, within, block, n, num_words, KEY_BITS)
                 equal = eligible & (key == exact)
                 some = _to_words(equal)
                 bit = tl.arange(0, 32).to(tl.uint32)
@@ -214,7 +214,7 @@ class _Search:
                 value, within, None if words is None else words[i], self.keys, self.places,
                 self.offsets, self.counts, self.above, self.state, self.histogram, self.copies,
                 value.numel(), self.words[i], self.first_blocks[i], self.capacity, KEY_BITS=bits,
-                LANES=32, num_warps=1,
+                num_warps=1,
             )  # fmt: skip
         _decide[(1,)](
             self.state, self.histogram, self.copies, self.keep, self.capacity, KEY_BITS=bits,

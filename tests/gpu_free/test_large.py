@@ -141,7 +141,7 @@ def test_select_reads_a_block(tile: dict[str, Tensor]) -> None:
             "histogram": "*i32", "copies": "i32", "n": "i64", "num_words": "i64",
             "first_block": "i32", "capacity": "i32",
         },
-        {"within": None, "KEY_BITS": 31, "LANES": 32},
+        {"within": None, "KEY_BITS": 31},
         {
             "values": before(tile["values"], start), "words": before(words, BLOCK * 64),
             "keys": keys, "places": places, "state": state, "histogram": histogram, "copies": 1,

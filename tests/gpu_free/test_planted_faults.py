@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         "_bits", "missing other=", "mask=at < num_words, other=0)", "mask=at < num_words)", _rank
     ),
-    Fault("_scan", "carry forgotten", "carry += tl.sum(counts, 0)", "carry += 0", _rank),
+    Fault("_scan", "carry forgotten", "carry += tl.sum(here, 0)", "carry += 0", _rank),
     Fault("_step", "dropped mask", "live = (j >= 0) & (j < count)", "live = j >= 0", _sgd),
     Fault(
         "_step",
@@ -283,15 +283,15 @@ FAULTS = [
     Fault(
         "_search",
         "padding eligible",
-        "w = load_words(within, block * 64 + row, num_words)[:, None]",
-        "w = load_words(within, block * 64 + row, num_words)[:, None] | 1",
+        "w = load_words(within, word, num_words)[:, None]",
+        "w = load_words(within, word, num_words)[:, None] | 1",
         _select,
     ),
     Fault(
         "_search",
         "candidates past their room",
-        "tl.where(start + found > capacity, 0, found)",
-        "found",
+        "if start + found <= capacity:",
+        "if found >= 0:",
         _select_missed,
     ),
     Fault(

@@ -209,19 +209,19 @@ def mean_rounds_once(device: str, show: Show) -> None:
 
 
 def rank_index(n: int, device: str, show: Show) -> None:
-    """Also in more chunks than one, as from eight million elements on.
+    """By several programs, and by one in several chunks, as from 134 million elements on.
 
     A chunk of 512: with fewer elements than threads, several would hold one, and race.
     """
     scan = importlib.import_module("fedmap_sparse.triton_kernels._scan")
     mask = mask_of(n, 0.5, device)
-    whole = scan._CHUNK
+    whole = scan._CHUNK, scan._PROGRAMS
     try:
-        for chunk in (whole, 512):
-            scan._CHUNK = chunk
+        for chunk, programs in (whole, (512, 64), (512, 1)):
+            scan._CHUNK, scan._PROGRAMS = chunk, programs
             assert torch.equal(scan.rank_index(mask.words, n), mask.rank)
     finally:
-        scan._CHUNK = whole
+        scan._CHUNK, scan._PROGRAMS = whole
 
 
 def digest(n: int, device: str, show: Show) -> None:
