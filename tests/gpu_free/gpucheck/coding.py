@@ -6,12 +6,13 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fedmap_sparse as fs
-from fedmap_sparse.ops import entropy
+from fedmap_sparse.ops import _entropy_reference, _payload, entropy
 from fedmap_sparse.schedule import Iterative
 from gpucheck.contracts import Show, same, special
 
@@ -23,13 +24,16 @@ RUNS = ((700, 0.1), (5, 0.4), (3000, 0.02), (0, 0.5), (129, 0.9), (2600, 0.3), (
 def small_chunks(steps: int, values: int) -> Iterator[None]:
     """Chunks that an interpreter can afford; the format's begin at 1024 steps."""
     kernels = importlib.import_module("fedmap_sparse.triton_kernels.entropy")
-    saved = entropy._MIN_CHUNK, entropy.chunk_steps, entropy.VALUE_CHUNK, kernels.CHUNK
-    entropy._MIN_CHUNK, entropy.chunk_steps = steps, lambda numel, codes: steps  # type: ignore[assignment]
-    entropy.VALUE_CHUNK = kernels.CHUNK = values
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, name, value in (
+            (_payload, "MIN_CHUNK", steps),
+            (_payload, "VALUE_CHUNK", values),
+            (_entropy_reference, "VALUE_CHUNK", values),
+            (entropy, "chunk_steps", lambda numel, codes: steps),
+            (kernels, "CHUNK", values),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        entropy._MIN_CHUNK, entropy.chunk_steps, entropy.VALUE_CHUNK, kernels.CHUNK = saved
 
 
 def runs_of(shapes: Any, gap: int) -> tuple[entropy.Runs, Tensor, Tensor]:
@@ -128,9 +132,9 @@ def values_refused(device: str, show: Show) -> None:
     coded = entropy.encode_values(halves, 10_000, backend="cpu")
     assert coded is not None
     broken, impossible = coded.clone(), coded.clone()
-    words_at = entropy._value_parts(200, torch.float16)[-1]
+    words_at = _payload.value_parts(200, torch.float16)[-1]
     broken[words_at] ^= 1
-    impossible[entropy._open_values(coded, 200, torch.float16).escapes_at] = 77
+    impossible[_payload.open_values(coded, 200, torch.float16).escapes_at] = 77
     where = torch.empty(0, device=device).device
     for payload, like in (
         (beyond, zeros),

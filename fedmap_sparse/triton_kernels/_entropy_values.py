@@ -1,0 +1,253 @@
+"""Values under rANS: exponents coded, signs and mantissas in planes. docs/format.md, 5."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fedmap_sparse.triton_kernels._bits import exclusive
+from fedmap_sparse.triton_kernels._rans import (
+    _STEPS,
+    _decode_step,
+    _decoding_table,
+    _encode_step,
+    _encoding_table,
+    _open_stream,
+)
+
+_ENTRY = tl.constexpr(20)  # of the directory, in 16-bit words
+_ESCAPE = tl.constexpr(15)
+
+
+@triton.jit
+def _bits_of(values, at, inside):
+    return tl.load(values + at, mask=inside, other=0).to(tl.uint32)
+
+
+@triton.jit
+def _symbol(top, e):
+    return tl.where((e <= top) & (e + _ESCAPE > top), top - e, _ESCAPE)
+
+
+@triton.jit
+def _describe(
+    values,
+    n,
+    directory,
+    low,
+    high,
+    escapes,
+    nibbles,
+    CHUNK: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A chunk's entry of the directory but for its words, its planes, and its symbols."""
+    c = tl.program_id(0)
+    begin = c.to(tl.int64) * CHUNK
+    size = tl.minimum(n - begin, CHUNK).to(tl.int32)
+    bins = tl.arange(0, 256)
+    counts = tl.zeros((256,), tl.int32)
+    blocks = (size + BLOCK - 1) // BLOCK
+    for block in range(blocks):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
+        v = _bits_of(values, begin + i, inside)
+        e = (v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)
+        counts += tl.histogram(e.to(tl.int32), 256)
+        sign = v >> (LOW + HIGH + EXPONENT - 1)
+        h = (sign << (HIGH - 1)) | ((v & ((1 << (LOW + HIGH - 1)) - 1)) >> LOW)
+        if LOW > 0:
+            tl.store(low + begin + i, v.to(low.dtype.element_ty), mask=inside)
+        if HIGH == 8:
+            tl.store(high + begin + i, h.to(tl.uint8), mask=inside)
+        else:  # eight values make three bytes
+            eights = tl.reshape(h, (BLOCK // 8, 8)) << (3 * tl.arange(0, 8)[None, :]).to(tl.uint32)
+            group = tl.sum(eights, 1)
+            k = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+            for byte in tl.static_range(3):
+                at = 3 * k + byte
+                part = (group >> (8 * byte)).to(tl.uint8)
+                tl.store(high + 3 * (begin // 8) + at, part, mask=8 * at < 3 * size)
+    counts -= tl.where(bins == 0, blocks * BLOCK - size, 0)  # lanes past the end
+    through = tl.cumsum(counts, 0)
+    earlier = tl.where(bins >= 15, tl.gather(through, tl.maximum(bins - 15, 0), 0), 0)
+    top = 255 - (tl.max((through - earlier) * 256 + 255 - bins, 0) & 255)
+    s = tl.arange(0, 16)
+    known = tl.where((s < 15) & (s <= top), tl.gather(counts, tl.maximum(top - s, 0), 0), 0)
+    rare = size - tl.sum(known, 0)
+    known = tl.where(s == 15, rare, known)
+    nearest = (known.to(tl.uint32) * 65536 + size.to(tl.uint32)) // (2 * size).to(tl.uint32)
+    f = tl.where(known > 0, tl.maximum(nearest.to(tl.int32), 1), 0)
+    most = 15 - (tl.max(f * 16 + 15 - s, 0) & 15)
+    f += tl.where(s == most, (1 << 15) - tl.sum(f, 0), 0)
+    entry = directory + c.to(tl.int64) * _ENTRY
+    tl.store(entry + 1, rare.to(tl.uint16))
+    tl.store(entry + 2, top.to(tl.uint16))
+    tl.store(entry + 3, tl.zeros((), tl.uint16))
+    tl.store(entry + 4 + s, f.to(tl.uint16))
+    tl.store(escapes + 1 + c, rare.to(tl.int64))
+    tile = tl.arange(0, BLOCK // 256)[:, None, None]
+    step = tl.arange(0, 8)[None, :, None]
+    lane = tl.arange(0, 32)
+    for block in range(blocks):
+        i = block * BLOCK + 256 * tile + 32 * step + lane[None, None, :]
+        v = _bits_of(values, begin + i, i < size)
+        e = ((v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)).to(tl.int32)
+        eight = tl.sum(_symbol(top, e) << (4 * step), 1)
+        to = block * (BLOCK // 256) + tl.arange(0, BLOCK // 256)[:, None]
+        tl.store(nibbles + c.to(tl.int64) * (CHUNK // 8) + 32 * to + lane[None, :], eight)
+
+
+@triton.jit
+def _frequencies(directory, c, lane):
+    return tl.load(directory + c * _ENTRY + 4 + (lane & 15)).to(tl.int32)
+
+
+@triton.jit
+def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.constexpr):
+    c = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
+    bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
+    scratch += c * CHUNK
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
+    rate, reciprocal, shift = _encoding_table(_frequencies(directory, c, lane), lane)
+    x = tl.full((32,), 1 << 15, tl.uint32)
+    end = tl.zeros((), tl.int32) + CHUNK
+    tiles = (size + 255) // 256
+    place = nibbles + c * (CHUNK // 8) + (tiles - 1) * 32 + lane
+    ahead = tl.load(place)
+    for i in range(tiles):
+        eight = ahead.to(tl.uint32, bitcast=True)
+        place -= 32
+        ahead = tl.load(place, mask=(i + 1 < tiles) & (lane >= 0), other=0)
+        live = size - (tiles - 1 - i) * 256
+        for k in tl.static_range(_STEPS):
+            j = _STEPS - 1 - k
+            s = ((eight >> (4 * j)) & 15).to(tl.int32)
+            on = lane < live - 32 * j
+            x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
+    tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
+    words = CHUNK - end
+    tl.store(directory + c * _ENTRY, words.to(tl.uint16))
+    tl.store(counts + 1 + c, words.to(tl.int64))
+
+
+@triton.jit
+def _escapes(
+    values,
+    n,
+    directory,
+    offsets,
+    escapes,
+    out,
+    base,
+    limit,
+    chunks,
+    CHUNK: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The exponents that have no symbol, behind the words."""
+    c = tl.program_id(0).to(tl.int64)
+    to = base + (2 * tl.load(offsets + chunks) + 3) // 4 * 4 + tl.load(escapes + c)
+    values += c * CHUNK
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
+    top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
+    if tl.load(escapes + c + 1) > tl.load(escapes + c):
+        for start in range(0, size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            v = _bits_of(values, i, i < size)
+            e = ((v >> MANTISSA) & ((1 << EXPONENT) - 1)).to(tl.int32)
+            escaped = (i < size) & (_symbol(top, e) == _ESCAPE)
+            flags = escaped.to(tl.int32)
+            place = to + exclusive(flags)
+            tl.store(out + place, e.to(tl.uint8), mask=escaped & (place < limit))
+            to += tl.sum(flags, 0)
+
+
+@triton.jit
+def _decode_values(
+    payload, directory, pairs, states, offsets, n, nibbles, broken, CHUNK: tl.constexpr
+):
+    """A chunk's symbols: 8 steps of a lane a register."""
+    c = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 32)
+    bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
+    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
+    table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
+    x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
+    begin = tl.load(offsets + c)
+    stream, left, now, then, ahead, base, at = _open_stream(payload, begin, pairs, lane)
+    for tile in range((size + 255) // 256):
+        symbols = tl.zeros((32,), tl.uint32)
+        live = size - tile * 256
+        for j in tl.static_range(_STEPS):
+            on = lane < live - 32 * j
+            x, s, now, then, ahead, base, at = _decode_step(
+                x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
+            )
+            symbols = symbols | (s.to(tl.uint32) << (4 * j))
+        to = nibbles + c * (CHUNK // 8) + tile * 32 + lane
+        tl.store(to, symbols.to(tl.int32, bitcast=True))
+    taken = 2 * base + at - (begin & 1)
+    sound = (x == (1 << 15)) & (taken == tl.load(offsets + c + 1) - begin)
+    tl.store(broken + c, tl.max(1 - sound.to(tl.int32), 0))
+
+
+@triton.jit
+def _join(
+    nibbles,
+    directory,
+    low,
+    high,
+    offsets,
+    escapes,
+    n,
+    out,
+    broken,
+    CHUNK: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Values from symbols, escapes and planes."""
+    c = tl.program_id(0).to(tl.int64)
+    begin = c * CHUNK
+    size = tl.minimum(n - begin, CHUNK).to(tl.int32)
+    top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
+    next_escape = tl.load(offsets + c)
+    last_escape = tl.load(offsets + c + 1)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < size
+        eight = tl.load(nibbles + c * (CHUNK // 8) + (i >> 8) * 32 + (i & 31), mask=inside, other=0)
+        s = (eight >> (((i >> 5) & 7) * 4)) & 15
+        escaped = inside & (s == _ESCAPE)
+        flags = escaped.to(tl.int32)
+        at = next_escape + exclusive(flags)
+        e = tl.load(escapes + at, mask=escaped & (at < last_escape), other=0).to(tl.int32)
+        next_escape += tl.sum(flags, 0)
+        impossible = (s > top) & (s != _ESCAPE)
+        wrong = wrong | (inside & (impossible | (e >= (1 << EXPONENT)))).to(tl.int32)
+        e = tl.where(escaped, e, top - s).to(tl.uint32)
+        if HIGH == 8:
+            h = tl.load(high + begin + i, mask=inside, other=0).to(tl.uint32)
+        else:
+            place = 3 * (begin // 8) + ((3 * i) >> 3)
+            offset = (3 * i) & 7
+            h = tl.load(high + place, mask=inside, other=0).to(tl.uint32)
+            spill = tl.load(high + place + 1, mask=inside & (offset > 5), other=0).to(tl.uint32)
+            h = ((h | (spill << 8)) >> offset.to(tl.uint32)) & 7
+        v = ((h >> (HIGH - 1)) << (LOW + HIGH + EXPONENT - 1)) | (e << (LOW + HIGH - 1))
+        v = v | ((h & ((1 << (HIGH - 1)) - 1)) << LOW)
+        if LOW > 0:
+            v = v | tl.load(low + begin + i, mask=inside, other=0).to(tl.uint32)
+        tl.store(out + begin + i, v.to(out.dtype.element_ty), mask=inside)
+    ragged = (next_escape != last_escape).to(tl.int32)
+    tl.store(broken + c, tl.maximum(tl.max(wrong, 0), ragged))
