@@ -258,10 +258,8 @@ def _decide(state, histogram, copies, keep, capacity, KEY_BITS: tl.constexpr):
     low, shift = tl.load(state + _LOW), tl.load(state + _SHIFT)
     missed = (wanted <= 0) | (wanted > found) | (found > capacity)
     tl.store(state + _MISSED, missed.to(tl.int64))
-    tl.debug_barrier()  # what was loaded is stored to
     _narrow(state, histogram, copies, low, wanted, shift)
     if missed:  # then it may be any key
-        tl.debug_barrier()
         tl.store(state + _LOW, tl.zeros((), tl.int64))
         tl.store(state + _SHIFT, tl.zeros((), tl.int64) + KEY_BITS)
         tl.store(state + _WANTED, tl.zeros((), tl.int64) + keep)

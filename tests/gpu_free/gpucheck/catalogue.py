@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fedmap_sparse as fs
+from fedmap_sparse.ops import _payload
 from fedmap_sparse.ops import entropy as coder
 from fedmap_sparse.ops._segments import ZEROED
 from fedmap_sparse.triton_kernels import (
@@ -243,14 +244,14 @@ def _coding(n: int) -> Iterator[Workload]:
     step. Coded words pass through scratch, as their place is known last."""
     device = torch.device("cpu")
     mask, room = _masks(n, 0.1), n + 10_000
-    runs, nnz = coder.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
-    codes = coder.density_codes(runs.numel, nnz)
-    coded, steps = coder._steps(runs, codes.tolist())
-    chunk, plan = coder.chunk_steps(runs.numel, codes), coder._device_plan(coded)
-    head = torch.frombuffer(bytearray(coder._mask_head(codes, chunk, steps)), dtype=torch.uint8)
+    runs, nnz = _payload.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
+    codes = _payload.density_codes(runs.numel, nnz)
+    coded, steps = _payload.coded_runs(runs, codes.tolist())
+    chunk, plan = _payload.chunk_steps(runs.numel, codes), coder._device_plan(coded)
+    head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
     payload = coder.encode_mask(mask.words, runs, nnz, room, backend="cpu")
     assert payload is not None
-    opened, size = coder._open_mask(payload, runs), payload.numel()
+    opened, size = _payload.open_mask(payload, runs), payload.numel()
     offsets = coder._offsets(opened.sizes, opened.words_at // 2)
     inside = coder._padded(payload, device)
     none = torch.empty(0, 2, dtype=torch.int64)
@@ -274,10 +275,10 @@ def _coding(n: int) -> Iterator[Workload]:
     )
     for dtype in (F32, torch.float16, BF16):
         values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
-        parts = coder._value_parts(n, dtype)
+        parts = _payload.value_parts(n, dtype)
         payload = coder.encode_values(values, 8 * n + 10_000, backend="cpu")
         assert payload is not None
-        valued, inside = coder._open_values(payload, n, dtype), coder._padded(payload, device)
+        valued, inside = _payload.open_values(payload, n, dtype), coder._padded(payload, device)
         escapes = valued.entries["escapes"].astype("int64")
         places = torch.stack(
             [

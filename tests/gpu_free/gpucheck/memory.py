@@ -219,7 +219,7 @@ class Memory:
         mine = self.thread_id // self.threads == self.thread_id[lane] // self.threads
         other = mine & (self.thread_id // 32 != self.thread_id[lane] // 32)
         if (self.accessed[other] == self.epoch[other]).any():
-            self.faults.add("ticket without a barrier before it", ins, 1)
+            self.faults.add("global race (a ticket without a barrier before it)", ins, 1)
         block = int(self.thread_id[lane]) // self.threads
         self.tickets[address].add(block)
         if len(self.tickets[address]) == self.grid_blocks:
