@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from guards import run_native
@@ -56,3 +57,13 @@ def test_each_level_is_compiled_for_its_registers() -> None:
     if not any(used.values()):
         pytest.skip("the extension was stripped of its symbols")
     assert used == {"6scalar": set(), "4avx2": {"ymm"}, "6avx512": {"ymm", "zmm"}}
+
+
+def test_csrc_compiles_for_aarch64() -> None:
+    """Where Debian's cross compiler is at hand: the scalar level alone, linked, without warnings."""
+    if not shutil.which("aarch64-linux-gnu-g++"):
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    script = Path(__file__).parent.parent / "tools" / "cross_aarch64.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "linked them for aarch64" in done.stdout
