@@ -60,7 +60,7 @@ def test_each_level_is_compiled_for_its_registers() -> None:
 
 
 def test_csrc_compiles_for_aarch64() -> None:
-    """Where Debian's cross compiler is at hand: the scalar level alone, linked, without warnings."""
+    """Where Debian's cross compiler is at hand: the scalar level, linked, without warnings."""
     if not shutil.which("aarch64-linux-gnu-g++"):
         pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
     script = Path(__file__).parent.parent / "tools" / "cross_aarch64.sh"
