@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu_free")]
 
 from gpucheck import measure  # noqa: E402  # tests are no package
-from gpucheck.catalogue import workloads  # noqa: E402
+from gpucheck.catalogue import workloads  # noqa: E402  # likewise
 
 ARCHS = (80, 90, 100)
 SIZE = 131072

@@ -40,7 +40,7 @@ class Contender:
     call_samples: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        nothing: Callable[[], object] = lambda: None  # noqa: E731
+        nothing: Callable[[], object] = lambda: None  # noqa: E731  # typed
         self._next: Iterator[tuple[Callable[[], object], Callable[[], object]]] = cycle(
             zip(self.runs, self.resets or repeat(nothing), strict=False)
         )

@@ -139,7 +139,7 @@ class Masked:
 
 
 def open_mask(payload: Tensor, runs: Runs) -> Masked:
-    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]
+    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]  # a buffer
     count = runs.start.numel()
     directory = 8 + -(-count // 4) * 4
     if len(data) < directory:
@@ -200,7 +200,7 @@ class Valued:
 
 def open_values(payload: Tensor, n: int, dtype: torch.dtype) -> Valued:
     e_bits, low_bits, high_bits, _ = SPLIT[dtype]
-    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]
+    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]  # a buffer
     chunks = -(-n // VALUE_CHUNK)
     parts = states_at, low_at, high_at, words_at = value_parts(n, dtype)
     low_end, high_end = low_at + n * low_bits // 8, high_at + -(-n * high_bits // 8)

@@ -72,7 +72,9 @@ def _packing(n: int) -> Iterator[Workload]:
                 lambda v=values, m=mask, p=packed: pack.pack_out(v, m.words, m.rank, p),
                 moved + read,
                 1.05,
-                1.16,
+                # Half of 16-bit survivors: 1.1516, as it always was (the whole ladder had not
+                # run when 1.15 was written for every case).
+                1.16 if (dtype, density) == (BF16, 0.5) else 1.15,
             )
             yield Workload(
                 f"unpack {short} {density}",
@@ -80,7 +82,7 @@ def _packing(n: int) -> Iterator[Workload]:
                 lambda v=values, m=mask, p=packed: pack.unpack_out(p, m.words, m.rank, v),
                 moved + size,
                 1.05,
-                1.16,
+                1.15,
             )
 
 
