@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import load_words
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 _K0, _K1, _K2 = (
     tl.constexpr(0x9E3779B97F4A7C15),
@@ -41,8 +42,8 @@ def digest(words: Tensor, numel: int) -> bytes:
     """`fedmap_sparse.mask.digest_reference` on the words' device: one launch, 16 bytes fetched."""
     sums = torch.zeros(2, dtype=torch.int64, device=words.device)
     if numel:
-        grid = (triton.cdiv(words.numel(), 2 * 256 * 4),)
-        _mix[grid](words, sums, words.numel(), PAIRS=256, PARTS=4)
+        grid = (cdiv(words.numel(), 2 * 256 * 4),)
+        launch(_mix, grid, words, sums, words.numel(), PAIRS=256, PARTS=4)
     wrap = (1 << 64) - 1
     middle, final = sums.tolist()
     return b"".join(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmap_sparse.mask import num_ranks
 from fedmap_sparse.triton_kernels._bits import load_words, popcount
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 _ROWS = 32
 _CHUNK = 1024
@@ -28,8 +29,8 @@ def sum_before(counts, end, CHUNK: tl.constexpr):
 
 def spread(blocks: int) -> tuple[int, int, int]:
     """Programs of a scan over so many blocks, the blocks of each, and how many it takes at once."""
-    span = triton.cdiv(max(blocks, 1), _PROGRAMS * _CHUNK) * _CHUNK
-    return max(1, triton.cdiv(blocks, span)), span, _CHUNK
+    span = cdiv(max(blocks, 1), _PROGRAMS * _CHUNK) * _CHUNK
+    return max(1, cdiv(blocks, span)), span, _CHUNK
 
 
 @triton.jit(do_not_specialize_on_alignment=["words"])
@@ -62,8 +63,8 @@ def rank_index(words: Tensor, numel: int) -> Tensor:
     rank = torch.empty(blocks + 1, dtype=torch.int64, device=words.device)
     counts = torch.empty(blocks, dtype=torch.int32, device=words.device)
     if blocks:
-        grid = (triton.cdiv(blocks, _ROWS),)
-        _count_blocks[grid](words, counts, words.numel(), blocks, ROWS=_ROWS)
+        grid = (cdiv(blocks, _ROWS),)
+        launch(_count_blocks, grid, words, counts, words.numel(), blocks, ROWS=_ROWS)
     programs, span, chunk = spread(blocks)
-    _add_up[(programs,)](counts, rank, blocks, span, CHUNK=chunk, num_warps=8)
+    launch(_add_up, (programs,), counts, rank, blocks, span, CHUNK=chunk, num_warps=8)
     return rank

@@ -27,6 +27,7 @@ from fedmap_sparse.triton_kernels._bits import (
     tile_words,
     widen,
 )
+from fedmap_sparse.triton_kernels._launch import launch
 from fedmap_sparse.triton_kernels._tables import to_device
 
 _ZEROED = tl.constexpr(ZEROED)
@@ -201,7 +202,7 @@ def step(
                 tl.store(values + start + at, 0, mask=pruned & (at < elements))
 
 
-def launch(
+def walk(
     values: Tensor,
     words: Tensor,
     rank: Tensor,
@@ -239,7 +240,9 @@ def launch(
     if scalars.device == values.device:
         scalars_there = scalars
     setup, update, uses = rule
-    step[(total,)](
+    launch(
+        step,
+        (total,),
         raw(values),
         words,
         rank,
@@ -261,5 +264,4 @@ def launch(
         LANES=_LANES,
         ALIGNED=bool((pointers % 16 == 0).all()),
         num_warps=_WARPS,
-        enable_fp_fusion=False,
     )

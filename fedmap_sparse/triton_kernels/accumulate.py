@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.triton_kernels._bits import FLOAT16, FLOAT32, KINDS, block_of, narrow, raw, widen
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 from fedmap_sparse.triton_kernels._tables import to_device
 
 
@@ -136,7 +137,9 @@ def weighted_mean_out(payloads: list[Tensor], weights: list[float], out: Tensor)
         [*(p.data_ptr() for p in payloads), *map(_bits, weights), _bits(total)], np.int64
     )
     block, warps = block_of(*payloads, out)
-    _weighted_mean[(triton.cdiv(out.numel(), block),)](
+    launch(
+        _weighted_mean,
+        (cdiv(out.numel(), block),),
         to_device(table, out.device),
         raw(out),
         bad,
@@ -147,7 +150,6 @@ def weighted_mean_out(payloads: list[Tensor], weights: list[float], out: Tensor)
         ALIGNED=block > 32 * warps,
         BLOCK=block,
         num_warps=warps,
-        enable_fp_fusion=False,
     )
     return bad
 
@@ -157,7 +159,9 @@ def accumulate_add_(sums: Tensor, payload: Tensor, weight: float) -> None:
     if not sums.numel():
         return
     block, warps = block_of(sums, payload)
-    _accumulate_add[(triton.cdiv(sums.numel(), block),)](
+    launch(
+        _accumulate_add,
+        (cdiv(sums.numel(), block),),
         sums,
         raw(payload),
         _bits(weight),
@@ -165,7 +169,6 @@ def accumulate_add_(sums: Tensor, payload: Tensor, weight: float) -> None:
         KIND=KINDS[payload.dtype],
         BLOCK=block,
         num_warps=warps,
-        enable_fp_fusion=False,
     )
 
 
@@ -175,7 +178,9 @@ def accumulate_mean_out(sums: Tensor, total: float, out: Tensor) -> Tensor:
     if not out.numel():
         return bad
     block, warps = block_of(sums, out)
-    _accumulate_mean[(triton.cdiv(out.numel(), block),)](
+    launch(
+        _accumulate_mean,
+        (cdiv(out.numel(), block),),
         sums,
         _bits(total),
         raw(out),
@@ -184,6 +189,5 @@ def accumulate_mean_out(sums: Tensor, total: float, out: Tensor) -> Tensor:
         KIND=KINDS[out.dtype],
         BLOCK=block,
         num_warps=warps,
-        enable_fp_fusion=False,
     )
     return bad

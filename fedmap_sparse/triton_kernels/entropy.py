@@ -25,6 +25,7 @@ from fedmap_sparse.triton_kernels._entropy_values import (
     _escapes,
     _join,
 )
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 LANES = 32
 #: Values a chunk.
@@ -67,7 +68,7 @@ def ranks_at(words: Tensor, rank: Tensor, positions: Tensor) -> Tensor:
     """Survivors before each of `positions`, all on the words' device."""
     out = torch.empty_like(positions)
     if out.numel():
-        _ranks_at[(out.numel(),)](words, rank, positions, out, num_warps=1)
+        launch(_ranks_at, (out.numel(),), words, rank, positions, out, num_warps=1)
     return out
 
 
@@ -94,14 +95,16 @@ def encode_mask(
         chunk: steps a chunk.
         head: uint8, the payload up to the directory. Head, directory and states fit.
     """
-    device, chunks = words.device, triton.cdiv(steps, chunk)
+    device, chunks = words.device, cdiv(steps, chunk)
     out = _room(capacity, head, device)
     room = LANES * min(chunk, steps)
     scratch = torch.empty(chunks * room, dtype=torch.int16, device=device).view(torch.uint16)
     counts = torch.zeros(chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     directory = out[head.numel() :].view(torch.int32)
-    _encode_mask[(chunks,)](
+    launch(
+        _encode_mask,
+        (chunks,),
         words,
         plan,
         plan.shape[0],
@@ -115,7 +118,9 @@ def encode_mask(
         num_warps=1,
     )
     base = head.numel() // 2 + 2 * chunks + 2 * LANES * chunks
-    _compact[(chunks, _shares(room))](
+    launch(
+        _compact,
+        (chunks, _shares(room)),
         scratch,
         room,
         counts.cumsum(0),
@@ -160,10 +165,12 @@ def decode_mask(
     broken = torch.zeros(chunks, dtype=torch.int32, device=device)
     if spans.numel():
         longest = int((spans[:, 1] - spans[:, 0]).max())
-        grid = (triton.cdiv(longest, 32 * _WORDS) + 1, spans.shape[0])
-        _fill[grid](words, spans.to(device), BLOCK=_WORDS)
+        grid = (cdiv(longest, 32 * _WORDS) + 1, spans.shape[0])
+        launch(_fill, grid, words, spans.to(device), BLOCK=_WORDS)
     if chunks:
-        _decode_mask[(chunks,)](
+        launch(
+            _decode_mask,
+            (chunks,),
             payload.view(torch.int32),
             payload.numel() // 4,
             states // 4,
@@ -194,7 +201,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         parts: where states, low plane, high plane and words begin, each a multiple of 4.
     """
     device, n = values.device, values.numel()
-    chunks = triton.cdiv(n, CHUNK)
+    chunks = cdiv(n, CHUNK)
     exponent, low_bits, high_bits, low_type = _SPLIT[values.dtype]
     states, low, high, base = parts
     out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
@@ -203,7 +210,9 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
     counts = torch.zeros(2, chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     bits, shorts, mantissa = _raw(values), out.view(torch.uint16), low_bits + high_bits - 1
-    _describe[(chunks,)](
+    launch(
+        _describe,
+        (chunks,),
         bits,
         n,
         shorts,
@@ -218,7 +227,9 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         BLOCK=min(4096, CHUNK),
         num_warps=8,
     )
-    _encode_values[(chunks,)](
+    launch(
+        _encode_values,
+        (chunks,),
         nibbles,
         n,
         shorts,
@@ -229,7 +240,9 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         num_warps=1,
     )
     words, escapes = counts.cumsum(1)
-    _compact[(chunks, 4)](
+    launch(
+        _compact,
+        (chunks, 4),
         scratch,
         CHUNK,
         words,
@@ -241,7 +254,9 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         chunks,
         BLOCK=_WORDS,
     )
-    _escapes[(chunks,)](
+    launch(
+        _escapes,
+        (chunks,),
         bits,
         n,
         shorts,
@@ -277,7 +292,9 @@ def decode_values(
     nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=payload.device)
     broken = torch.empty(2, chunks, dtype=torch.int32, device=payload.device)
     shorts = payload.view(torch.uint16)
-    _decode_values[(chunks,)](
+    launch(
+        _decode_values,
+        (chunks,),
         payload.view(torch.int32),
         shorts,
         payload.numel() // 4,
@@ -289,7 +306,9 @@ def decode_values(
         CHUNK=CHUNK,
         num_warps=1,
     )
-    _join[(chunks,)](
+    launch(
+        _join,
+        (chunks,),
         nibbles,
         shorts,
         payload[low:].view(low_type),

@@ -64,7 +64,7 @@ def masked_adamw_(
     master: Tensor | None,
 ) -> None:
     """One launch for the whole model."""
-    _step.launch(
+    _step.walk(
         values,
         words,
         rank,

@@ -54,7 +54,7 @@ def masked_sgd_(
     master: Tensor | None,
 ) -> None:
     """One launch for the whole model."""
-    _step.launch(
+    _step.walk(
         values,
         words,
         rank,

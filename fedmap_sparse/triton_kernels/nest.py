@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmap_sparse.mask import num_words
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 from fedmap_sparse.triton_kernels._scan import rank_index
 
 # Words of the parent that a program takes at a time, and words of the result that it writes.
@@ -162,7 +163,9 @@ def relative(
     out = torch.empty(num_words(nnz), dtype=torch.int32, device=parent.device)
     if nnz:
         # One warp a program: its loops wait for nobody.
-        _relative[(triton.cdiv(out.numel(), _OUT),)](
+        launch(
+            _relative,
+            (cdiv(out.numel(), _OUT),),
             child,
             parent,
             rank,
@@ -183,6 +186,6 @@ def nest(kept: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int) -> tu
     """`kept`, over the parent's survivors, as words over all elements, and their rank index."""
     out = torch.empty_like(parent)
     if numel:
-        grid = (triton.cdiv(parent.numel(), 256),)
-        _nest[grid](kept, parent, rank, out, kept.numel(), parent.numel(), WORDS=256)
+        grid = (cdiv(parent.numel(), 256),)
+        launch(_nest, grid, kept, parent, rank, out, kept.numel(), parent.numel(), WORDS=256)
     return out, rank_index(out, numel)

@@ -16,6 +16,7 @@ from fedmap_sparse.triton_kernels._bits import (
     survivor,
     tile_words,
 )
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 _LANES = 1024
 
@@ -109,7 +110,9 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     # Few survivors: one warp waits for nobody (on an H100 9 us instead of 23 at density 0.01, but
     # 233 instead of 145 at 1).
     size, lanes, warps = (128, 64, 1) if density < 0.0625 else (tile_words(density), _LANES, 4)
-    _pack[(triton.cdiv(words.numel(), size),)](
+    launch(
+        _pack,
+        (cdiv(words.numel(), size),),
         raw(values),
         words,
         rank,
@@ -122,7 +125,6 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
         FROM=KINDS[values.dtype],
         TO=KINDS[out.dtype],
         num_warps=warps,
-        enable_fp_fusion=False,
     )
 
 
@@ -131,7 +133,9 @@ def unpack_out(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None
     if not out.numel():
         return
     density = packed.numel() / out.numel()
-    _unpack[(triton.cdiv(out.numel(), 2048),)](
+    launch(
+        _unpack,
+        (cdiv(out.numel(), 2048),),
         raw(packed),
         words,
         rank,
@@ -143,5 +147,4 @@ def unpack_out(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None
         CHUNK=1024 if density > 0.2 else 256,
         FROM=KINDS[packed.dtype],
         TO=KINDS[out.dtype],
-        enable_fp_fusion=False,
     )

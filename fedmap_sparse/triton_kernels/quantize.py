@@ -16,6 +16,7 @@ from fedmap_sparse.triton_kernels._bits import (
     convert,
     raw,
 )
+from fedmap_sparse.triton_kernels._launch import cdiv, launch, next_power_of_2
 
 # Four elements a thread: 16 bytes of the float32 stream (see block_of).
 _WARPS = 8
@@ -153,7 +154,9 @@ def cast_out(values: Tensor, out: Tensor) -> Tensor:
     overflowed = torch.zeros((), dtype=torch.int64, device=values.device)
     if values.numel():
         block, warps = block_of(values, out)
-        _cast[(triton.cdiv(values.numel(), block * _PARTS),)](
+        launch(
+            _cast,
+            (cdiv(values.numel(), block * _PARTS),),
             raw(values),
             raw(out),
             overflowed,
@@ -172,7 +175,9 @@ def all_finite(values: Tensor) -> Tensor:
     bad = torch.zeros((), dtype=torch.int64, device=values.device)
     if values.numel():
         block, warps = block_of(values)
-        _count_bad[(triton.cdiv(values.numel(), block * _PARTS),)](
+        launch(
+            _count_bad,
+            (cdiv(values.numel(), block * _PARTS),),
             raw(values),
             bad,
             values.numel(),
@@ -190,9 +195,11 @@ def quantize_int8_out(
     """Codes and scales, the residual updated in place."""
     if not values.numel():
         return
-    width = triton.next_power_of_2(block)
+    width = next_power_of_2(block)
     rows = _TILE // width
-    _quantize_int8[(triton.cdiv(scales.numel(), rows),)](
+    launch(
+        _quantize_int8,
+        (cdiv(scales.numel(), rows),),
         values,
         q,
         scales,
@@ -203,7 +210,6 @@ def quantize_int8_out(
         WIDTH=width,
         ROWS=rows,
         num_warps=_WARPS,
-        enable_fp_fusion=False,
     )
 
 
@@ -211,9 +217,11 @@ def dequantize_int8(q: Tensor, scales: Tensor, block: int) -> Tensor:
     """`float32(q) * scale`."""
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if q.numel():
-        width = triton.next_power_of_2(block)
+        width = next_power_of_2(block)
         rows = _TILE // width
-        _dequantize_int8[(triton.cdiv(scales.numel(), rows),)](
+        launch(
+            _dequantize_int8,
+            (cdiv(scales.numel(), rows),),
             q,
             scales,
             out,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedmap_sparse.mask import num_ranks, num_words
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount, raw
+from fedmap_sparse.triton_kernels._launch import cdiv, launch, next_power_of_2
 from fedmap_sparse.triton_kernels._scan import spread, sum_before
 from fedmap_sparse.triton_kernels._search import (
     _ALL_TIES,
@@ -178,7 +179,7 @@ class _Search:
         self.capacity = max(self.total // 16, min(self.total, 65536))
         # Of the histograms: more for more values, whose counts collide where keys are few. On an
         # H100 26 M bfloat16 values took 332 us to read with one copy, 50 with 32.
-        self.copies = min(16, triton.next_power_of_2(max(1, self.total >> 20)))
+        self.copies = min(16, next_power_of_2(max(1, self.total >> 20)))
         self.samples = 4 if self.total > 1 << 22 else 1
         sizes = [self.samples * SAMPLE_BINS, self.copies * BINS, 2 * SLOTS]
         scratch = torch.zeros(sum(sizes), dtype=torch.int32, device=first.device)
@@ -204,34 +205,39 @@ class _Search:
         wanted = min(self.total, max(16384, min(65536, self.total // 64)))
         for i, value, within in self.parts:
             runs = max(1, min(self.words[i], wanted * value.numel() // self.total // _RUN))
-            _sample[(triton.cdiv(runs, 8),)](
+            launch(
+                _sample, (cdiv(runs, 8),),
                 value, within, self.state, self.sample, self.words[i], runs, self.keep,
                 self.eligible, int(i == final), KEY_BITS=bits, RUNS=8, COPIES=self.samples,
                 num_warps=_WARPS,
             )  # fmt: skip
         for i, value, within in self.parts:
-            _read[(self.blocks[i],)](
+            launch(
+                _read, (self.blocks[i],),
                 value, within, None if words is None else words[i], self.keys, self.places,
                 self.offsets, self.counts, self.above, self.state, self.histogram, self.copies,
                 value.numel(), self.words[i], self.first_blocks[i], self.capacity, KEY_BITS=bits,
                 num_warps=1,
             )  # fmt: skip
-        _decide[(1,)](
+        launch(
+            _decide, (1,),
             self.state, self.histogram, self.copies, self.keep, self.capacity, KEY_BITS=bits,
             num_warps=16,
         )  # fmt: skip
         # 11 bits a level; the candidates' first was in the read.
         programs = max(1, min(256, self.total // 65536))
-        for launch in (1, 2) if bits == 31 else (1,):
-            _refine[(programs,)](
-                self.state, self.histogram, min(self.copies, 2), self.keys, LAUNCH=launch,
+        for number in (1, 2) if bits == 31 else (1,):
+            launch(
+                _refine, (programs,),
+                self.state, self.histogram, min(self.copies, 2), self.keys, LAUNCH=number,
                 LANES=1024, num_warps=_WARPS,
             )  # fmt: skip
-        for launch in (3, 4, 5) if bits == 31 else (3, 4):
+        for number in (3, 4, 5) if bits == 31 else (3, 4):
             for i, value, within in self.parts:
-                _refine_values[(min(self.blocks[i], 1024),)](
+                launch(
+                    _refine_values, (min(self.blocks[i], 1024),),
                     value, within, self.state, self.histogram, self.copies, value.numel(),
-                    self.words[i], self.blocks[i], int(i == final), KEY_BITS=bits, LAUNCH=launch,
+                    self.words[i], self.blocks[i], int(i == final), KEY_BITS=bits, LAUNCH=number,
                     num_warps=_WARPS,
                 )  # fmt: skip
 
@@ -244,19 +250,22 @@ class _Search:
         kept, ties = torch.empty_like(self.counts), torch.empty_like(self.counts)
         before = torch.empty_like(self.offsets)
         for i, value, within in self.parts:
-            _settle[(self.blocks[i],)](
+            launch(
+                _settle, (self.blocks[i],),
                 value, within, words[i], self.keys, self.places, self.offsets, self.counts,
                 self.above, kept, ties, self.state, value.numel(), self.words[i],
                 self.first_blocks[i], KEY_BITS=bits, LANES=32, num_warps=1,
             )  # fmt: skip
         for i, rank in enumerate(ranks):
             programs, span, chunk = spread(self.blocks[i])
-            _place[(programs,)](
+            launch(
+                _place, (programs,),
                 self.state, kept, ties, before, rank, self.blocks[i], self.first_blocks[i], span,
                 CHUNK=chunk, num_warps=_WARPS,
             )  # fmt: skip
         for i, value, within in self.parts:
-            _trim[(triton.cdiv(self.blocks[i], 4),)](
+            launch(
+                _trim, (cdiv(self.blocks[i], 4),),
                 value, within, words[i], self.keys, self.places, self.offsets, self.counts, ties,
                 before, self.state, value.numel(), self.words[i], self.blocks[i],
                 self.first_blocks[i], KEY_BITS=bits, LANES=32, BLOCKS=4, num_warps=1,
@@ -289,6 +298,7 @@ def magnitude_threshold(
 def zero_pruned_(values: Tensor, before: Tensor | None, after: Tensor) -> None:
     """+0.0 where `before` (None: everywhere) has a bit and `after` has none."""
     if values.numel():
-        _zero_pruned[(triton.cdiv(values.numel(), 1024),)](
-            raw(values), before, after, values.numel(), after.numel(), BLOCK=1024
-        )
+        launch(
+            _zero_pruned, (cdiv(values.numel(), 1024),),
+            raw(values), before, after, values.numel(), after.numel(), BLOCK=1024,
+        )  # fmt: skip
