@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedmap_sparse.triton_kernels._bits import exclusive
+from fedmap_sparse.triton_kernels._bits import exclusive, load_words
 from fedmap_sparse.triton_kernels._rans import (
     _STEPS,
     _decode_step,
@@ -136,10 +136,19 @@ def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.con
 
 
 @triton.jit
+def _symbols(nibbles, element, BLOCK: tl.constexpr):
+    """The symbols of BLOCK elements from a multiple of 256 on, and their registers."""
+    eight = tl.load(nibbles + element // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32, bitcast=True)
+    i = tl.arange(0, BLOCK)
+    mine = tl.gather(eight, (i >> 8) * 32 + (i & 31), 0)
+    return ((mine >> (((i >> 5) & 7) * 4).to(tl.uint32)) & 15).to(tl.int32)
+
+
+@triton.jit
 def _escapes(
     values,
     n,
-    directory,
+    nibbles,
     offsets,
     escapes,
     out,
@@ -156,15 +165,14 @@ def _escapes(
     to = base + (2 * tl.load(offsets + chunks) + 3) // 4 * 4 + tl.load(escapes + c)
     values += c * CHUNK
     size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
-    top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
+    nibbles += c * (CHUNK // 8)
     if tl.load(escapes + c + 1) > tl.load(escapes + c):
         for start in range(0, size, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            v = _bits_of(values, i, i < size)
-            e = ((v >> MANTISSA) & ((1 << EXPONENT) - 1)).to(tl.int32)
-            escaped = (i < size) & (_symbol(top, e) == _ESCAPE)
+            escaped = (i < size) & (_symbols(nibbles, start, BLOCK) == _ESCAPE)
             flags = escaped.to(tl.int32)
             place = to + exclusive(flags)
+            e = (_bits_of(values, i, escaped) >> MANTISSA) & ((1 << EXPONENT) - 1)
             tl.store(out + place, e.to(tl.uint8), mask=escaped & (place < limit))
             to += tl.sum(flags, 0)
 
@@ -199,6 +207,18 @@ def _decode_values(
 
 
 @triton.jit
+def _three_bits(plane, first, words, BLOCK: tl.constexpr):
+    """Three bits each of BLOCK elements, whose first are in word `first` of the plane."""
+    eighth = tl.arange(0, BLOCK // 8)
+    w = load_words(plane, first + eighth, tl.minimum(first + BLOCK // 32 * 3, words))
+    place, shift = 24 * eighth >> 5, (24 * eighth & 31).to(tl.uint32)
+    high = tl.gather(w, place + 1, 0) << ((32 - shift) & 31)
+    eights = (tl.gather(w, place, 0) >> shift) | tl.where(shift > 0, high, 0)
+    i = tl.arange(0, BLOCK)
+    return (tl.gather(eights, i >> 3, 0) >> (3 * (i & 7)).to(tl.uint32)) & 7
+
+
+@triton.jit
 def _join(
     nibbles,
     directory,
@@ -223,11 +243,11 @@ def _join(
     next_escape = tl.load(offsets + c)
     last_escape = tl.load(offsets + c + 1)
     wrong = tl.zeros((BLOCK,), tl.int32)
+    nibbles += c * (CHUNK // 8)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < size
-        eight = tl.load(nibbles + c * (CHUNK // 8) + (i >> 8) * 32 + (i & 31), mask=inside, other=0)
-        s = (eight >> (((i >> 5) & 7) * 4)) & 15
+        s = _symbols(nibbles, start, BLOCK)
         escaped = inside & (s == _ESCAPE)
         flags = escaped.to(tl.int32)
         at = next_escape + exclusive(flags)
@@ -239,11 +259,7 @@ def _join(
         if HIGH == 8:
             h = tl.load(high + begin + i, mask=inside, other=0).to(tl.uint32)
         else:
-            place = 3 * (begin // 8) + ((3 * i) >> 3)
-            offset = (3 * i) & 7
-            h = tl.load(high + place, mask=inside, other=0).to(tl.uint32)
-            spill = tl.load(high + place + 1, mask=inside & (offset > 5), other=0).to(tl.uint32)
-            h = ((h | (spill << 8)) >> offset.to(tl.uint32)) & 7
+            h = _three_bits(high, 3 * (begin + start) // 32, (3 * n + 31) // 32, BLOCK)
         v = ((h >> (HIGH - 1)) << (LOW + HIGH + EXPONENT - 1)) | (e << (LOW + HIGH - 1))
         v = v | ((h & ((1 << (HIGH - 1)) - 1)) << LOW)
         if LOW > 0:

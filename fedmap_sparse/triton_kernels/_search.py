@@ -292,8 +292,10 @@ def _refine_values(
     LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Likewise from all values, if the bracket missed."""
+    if tl.load(state + _MISSED) == 0:
+        return
     shift = tl.load(state + _SHIFT)
-    if (tl.load(state + _MISSED) == 0) | (shift == 0):
+    if shift == 0:
         return
     low = tl.load(state + _LOW)
     finer = tl.maximum(shift - _BITS, 0)

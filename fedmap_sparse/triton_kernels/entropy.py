@@ -259,7 +259,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         (chunks,),
         bits,
         n,
-        shorts,
+        nibbles,
         words,
         escapes,
         out,
@@ -269,7 +269,8 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         CHUNK=CHUNK,
         EXPONENT=exponent,
         MANTISSA=mantissa,
-        BLOCK=2048,
+        BLOCK=min(2048, CHUNK),
+        num_warps=8,
     )
     return out, size
 
@@ -312,7 +313,7 @@ def decode_values(
         nibbles,
         shorts,
         payload[low:].view(low_type),
-        payload[high:],
+        payload[high:].view(torch.uint8 if high_bits == 8 else torch.int32),
         places[1],
         payload,
         numel,
@@ -322,7 +323,7 @@ def decode_values(
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
-        BLOCK=2048,
+        BLOCK=min(2048, CHUNK),
         num_warps=8,
     )
     return out, broken

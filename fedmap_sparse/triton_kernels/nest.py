@@ -141,17 +141,22 @@ def _relative(
 
 
 @triton.jit(do_not_specialize_on_alignment=["kept", "parent", "out"])
-def _nest(kept, parent, rank, out, kept_words, num_words, WORDS: tl.constexpr):
+def _nest(kept, parent, rank, out, blocks, num_words, WORDS: tl.constexpr, WINDOW: tl.constexpr):
+    """The bits of `kept` that a tile needs lie side by side: they are read once, whole sectors at a
+    time and without waiting for the parent's words, then gathered."""
     tile = tl.program_id(0).to(tl.int64)
+    first = tl.load(rank + tile * (WORDS // 64))
+    end = tl.load(rank + tl.minimum((tile + 1) * (WORDS // 64), blocks))
+    start = first // 256 * 8
+    window = start + tl.arange(0, WINDOW)
+    own = load_words(kept, window, tl.where(end > first, (end + 31) // 32, 0))
     at = tile * WORDS + tl.arange(0, WORDS)
     w = load_words(parent, at, num_words)
     counts = popcount(w)
-    position = tl.load(rank + tile * (WORDS // 64)) + exclusive(counts)
+    position = (first - start * 32).to(tl.int32) + exclusive(counts)
     shift = (position & 31).to(tl.uint32)
-    low = load_words(kept, position >> 5, tl.where(counts > 0, kept_words, 0))
-    spill = (position & 31) + counts > 32
-    high = load_words(kept, (position >> 5) + 1, tl.where(spill, kept_words, 0))
-    bits = (low >> shift) | tl.where(spill, high << ((32 - shift) & 31), 0)
+    low, high = tl.gather(own, position >> 5, 0), tl.gather(own, (position >> 5) + 1, 0)
+    bits = (low >> shift) | tl.where(shift > 0, high << ((32 - shift) & 31), 0)
     out_bits = deposit(bits, w).to(tl.int32, bitcast=True)
     tl.store(out + at, out_bits, mask=at < num_words)
 
@@ -187,5 +192,17 @@ def nest(kept: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int) -> tu
     out = torch.empty_like(parent)
     if numel:
         grid = (cdiv(parent.numel(), 256),)
-        launch(_nest, grid, kept, parent, rank, out, kept.numel(), parent.numel(), WORDS=256)
+        # A tile's bits may begin anywhere in a sector: a window of twice its words holds them.
+        launch(
+            _nest,
+            grid,
+            kept,
+            parent,
+            rank,
+            out,
+            rank.numel() - 1,
+            parent.numel(),
+            WORDS=256,
+            WINDOW=512,
+        )
     return out, rank_index(out, numel)

@@ -150,13 +150,17 @@ def _trim(
 
 
 @triton.jit(do_not_specialize_on_alignment=["values", "before", "after"])
-def _zero_pruned(values, before, after, n, num_words, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word, bit = at >> 5, (at & 31).to(tl.uint32)
+def _zero_pruned(values, before, after, n, num_words, WORDS: tl.constexpr):
+    """A program reads its words once, then gathers them: loaded by each element's thread, they were
+    asked for eight times over."""
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     gone = load_words(after, word, num_words) ^ 0xFFFFFFFF
     if before is not None:
         gone = gone & load_words(before, word, num_words)
-    tl.store(values + at, 0, mask=(((gone >> bit) & 1) != 0) & (at < n))
+    lane = tl.arange(0, WORDS * 32)
+    at = tl.program_id(0).to(tl.int64) * (WORDS * 32) + lane
+    pruned = ((tl.gather(gone, lane >> 5, 0) >> (lane & 31).to(tl.uint32)) & 1) != 0
+    tl.store(values + at, 0, mask=pruned & (at < n))
 
 
 @dataclass
@@ -299,6 +303,6 @@ def zero_pruned_(values: Tensor, before: Tensor | None, after: Tensor) -> None:
     """+0.0 where `before` (None: everywhere) has a bit and `after` has none."""
     if values.numel():
         launch(
-            _zero_pruned, (cdiv(values.numel(), 1024),),
-            raw(values), before, after, values.numel(), after.numel(), BLOCK=1024,
+            _zero_pruned, (cdiv(after.numel(), 64),),
+            raw(values), before, after, values.numel(), after.numel(), WORDS=64,
         )  # fmt: skip

@@ -109,7 +109,7 @@ def test_cast_and_zero_pruned(tile: dict[str, Tensor]) -> None:
     run(
         select._zero_pruned,
         {"values": "*i32", "after": "*i32", "n": "i64", "num_words": "i64"},
-        {"before": None, "BLOCK": 1024},
+        {"before": None, "WORDS": 64},
         {
             "values": before(values, start),
             "after": before(tile["words"], BLOCK * 64),
@@ -117,7 +117,7 @@ def test_cast_and_zero_pruned(tile: dict[str, Tensor]) -> None:
             "num_words": (BLOCK + 1) * 64,
         },
         {"values": values, "words": tile["words"]},
-        [2 * BLOCK, 2 * BLOCK + 1],
+        [BLOCK],
     )
     assert torch.equal(values, tile["values"] * tile["keep"])
 

@@ -146,17 +146,18 @@ FAULTS = [
     Fault(
         "nest",
         "rank off by one block",
-        "position = tl.load(rank + tile * (WORDS // 64))",
-        "position = tl.load(rank + tile * (WORDS // 64) + 1)",
+        "first = tl.load(rank + tile * (WORDS // 64))",
+        "first = tl.load(rank + tile * (WORDS // 64) + 1)",
         _nest,
     ),
     Fault(
         "nest",
         "bits that cross a word lost",
-        "spill = (position & 31) + counts > 32",
-        "spill = counts > 32",
+        "tl.where(shift > 0, high",
+        "tl.where(shift > 31, high",
         _nest,
     ),
+    Fault("nest", "window short of a word", "(end + 31) // 32", "end // 32", _nest),
     Fault("nest", "search one tile late", "<= first:", "<= first + 4000:", _nest),
     Fault(
         "nest", "dropped mask of the store", "mask=offset < out_words)", "mask=offset >= 0)", _nest
@@ -442,9 +443,16 @@ FAULTS = [
     Fault(
         "_entropy_values",
         "three bits without their spill",
-        "mask=inside & (offset > 5), other=0)",
-        "mask=inside & (offset > 6), other=0)",
+        "tl.where(shift > 0, high, 0)",
+        "tl.where(shift > 16, high, 0)",
         _values,
+    ),
+    Fault(
+        "_entropy_values",
+        "the symbol of another step",
+        "(((i >> 5) & 7) * 4)",
+        "(((i >> 4) & 7) * 4)",
+        _values32,
     ),
 ]
 _QUICK = (
