@@ -177,6 +177,11 @@ void encode_piece(const uint32_t* words, int64_t numel, const Coded& run, const 
   for (int64_t done = piece.steps; done > 0;) {
     const int64_t steps = std::min(kTileSteps, done);
     done -= steps;
+    // Backwards in tiles is no pattern that the hardware foresees.
+    const char* tile_before = reinterpret_cast<const char*>(words) +
+                              (piece.bit + std::max<int64_t>(0, done - kTileSteps) * kStepBits) / 8;
+    for (int64_t line = 0; line < kTileBytes; line += 64)
+      __builtin_prefetch(tile_before + line);
     load_bits(words, numel, piece.bit + done * kStepBits, steps * kStepBits, tile);
     rans_encode(tile, steps, table, out);
   }
@@ -246,31 +251,29 @@ class Cursor {
   uint8_t tile_[kTileBytes + 8];
 };
 
-bool drain(Cursor* cursors, int count) {
+// Decodes the rest of at most kMaxStreams chunks; false when one of them is broken.
+bool drain(std::vector<Cursor>* cursors) {
   for (;;) {
-    Cursor* live[2];
+    Cursor* live[kMaxStreams];
+    uint8_t* tiles[kMaxStreams];
+    const RansTable* tables[kMaxStreams];
+    RansReader* readers[kMaxStreams];
     int n = 0;
     int64_t steps = kTileSteps;
-    for (int k = 0; k < count; ++k) {
-      if (!cursors[k].settle())
+    for (Cursor& cursor : *cursors) {
+      if (!cursor.settle())
         return false;
-      if (cursors[k].left()) {
-        live[n++] = &cursors[k];
-        steps = std::min(steps, cursors[k].left());
+      if (cursor.left()) {
+        steps = std::min(steps, cursor.left());
+        live[n] = &cursor;
+        tiles[n] = cursor.tile();
+        tables[n] = cursor.table();
+        readers[n++] = cursor.reader();
       }
     }
     if (!n)
       return true;
-    bool sound;
-    if (n == 1) {
-      sound = rans_decode(live[0]->tile(), steps, *live[0]->table(), live[0]->reader());
-    } else {
-      uint8_t* const tiles[2] = {live[0]->tile(), live[1]->tile()};
-      const RansTable* const tables[2] = {live[0]->table(), live[1]->table()};
-      RansReader* const readers[2] = {live[0]->reader(), live[1]->reader()};
-      sound = rans_decode_two(tiles, steps, tables, readers);
-    }
-    if (!sound)
+    if (!rans_decode(n, tiles, steps, tables, readers))
       return false;
     for (int k = 0; k < n; ++k)
       live[k]->flush(steps);
@@ -342,8 +345,8 @@ int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, 
     at[c + 1] = at[c] + 2 * int64_t{u32_at(out + parts.directory + 4 * c)};
   if (at[chunks] > capacity)
     return -1;
-  for (int64_t c = 0; c < chunks; ++c)
-    std::memcpy(out + at[c], coded[c].get(), at[c + 1] - at[c]);
+  parallel_for(chunks, threads,
+               [&](int64_t c) { std::memcpy(out + at[c], coded[c].get(), at[c + 1] - at[c]); });
   return at[chunks];
 }
 
@@ -391,25 +394,29 @@ Fault decode_mask(const uint8_t* payload, int64_t size, MaskRuns runs, int64_t n
     if (codes[r] == (kOnesAreCommon | kConstant))
       fill_ones(words, runs.start[r], runs.numel[r]);
   const uint16_t* limit = reinterpret_cast<const uint16_t*>(payload + size);
-  auto cursor = [&](int64_t c) {
-    RansReader in;
-    std::memcpy(in.x, payload + parts.states + 4 * kLanes * c, sizeof in.x);
-    in.next = reinterpret_cast<const uint16_t*>(payload + at[c]);
-    in.end = reinterpret_cast<const uint16_t*>(payload + at[c + 1]);
-    in.limit = limit;
-    return Cursor(plan, c * chunk_steps, std::min(plan.steps, (c + 1) * chunk_steps), in, words);
+  const auto sound = [&](int64_t first, int64_t last) {
+    std::vector<Cursor> cursors;
+    cursors.reserve(last - first);
+    for (int64_t c = first; c < last; ++c) {
+      RansReader in;
+      std::memcpy(in.x, payload + parts.states + 4 * kLanes * c, sizeof in.x);
+      in.next = reinterpret_cast<const uint16_t*>(payload + at[c]);
+      in.end = reinterpret_cast<const uint16_t*>(payload + at[c + 1]);
+      in.limit = limit;
+      cursors.emplace_back(plan, c * chunk_steps, std::min(plan.steps, (c + 1) * chunk_steps), in,
+                           words);
+    }
+    return drain(&cursors);
   };
-  // Two streams a task hide each other's latency, where there are tasks enough for all threads.
-  const int pair = chunks >= 4 * int64_t{threads} ? 2 : 1;
+  // As many groups of chunks for each thread, of as many streams as may run at once.
+  const int64_t share = threads * int64_t{kMaxStreams};
+  const int64_t groups = std::min(chunks, (chunks + share - 1) / share * threads);
   std::vector<uint8_t> broken(chunks, 0);
-  parallel_for((chunks + pair - 1) / pair, threads, [&](int64_t task) {
-    const int64_t first = task * pair, last = std::min(chunks, first + pair) - 1;
-    Cursor both[2] = {cursor(first), cursor(last)};
-    if (!drain(both, static_cast<int>(last - first + 1)))
-      for (int64_t c = first; c <= last; ++c) {
-        Cursor alone = cursor(c);
-        broken[c] = !drain(&alone, 1);
-      }
+  parallel_for(groups, threads, [&](int64_t group) {
+    const int64_t first = chunks * group / groups, last = chunks * (group + 1) / groups;
+    if (!sound(first, last))
+      for (int64_t c = first; c < last; ++c)
+        broken[c] = !sound(c, c + 1);
   });
   for (int64_t c = 0; c < chunks; ++c)
     if (broken[c])

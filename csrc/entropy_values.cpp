@@ -444,7 +444,10 @@ bool decode_exponents(const Payload& p, int64_t c, Workspace* w) {
   in.next = reinterpret_cast<const uint16_t*>(p.data + p.words[c]);
   in.end = reinterpret_cast<const uint16_t*>(p.data + p.words[c + 1]);
   in.limit = reinterpret_cast<const uint16_t*>(p.data + p.size / 2 * 2);
-  if (!rans_decode(w->nibbles, n / kLanes, table, &in))
+  uint8_t* const nibbles = w->nibbles;
+  const RansTable* const tables = &table;
+  RansReader* const readers = &in;
+  if (!rans_decode(1, &nibbles, n / kLanes, &tables, &readers))
     return false;
   if (n % kLanes && !rans_decode_part(w->nibbles + n / kLanes * kStepBytes, n % kLanes, table, &in))
     return false;

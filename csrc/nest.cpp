@@ -105,12 +105,23 @@ static void relative(const uint32_t* child, const uint32_t* parent, int64_t coun
     out.append_32(extract(child[j], parent[j]), __builtin_popcount(parent[j]));
 }
 
-static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
-                 const uint32_t* parent, int64_t count, uint32_t* out) {
+// One block; the survivors' number.
+static int64_t nest_block(const uint32_t* kept, uint64_t kept_count, uint64_t position,
+                          const uint32_t* parent, int64_t count, uint32_t* out) {
+  int64_t survivors = 0;
   for (int64_t j = 0; j < count; ++j) {
     out[j] = deposit(static_cast<uint32_t>(read_32(kept, kept_count, position)), parent[j]);
     position += __builtin_popcount(parent[j]);
+    survivors += __builtin_popcount(out[j]);
   }
+  return survivors;
+}
+
+static void nest(const uint32_t* kept, uint64_t kept_count, const int64_t* parent_rank,
+                 const uint32_t* parent, int64_t count, uint32_t* out, int64_t* counts) {
+  for (int64_t j = 0; j < count; j += kBlockWords)
+    *counts++ = nest_block(kept, kept_count, static_cast<uint64_t>(*parent_rank++), parent + j,
+                           std::min(kBlockWords, count - j), out + j);
 }
 
 } // namespace scalar
@@ -161,19 +172,55 @@ static void relative(const uint32_t* child, const uint32_t* parent, int64_t coun
   shared = out;
 }
 
-static void nest(const uint32_t* kept, uint64_t kept_count, uint64_t position,
-                 const uint32_t* parent, int64_t count, uint32_t* out) {
+// 64 bits from `position` on.
+static uint64_t read_64(const unsigned char* bytes, uint64_t position) {
+  uint64_t bits;
+  std::memcpy(&bits, bytes + position / 8, sizeof bits);
+  const uint64_t shift = position % 8, ninth = bytes[position / 8 + 8];
+  return bits >> shift | ninth << 1 << (63 - shift);
+}
+
+static int64_t deposit_64(uint64_t bits, uint64_t mask, uint32_t* out) {
+  bits = _pdep_u64(bits, mask);
+  std::memcpy(out, &bits, sizeof bits);
+  return _mm_popcnt_u64(bits);
+}
+
+// A whole block. `joins`: four 64-bit words of the parent seldom have more than 64 bits together,
+// and one read serves them: 0.36 instead of 0.56 ms for 26 M bits on one thread of Zen 4.
+static int64_t nest_block(const unsigned char* kept, uint64_t position, const uint32_t* parent,
+                          bool joins, uint32_t* out) {
+  int64_t survivors = 0;
+  for (int64_t j = 0; j < kBlockWords; j += 8) {
+    uint64_t mask[4], before[5] = {};
+    for (int k = 0; k < 4; ++k) {
+      mask[k] = load_64(parent + j + 2 * k);
+      before[k + 1] = before[k] + static_cast<uint64_t>(_mm_popcnt_u64(mask[k]));
+    }
+    if (joins && before[4] < 64) {
+      const uint64_t bits = read_64(kept, position);
+      for (int k = 0; k < 4; ++k)
+        deposit_64(bits >> before[k], mask[k], out + j + 2 * k);
+      survivors += _mm_popcnt_u64(bits & ((uint64_t{1} << before[4]) - 1));
+    } else {
+      for (int k = 0; k < 4; ++k)
+        survivors += deposit_64(read_64(kept, position + before[k]), mask[k], out + j + 2 * k);
+    }
+    position += before[4];
+  }
+  return survivors;
+}
+
+static void nest(const uint32_t* kept, uint64_t kept_count, const int64_t* parent_rank,
+                 const uint32_t* parent, int64_t count, uint32_t* out, int64_t* counts) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(kept);
   int64_t j = 0;
-  for (; j + 2 <= count && position + 71 < 32 * kept_count; j += 2) {
-    const uint64_t mask = load_64(parent + j), byte = position / 8, shift = position % 8;
-    uint64_t bits;
-    std::memcpy(&bits, bytes + byte, sizeof bits);
-    bits = _pdep_u64(bits >> shift | uint64_t{bytes[byte + 8]} << 1 << (63 - shift), mask);
-    std::memcpy(out + j, &bits, sizeof bits);
-    position += static_cast<uint64_t>(_mm_popcnt_u64(mask));
-  }
-  scalar::nest(kept, kept_count, position, parent + j, count - j, out + j);
+  // read_64 looks up to 9 bytes ahead.
+  for (; j + kBlockWords <= count && parent_rank[1] / 8 + 9 <= 4 * int64_t(kept_count);
+       j += kBlockWords, ++parent_rank)
+    *counts++ = nest_block(bytes, static_cast<uint64_t>(*parent_rank), parent + j,
+                           6 * (parent_rank[1] - parent_rank[0]) <= kBlock, out + j);
+  scalar::nest(kept, kept_count, parent_rank, parent + j, count - j, out + j, counts);
 }
 
 } // namespace avx2
@@ -214,8 +261,8 @@ void nest(const uint32_t* kept, const uint32_t* parent, const int64_t* parent_ra
                   [&](int64_t begin, int64_t end) {
                     const int64_t first = begin * kBlockWords;
                     const int64_t words = std::min(count, end * kBlockWords) - first;
-                    form(kept, kept_count, parent_rank[begin], parent + first, words, out + first);
-                    count_blocks(out + first, words, rank + begin);
+                    form(kept, kept_count, parent_rank + begin, parent + first, words, out + first,
+                         rank + begin);
                   });
   sum_ranks(rank, blocks);
 }

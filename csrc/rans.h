@@ -47,13 +47,13 @@ void rans_encode(const uint8_t* nibbles, int64_t steps, const RansTable& table, 
 // One step in which only the first `lanes` take part.
 void rans_encode_part(const uint8_t* nibbles, int lanes, const RansTable& table, RansWriter* out);
 
-// False when the words run out. A reader may run past its `end` within `limit` before that is
-// noticed; `finished` tells in the end.
-bool rans_decode(uint8_t* nibbles, int64_t steps, const RansTable& table, RansReader* in);
-// Nibbles of lanes that take no part become 0.
+// Some streams at once, at most kMaxStreams: one alone is bound by the latency of its dependent
+// steps. False when the words of one run out. A reader may run past its `end` within `limit` before
+// that is noticed; `finished` tells in the end.
+constexpr int kMaxStreams = 4;
+bool rans_decode(int streams, uint8_t* const nibbles[], int64_t steps,
+                 const RansTable* const table[], RansReader* const in[]);
+// One step of one stream; nibbles of lanes that take no part become 0.
 bool rans_decode_part(uint8_t* nibbles, int lanes, const RansTable& table, RansReader* in);
-// Two streams at once: one alone is bound by the latency of its dependent steps.
-bool rans_decode_two(uint8_t* const nibbles[2], int64_t steps, const RansTable* const table[2],
-                     RansReader* const in[2]);
 
 } // namespace fedmap
