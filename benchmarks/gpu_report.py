@@ -2,6 +2,7 @@
 
 python benchmarks/gpu_report.py             the report, from the emulator and the compiler
 python benchmarks/gpu_report.py --budgets   and the table that tests/gpu_free holds them to
+python benchmarks/gpu_report.py --accesses "nest 0.5"   what each access of one op asks for, only
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ def code_table(codes: list[measure.Code]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--budgets", action="store_true", help="write tests/gpu_free/budgets.csv")
+    parser.add_argument("--accesses", metavar="OP", help="print what an op's accesses ask for")
     arguments = parser.parse_args()
+    if arguments.accesses:
+        (workload,) = [w for w in workloads(SIZE) if w.name == arguments.accesses]
+        print("\n".join(measure.accesses(workload)))
+        return
     codes = [c for w in workloads(65536) for a in ARCHS for c in measure.machine_code(w, a)]
     if arguments.budgets:
         measure.write_budgets(codes)

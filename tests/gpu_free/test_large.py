@@ -1,42 +1,15 @@
-"""Offsets beyond 2^31 elements, without the memory: blocks far into a buffer of which only they
-exist, at addresses moved back by as much."""
+"""Offsets beyond 2^31 elements, without the memory (`gpucheck.far`)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from gpucheck.emulator import Emulator, Report
-from gpucheck.offline import compile_kernel
+from gpucheck.far import before, run
 from torch import Tensor
 
 from fedmap_sparse.triton_kernels import pack, quantize, select
 
 BLOCK = (1 << 32) // 2048 + 3  # the 2048 elements from here on lie beyond 2^32
-
-
-def run(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], arguments: dict[str, Any],
-    visible: dict[str, Tensor], blocks: list[int],
-) -> Report:  # fmt: skip
-    compiled = compile_kernel(kernel, signature, constants, aligned=[])
-    given = {name: arguments[name] for name in kernel.arg_names if name in signature}
-    report = Emulator(compiled.asm["ptx"]).run(
-        (max(blocks) + 1,),
-        list(given.values()),
-        list(given),
-        visible=list(visible.items()),
-        shared_bytes=compiled.metadata.shared,
-        only=blocks,
-    )
-    assert not report.faults
-    return report
-
-
-def before(t: Tensor, elements: int) -> int:
-    """The address at which the buffer would begin whose element `elements` is the first of `t`."""
-    return t.data_ptr() - elements * t.element_size()
 
 
 @pytest.fixture

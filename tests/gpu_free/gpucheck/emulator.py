@@ -39,8 +39,8 @@ class Report:
     faults: dict[tuple[str, int], list[Any]]
     #: Distinct 32-byte sectors of each tensor, by "ld", "st", "atom".
     sectors: dict[str, dict[str, int]]
-    #: Counters by (source line, kind, space).
-    stats: dict[tuple[int, str, str], Counter[str]]
+    #: Counters by (place in the source, kind, space).
+    stats: dict[tuple[str, str, str], Counter[str]]
     metadata: Any = None
 
     @property
@@ -118,7 +118,7 @@ class Emulator(Operands):
             self.grid,
             self.memory.faults.found,
             self.memory.sectors(),
-            self.memory.stats,
+            self.memory.accesses(),
         )
 
     # -- translation -----------------------------------------------------------------------------

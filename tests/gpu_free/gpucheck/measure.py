@@ -12,6 +12,7 @@ import numpy as np
 from gpucheck.catalogue import Workload
 from gpucheck.driver import compile_only, emulate
 from gpucheck.interpreter import guard
+from gpucheck.memory import SECTOR
 from gpucheck.offline import Cost, cost
 
 BUDGETS = Path(__file__).parent.parent / "budgets.csv"
@@ -67,6 +68,28 @@ def traffic(workload: Workload) -> Traffic:
         session.requested_bytes / n,
         session.faults,
     )
+
+
+def accesses(workload: Workload) -> list[str]:
+    """Bytes an element that each access asks for and touches, launch by launch: where the excess
+    of a workload comes from."""
+    with emulate(blocks=16, check_races=False) as session:
+        session.show(**workload.shown)
+        workload.run()
+    unit = SECTOR / workload.numel
+    lines = []
+    for report in session.launches:
+        total = report.requested_bytes, report.touched_bytes
+        lines.append(_moved(report.kernel, *(moved / workload.numel for moved in total)))
+        for (place, kind, space), count in report.stats.items():
+            if space == "global":
+                what = f"  {kind:5s}{place}"
+                lines.append(_moved(what, count["sectors"] * unit, count["distinct"] * unit))
+    return lines
+
+
+def _moved(what: str, asked: float, touched: float) -> str:
+    return f"{what:70s} asked {asked:8.4f}  touched {touched:8.4f}"
 
 
 def touched(workload: Workload) -> float:

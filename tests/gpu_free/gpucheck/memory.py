@@ -85,7 +85,8 @@ class Memory:
         self.offsets = np.array([r.offset for r in self.regions] or [0], np.int64)
         self.check_races = check_races
         self.faults = Faults()
-        self.stats: dict[tuple[int, str, str], Counter[str]] = defaultdict(Counter)
+        self.stats: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+        self.touched_at: dict[tuple[str, str], Array] = {}
         self.touched = {k: np.zeros(size // SECTOR + 1, bool) for k in ("ld", "st", "atom")}
         granule = min([_GRANULE["global"], *(t.element_size() for _, t in self.tensors)])
         self.shadow = {"global": Shadow(size, granule)} if check_races else {}
@@ -165,12 +166,15 @@ class Memory:
         lines, active = lines[some], active[some]
         if not len(lines):
             return
-        stats = self.stats[ins.line, kind, space]
+        stats = self.stats[ins.place, kind, space]
         stats["requests"] += len(lines)
         stats["bytes"] += int(active.sum()) * size
         if space == "global":
             stats["sectors"] += _distinct(np.where(active, lines // SECTOR, -1))
-            self.touched[kind][offset[good] // SECTOR] = True
+            touched = self.touched[kind]
+            touched[offset[good] // SECTOR] = True
+            here = self.touched_at.setdefault((ins.place, kind), np.zeros_like(touched))
+            here[offset[good] // SECTOR] = True
         else:
             wavefronts, ideal = _bank_conflicts(lines, active, size)
             stats["wavefronts"] += wavefronts
@@ -304,6 +308,12 @@ class Memory:
         return old, good
 
     # -- results ---------------------------------------------------------------------------------
+
+    def accesses(self) -> dict[tuple[str, str, str], Counter[str]]:
+        """The counters, with each place's distinct sectors."""
+        for (place, kind), touched in self.touched_at.items():
+            self.stats[place, kind, "global"]["distinct"] = int(touched.sum())
+        return self.stats
 
     def sectors(self) -> dict[str, dict[str, int]]:
         """Distinct sectors touched, by region and kind."""

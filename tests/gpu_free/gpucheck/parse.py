@@ -57,6 +57,8 @@ class Instruction:
     operands: tuple[str, ...]
     line: int
     text: str
+    #: Where in the source, and where what holds it was inlined.
+    place: str = ""
 
     @property
     def name(self) -> str:
@@ -135,11 +137,12 @@ def _parameter(text: str) -> tuple[str, str]:
 
 
 def _parse_body(body: str, program: Program) -> None:
-    line, pending = 0, ""
+    line, place, pending = 0, "", ""
     for raw in body.split("\n"):
-        text = raw.split("//")[0].strip()
+        text, _, comment = (part.strip() for part in raw.partition("//"))
         if text.startswith(".loc"):
             line = int(text.split()[2])
+            place = re.sub(r":(\d+):\d+", r":\1", comment)
             continue
         if text.startswith((".pragma", ".file", ".section")):
             continue
@@ -159,10 +162,10 @@ def _parse_body(body: str, program: Program) -> None:
             statement, text = (pending + " " + text[:end]).strip(), text[end + 1 :].strip()
             pending = ""
             if statement:
-                _parse_statement(statement, line, program)
+                _parse_statement(statement, line, place, program)
 
 
-def _parse_statement(text: str, line: int, program: Program) -> None:
+def _parse_statement(text: str, line: int, place: str, program: Program) -> None:
     if text.startswith(".reg"):
         kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S).groups()  # type: ignore[union-attr]
         for name in split_operands(names):
@@ -185,5 +188,7 @@ def _parse_statement(text: str, line: int, program: Program) -> None:
     negated, predicate, opcode, operands = found.groups()
     parts = tuple(opcode.replace("::cta", "").split("."))
     program.code.append(
-        Instruction(predicate, bool(negated), parts, tuple(split_operands(operands)), line, text)
+        Instruction(
+            predicate, bool(negated), parts, tuple(split_operands(operands)), line, text, place
+        )
     )
