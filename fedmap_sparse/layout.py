@@ -135,9 +135,22 @@ class FlatLayout:
             keep[e.offset : e.offset + e.numel] = True
         return Mask.from_bool(keep)
 
+    @cached_property
+    def _initial_masks(self) -> dict[torch.device, Mask]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what lies on devices, which may not be there when it is read."""
+        return {name: value for name, value in self.__dict__.items() if name != "_initial_masks"}
+
     def initial_mask(self, device: torch.device | str = "cpu") -> Mask:
-        """The dense mask: every eligible element, no padding."""
-        return self._initial_mask.to(device)
+        """The dense mask: every eligible element, no padding. Kept on each device it was asked for."""
+        where = torch.device(device)
+        if where.type == "cpu" or where.index is None:  # "cuda" alone is the current one
+            return self._initial_mask.to(where)
+        if where not in self._initial_masks:
+            self._initial_masks[where] = self._initial_mask.to(where)
+        return self._initial_masks[where]
 
     def mask_dict(self, mask: Mask) -> dict[str, Tensor]:
         """The mask as one bool tensor a prunable parameter, for other tools."""
