@@ -144,7 +144,7 @@ class FlatLayout:
         return {name: value for name, value in self.__dict__.items() if name != "_initial_masks"}
 
     def initial_mask(self, device: torch.device | str = "cpu") -> Mask:
-        """The dense mask: every eligible element, no padding. Kept on each device it was asked for."""
+        """The dense mask: every eligible element, no padding. Each device keeps its own."""
         where = torch.device(device)
         if where.type == "cpu" or where.index is None:  # "cuda" alone is the current one
             return self._initial_mask.to(where)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_parameters_are_views_and_the_model_behaves_as_before():
     assert list(flat.to_state_dict()) == list(state)
     for name, value in flat.to_state_dict().items():
         assert torch.equal(value, state[name])
+
+
+def test_a_device_keeps_the_initial_mask_and_pickles_do_not():
+    layout = flatten(small()).layout
+    there = layout.initial_mask("meta:0")
+    assert there.words.device.type == "meta"
+    assert layout.initial_mask("meta:0") is there
+    assert layout.initial_mask().words.device.type == "cpu"
+    for copied in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert copied == layout
+        assert copied.initial_mask("meta:0") is not there
 
 
 def test_tied_parameters_are_stored_once_and_stay_tied():
