@@ -1,6 +1,6 @@
 // libFuzzer target of the decoders that read payloads from the wire: `make fuzz`.
 //
-// Byte 0 chooses what is read, bytes 1-2 its size; the rest is the payload, copied to memory of
+// Byte 0 chooses what is read, bytes 1-2 its size or shape; the rest is the payload, copied to memory of
 // exactly its size so that AddressSanitizer sees a read past the end. What decodes is encoded again
 // and must come back.
 #include <cstdint>
@@ -34,6 +34,7 @@ const Shape kShapes[] = {
     {{0, 128, 256, 384}, {5, 0, 127, 300}, 768},
     {{0, 515, 150965, 150968}, {515, 150450, 3, 728}, 151696},
     {{3}, {300001}, 300004},
+    {{3, 2000}, {1, 500001}, 502004}, // more chunks than streams at once
 };
 
 void read_mask(const Shape& shape, const uint8_t* payload, int64_t size, int threads) {
@@ -89,7 +90,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t length) {
   const int threads = 1 + data[0] / 128;
   const int what = data[0] % 4;
   if (what == 3)
-    read_mask(kShapes[data[1] % 4], payload.get(), size, threads);
+    read_mask(kShapes[data[2] == 1 ? 4 : data[1] % 4], payload.get(), size, threads);
   else
     read_values(what, 1 + (data[1] | data[2] << 8), payload.get(), size, threads);
   return 0;

@@ -14,6 +14,7 @@ SHAPES = [
     ([0, 128, 256, 384], [5, 0, 127, 300], 768),
     ([0, 515, 150965, 150968], [515, 150450, 3, 728], 151696),
     ([3], [300001], 300004),
+    ([3, 2000], [1, 500001], 502004),
 ]
 
 
@@ -31,7 +32,8 @@ def seeds() -> dict[str, bytes]:
             nnz = ends - entropy.ranks_at(mask, runs.start)
             payload = entropy.encode_mask(mask.words, runs, nnz, 1 << 20)
             assert payload is not None
-            out[f"mask-{shape}-{density}"] = bytes([3, shape, 0]) + payload.numpy().tobytes()
+            head = bytes([3, shape, shape == 4])
+            out[f"mask-{shape}-{density}"] = head + payload.numpy().tobytes()
     for code, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
         for n in (1, 33, 1000, 40_000):
             for kind in ("normal", "odd"):
