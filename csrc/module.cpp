@@ -1,6 +1,9 @@
-// All of pybind11: converts, releases the GIL, calls. Buffers come as integer addresses
-// (`tensor.data_ptr()`), so that a call costs well under a microsecond and no torch header is
-// needed.
+// All of pybind11: converts, releases the GIL, calls. The ops that cost no more than their call
+// take tensors (tensors.h), read and checked here at once; others integer addresses
+// (`tensor.data_ptr()`). No torch header is needed.
+#include <algorithm>
+#include <optional>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -84,19 +87,65 @@ void bind_masks(py::module_& m) {
   });
 }
 
+// What a call on tensors answers. Its last argument, `attempt`: these are a public function's own
+// arguments, nothing was checked yet. Then it is None, with nothing done, unless each is a
+// torch.Tensor, no subclass, and all is as the kernel wants it; Python has the checks that say what
+// is wrong. Else they were checked, and what does not fit is an error.
+using Answer = std::optional<int64_t>;
+using Flats = std::vector<Flat>;
+
+Answer unfit(bool attempt) {
+  if (attempt)
+    return std::nullopt;
+  throw std::invalid_argument("expected contiguous CPU tensors whose dtypes and sizes agree");
+}
+
+template <class... Each>
+bool ordinary(const Each&... tensors) {
+  return (... && tensors.ordinary);
+}
+
+bool ordinary(const Flats& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Flat& t) { return t.ordinary; });
+}
+
+// The tensors of a Mask.
+struct Bits {
+  const Flat &words, &rank;
+  int64_t numel;
+
+  bool fit() const {
+    return numel >= 0 && words.is(kInt32, mask_words(numel)) &&
+           rank.is(kInt64, mask_blocks(numel) + 1);
+  }
+  int64_t nnz() const { return ranks()[mask_blocks(numel)]; } // once they fit
+  uint32_t* bits() const { return words.as<uint32_t>(); }
+  int64_t* ranks() const { return rank.as<int64_t>(); }
+};
+
 void bind_select(py::module_& m) {
   m.def(
       "select",
-      [](const std::vector<Address>& values, const std::vector<int64_t>& numels, int dtype,
-         const std::vector<Address>& within, int64_t eligible, int64_t keep,
-         const std::vector<Address>& words, const std::vector<Address>& ranks, int threads) {
+      [](const Flats& values, const Flats& within, int64_t eligible, int64_t keep,
+         const Flats& words, const Flats& ranks, int threads, bool attempt) -> Answer {
+        bool fit = !values.empty() && within.size() == values.size() && 0 < keep &&
+                   keep <= eligible && ranks.size() == words.size() &&
+                   (words.empty() || words.size() == values.size());
+        fit = fit && (!attempt || (ordinary(values) && ordinary(within)));
         std::vector<SelectInput> inputs;
         inputs.reserve(values.size());
-        for (size_t i = 0; i < values.size(); ++i)
-          inputs.push_back({at<void>(values[i]), numels[i], at<uint32_t>(within[i]),
-                            words.empty() ? nullptr : at<uint32_t>(words[i]),
-                            ranks.empty() ? nullptr : at<int64_t>(ranks[i])});
-        return select(inputs, dtype, eligible, keep, threads);
+        for (size_t i = 0; fit && i < values.size(); ++i) {
+          const Flat &v = values[i], &w = within[i];
+          fit = v.is_values(v.numel) && v.dtype == values[0].dtype &&
+                (w.is_none() || w.is(kInt32, mask_words(v.numel))) &&
+                (words.empty() || Bits{words[i], ranks[i], v.numel}.fit());
+          inputs.push_back({v.data, v.numel, w.as<uint32_t>(),
+                            words.empty() ? nullptr : words[i].as<uint32_t>(),
+                            words.empty() ? nullptr : ranks[i].as<int64_t>()});
+        }
+        if (!fit)
+          return unfit(attempt);
+        return select(inputs, values[0].dtype, eligible, keep, threads);
       },
       Unlocked());
   m.def("select_reads", &select_reads);
@@ -112,18 +161,27 @@ void bind_select(py::module_& m) {
 void bind_pack(py::module_& m) {
   m.def(
       "pack",
-      [](Address values, int dtype, Address words, Address rank, int64_t numel, Address out,
-         int out_dtype, int threads) {
-        return pack(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), numel,
-                    at<void>(out), out_dtype, threads);
+      [](const Flat& values, const Flat& words, const Flat& rank, int64_t numel, const Flat& out,
+         int threads, bool attempt) -> Answer {
+        const Bits mask{words, rank, numel};
+        if ((attempt && !ordinary(values, words, rank, out)) || !mask.fit() ||
+            !values.is_values(numel) || !out.is_values(mask.nnz()))
+          return unfit(attempt);
+        return pack(values.data, values.dtype, mask.bits(), mask.ranks(), numel, out.data,
+                    out.dtype, threads);
       },
       Unlocked());
   m.def(
       "unpack",
-      [](Address packed, int packed_dtype, Address words, Address rank, int64_t numel, Address out,
-         int out_dtype, int threads) {
-        unpack(at<void>(packed), packed_dtype, at<uint32_t>(words), at<int64_t>(rank), numel,
-               at<void>(out), out_dtype, threads);
+      [](const Flat& packed, const Flat& words, const Flat& rank, int64_t numel, const Flat& out,
+         int threads, bool attempt) -> Answer {
+        const Bits mask{words, rank, numel};
+        if ((attempt && !ordinary(packed, words, rank, out)) || !mask.fit() ||
+            !packed.is_values(mask.nnz()) || !out.is_values(numel))
+          return unfit(attempt);
+        unpack(packed.data, packed.dtype, mask.bits(), mask.ranks(), numel, out.data, out.dtype,
+               threads);
+        return 0;
       },
       Unlocked());
 }
@@ -131,18 +189,31 @@ void bind_pack(py::module_& m) {
 void bind_nest(py::module_& m) {
   m.def(
       "relative",
-      [](Address child, Address parent, Address parent_rank, int64_t numel, Address out,
-         Address rank, int threads) {
-        relative(at<uint32_t>(child), at<uint32_t>(parent), at<int64_t>(parent_rank), numel,
-                 at<uint32_t>(out), at<int64_t>(rank), threads);
+      [](const Flat& child, const Flat& parent, const Flat& parent_rank, int64_t numel,
+         const Flat& out, const Flat& rank, int threads, bool attempt) -> Answer {
+        const Bits whole{parent, parent_rank, numel};
+        if ((attempt && !ordinary(child, parent, parent_rank)) || !whole.fit() ||
+            !child.is(kInt32, mask_words(numel)))
+          return unfit(attempt);
+        const Bits part{out, rank, whole.nnz()};
+        if (!part.fit())
+          return unfit(attempt);
+        relative(child.as<uint32_t>(), whole.bits(), whole.ranks(), numel, part.bits(),
+                 part.ranks(), threads);
+        return part.nnz();
       },
       Unlocked());
   m.def(
       "nest",
-      [](Address kept, Address parent, Address parent_rank, int64_t numel, Address out,
-         Address rank, int threads) {
-        nest(at<uint32_t>(kept), at<uint32_t>(parent), at<int64_t>(parent_rank), numel,
-             at<uint32_t>(out), at<int64_t>(rank), threads);
+      [](const Flat& kept, const Flat& parent, const Flat& parent_rank, int64_t numel,
+         const Flat& out, const Flat& rank, int threads, bool attempt) -> Answer {
+        const Bits whole{parent, parent_rank, numel}, nested{out, rank, numel};
+        if ((attempt && !ordinary(kept, parent, parent_rank)) || !whole.fit() || !nested.fit() ||
+            !kept.is(kInt32, mask_words(whole.nnz())))
+          return unfit(attempt);
+        nest(kept.as<uint32_t>(), whole.bits(), whole.ranks(), numel, nested.bits(), nested.ranks(),
+             threads);
+        return nested.nnz();
       },
       Unlocked());
 }
@@ -180,30 +251,21 @@ void bind_bytes(py::module_& m) {
       Unlocked());
 }
 
-// Whether torch shows a tensor; false too where there is none, or not one that DLPack can describe.
-bool view(const DlExchange& torch, PyObject* object, DlTensor& seen) {
-  if (torch.view(object, &seen) == 0)
-    return true;
-  PyErr_Clear();
-  return false;
-}
-
 // One look at a model before a step: true, with each gradient's address in `segments` (0: none), if
 // every parameter is still its module's and the view of `values` that its segment says, and every
 // gradient is as kernels want it. From Python, an attribute at a time, it took eight times as long.
-bool read_gradients(const py::capsule& exchange, py::handle values, const py::list& parameters,
-                    const py::list& owners, const py::list& keys, Address segments) {
+bool read_gradients(py::handle values, const py::list& parameters, const py::list& owners,
+                    const py::list& keys, Address segments) {
   static PyObject* const grad = PyUnicode_InternFromString("grad");
-  const auto* torch = exchange.get_pointer<DlExchange>();
   DlTensor whole, seen;
-  if (torch->version.major != 1 || !view(*torch, values.ptr(), whole))
+  if (!torch->view(values.ptr(), whole))
     return false;
   Segment* segment = at<Segment>(segments);
   for (size_t i = 0; i < parameters.size(); ++i, ++segment) {
     PyObject* parameter = PyList_GET_ITEM(parameters.ptr(), i);
     PyObject* owner = PyList_GET_ITEM(owners.ptr(), i);
     if (PyDict_GetItem(owner, PyList_GET_ITEM(keys.ptr(), i)) != parameter ||
-        !view(*torch, parameter, seen) || !seen.is_flat(segment->numel, whole) ||
+        !torch->view(parameter, seen) || !seen.is_flat(segment->numel, whole) ||
         (segment->numel &&
          seen.address() != whole.address() + segment->offset * whole.dtype.bits / 8))
       return false;
@@ -212,7 +274,8 @@ bool read_gradients(const py::capsule& exchange, py::handle values, const py::li
       throw py::error_already_set();
     if (gradient.is_none())
       segment->gradient = 0;
-    else if (view(*torch, gradient.ptr(), seen) && seen.is_flat(segment->numel, whole))
+    else if (torch->view(gradient.ptr(), seen) && seen.is_flat(segment->numel, whole) &&
+             !torch->negated(gradient.ptr()))
       segment->gradient = seen.address();
     else
       return false;
@@ -220,26 +283,84 @@ bool read_gradients(const py::capsule& exchange, py::handle values, const py::li
   return true;
 }
 
+// What one masked step works on; `states` in the kernel's order, null where it keeps none.
+struct Step {
+  const Flat& values;
+  Bits mask;
+  const Flat &rows, &scalars;
+  const std::optional<Flats>& grads; // none: `rows` holds their addresses
+  const Flat& master;
+
+  int64_t count() const { return rows.numel / 4; }
+  Segment* segments() const { return rows.as<Segment>(); }
+
+  template <class... States>
+  bool fit(const States&... states) const {
+    if (!mask.fit() || !values.is_values(values.numel) || mask.numel > values.numel ||
+        !rows.is(kInt64, 4 * count()) || !scalars.is(kFloat64, kScalars * count()) ||
+        (master.is_none() && values.dtype != kFloat32) || (grads && !fit_grads()))
+      return false;
+    const int64_t size = mask.nnz() + values.numel - mask.numel;
+    const auto packed = [&](const Flat& t) { return t.is_none() || t.is(kFloat32, size); };
+    return (... && packed(states)) && packed(master);
+  }
+  template <class... States>
+  bool ordinary(const States&... states) const {
+    return ::ordinary(values, mask.words, mask.rank, states..., master) &&
+           (!grads || ::ordinary(*grads));
+  }
+  bool fit_grads() const {
+    bool fit = static_cast<int64_t>(grads->size()) == count();
+    for (int64_t i = 0; fit && i < count(); ++i) {
+      const Flat& grad = (*grads)[i];
+      fit = grad.is_none() || grad.is(values.dtype, segments()[i].numel);
+    }
+    return fit;
+  }
+  void write_addresses() const {
+    for (int64_t i = 0; grads && i < count(); ++i)
+      segments()[i].gradient = reinterpret_cast<uintptr_t>((*grads)[i].data);
+  }
+  bool flagged(int64_t flag) const {
+    return std::any_of(segments(), segments() + count(),
+                       [&](const Segment& s) { return s.flags & flag; });
+  }
+};
+
 void bind_steps(py::module_& m) {
   m.def("read_gradients", &read_gradients);
   m.def(
       "masked_sgd",
-      [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
-         Address segments, int64_t nseg, Address scalars, Address momentum, Address master,
-         int threads) {
-        masked_sgd(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable, numel,
-                   at<Segment>(segments), nseg, at<double>(scalars), at<float>(momentum),
-                   at<float>(master), threads);
+      [](const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
+         const std::optional<Flats>& grads, const Flat& rows, const Flat& scalars,
+         const Flat& momentum, const Flat& master, int threads, bool attempt) -> Answer {
+        const Step s{values, {words, rank, prunable}, rows, scalars, grads, master};
+        if ((attempt && !s.ordinary(momentum)) || !s.fit(momentum))
+          return unfit(attempt);
+        s.write_addresses();
+        masked_sgd(values.data, values.dtype, s.mask.bits(), s.mask.ranks(), prunable, values.numel,
+                   s.segments(), s.count(), scalars.as<double>(), momentum.as<float>(),
+                   master.as<float>(), threads);
+        return 0;
       },
       Unlocked());
   m.def(
       "masked_adamw",
-      [](Address values, int dtype, Address words, Address rank, int64_t prunable, int64_t numel,
-         Address segments, int64_t nseg, Address scalars, Address exp_avg, Address exp_avg_sq,
-         Address max_exp_avg_sq, Address master, int threads) {
-        masked_adamw(at<void>(values), dtype, at<uint32_t>(words), at<int64_t>(rank), prunable,
-                     numel, at<Segment>(segments), nseg, at<double>(scalars), at<float>(exp_avg),
-                     at<float>(exp_avg_sq), at<float>(max_exp_avg_sq), at<float>(master), threads);
+      [](const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
+         const std::optional<Flats>& grads, const Flat& rows, const Flat& scalars,
+         const Flat& exp_avg, const Flat& exp_avg_sq, const Flat& max_exp_avg_sq,
+         const Flat& master, int threads, bool attempt) -> Answer {
+        const Step s{values, {words, rank, prunable}, rows, scalars, grads, master};
+        if ((attempt && !s.ordinary(exp_avg, exp_avg_sq, max_exp_avg_sq)) ||
+            !s.fit(exp_avg, exp_avg_sq, max_exp_avg_sq) || exp_avg.is_none() ||
+            exp_avg_sq.is_none() || (max_exp_avg_sq.is_none() && s.flagged(kAmsgrad)))
+          return unfit(attempt);
+        s.write_addresses();
+        masked_adamw(values.data, values.dtype, s.mask.bits(), s.mask.ranks(), prunable,
+                     values.numel, s.segments(), s.count(), scalars.as<double>(),
+                     exp_avg.as<float>(), exp_avg_sq.as<float>(), max_exp_avg_sq.as<float>(),
+                     master.as<float>(), threads);
+        return 0;
       },
       Unlocked());
 }
@@ -247,10 +368,21 @@ void bind_steps(py::module_& m) {
 void bind_accumulate(py::module_& m) {
   m.def(
       "weighted_mean",
-      [](const std::vector<Address>& payloads, int dtype, const std::vector<double>& weights,
-         int64_t n, Address out, int out_dtype, int threads) {
-        return weighted_mean(at_each<const void>(payloads), dtype, weights, n, at<void>(out),
-                             out_dtype, threads);
+      [](const Flats& payloads, const std::vector<double>& weights, const Flat& out, int threads,
+         bool attempt) -> Answer {
+        bool fit = !payloads.empty() && weights.size() == payloads.size() &&
+                   out.is_values(payloads[0].numel) &&
+                   (!attempt || (ordinary(payloads) && out.ordinary));
+        std::vector<const void*> data;
+        data.reserve(payloads.size());
+        for (const Flat& p : payloads) {
+          fit = fit && p.is_values(out.numel) && p.dtype == payloads[0].dtype;
+          data.push_back(p.data);
+        }
+        if (!fit)
+          return unfit(attempt);
+        return weighted_mean(data, payloads[0].dtype, weights, out.numel, out.data, out.dtype,
+                             threads);
       },
       Unlocked());
   m.def(
@@ -385,6 +517,7 @@ void bind_entropy(py::module_& m) {
 } // namespace
 
 PYBIND11_MODULE(_native, m) {
+  torch = new Torch; // for as long as the process lives
   m.def("isa", [] { return isa_name(isa()); });
   m.def("isa_levels", &isa_levels);
   m.def("set_isa", &set_isa);

@@ -1,8 +1,18 @@
-"""The C++ extension. Buffers are integer addresses (`tensor.data_ptr()`), 0 for none; dtype codes
-are 0 float32, 1 float16, 2 bfloat16, 3 int8; `threads` <= 0 means all of the machine's. Arguments
-are trusted: the checks are in `fedmap_sparse.ops`.
+"""The C++ extension. Buffers are tensors, or integer addresses (`tensor.data_ptr()`), 0 for none;
+dtype codes are 0 float32, 1 float16, 2 bfloat16, 3 int8; `threads` <= 0 means all of the machine's.
+
+Addresses are trusted: the checks are in `fedmap_sparse.ops`. Tensors are seen to be contiguous, on
+the CPU, and of dtypes and sizes that agree; else it is a ValueError or, with `attempt`, None, and
+nothing is written. `attempt` declines subclasses of torch.Tensor too.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+_Tensors = Sequence[Tensor | None]
+_Answer = int | None
 _Fault = tuple[str, int] | None
 """What is wrong with a payload, and at which byte."""
 
@@ -17,91 +27,108 @@ def mask_to_bools(words: int, numel: int, bools: int, threads: int, /) -> None: 
 def mask_subset(a: int, b: int, numel: int, threads: int, /) -> bool: ...
 def mask_digest(words: int, numel: int, threads: int, /) -> bytes: ...
 def select(
-    values: list[int],
-    numels: list[int],
-    dtype: int,
-    within: list[int],
+    values: _Tensors,
+    within: _Tensors,
     eligible: int,
     keep: int,
-    words: list[int],
-    ranks: list[int],
+    words: _Tensors,
+    ranks: _Tensors,
     threads: int,
+    attempt: bool,
     /,
-) -> int: ...
+) -> _Answer: ...
 def select_reads() -> int: ...
 def zero_pruned(
     values: int, before: int, after: int, numel: int, dtype: int, threads: int, /
 ) -> None: ...
 def pack(
-    values: int,
-    dtype: int,
-    words: int,
-    rank: int,
+    values: Tensor,
+    words: Tensor,
+    rank: Tensor,
     numel: int,
-    out: int,
-    out_dtype: int,
+    out: Tensor,
     threads: int,
+    attempt: bool,
     /,
-) -> int: ...
+) -> _Answer: ...
 def unpack(
-    packed: int,
-    packed_dtype: int,
-    words: int,
-    rank: int,
+    packed: Tensor,
+    words: Tensor,
+    rank: Tensor,
     numel: int,
-    out: int,
-    out_dtype: int,
+    out: Tensor,
     threads: int,
+    attempt: bool,
     /,
-) -> None: ...
+) -> _Answer: ...
 def relative(
-    child: int, parent: int, parent_rank: int, numel: int, out: int, rank: int, threads: int, /
-) -> None: ...
+    child: Tensor,
+    parent: Tensor,
+    parent_rank: Tensor,
+    numel: int,
+    out: Tensor,
+    rank: Tensor,
+    threads: int,
+    attempt: bool,
+    /,
+) -> _Answer: ...
 def nest(
-    kept: int, parent: int, parent_rank: int, numel: int, out: int, rank: int, threads: int, /
-) -> None: ...
+    kept: Tensor,
+    parent: Tensor,
+    parent_rank: Tensor,
+    numel: int,
+    out: Tensor,
+    rank: Tensor,
+    threads: int,
+    attempt: bool,
+    /,
+) -> _Answer: ...
+def read_gradients(
+    values: Tensor,
+    parameters: list[Tensor],
+    owners: list[dict[str, Any]],
+    keys: list[str],
+    segments: int,
+    /,
+) -> bool: ...
 def masked_sgd(
-    values: int,
-    dtype: int,
-    words: int,
-    rank: int,
+    values: Tensor,
+    words: Tensor,
+    rank: Tensor,
     prunable: int,
-    numel: int,
-    segments: int,
-    nseg: int,
-    scalars: int,
-    momentum: int,
-    master: int,
+    grads: _Tensors | None,
+    rows: Tensor,
+    scalars: Tensor,
+    momentum: Tensor | None,
+    master: Tensor | None,
     threads: int,
+    attempt: bool,
     /,
-) -> None: ...
+) -> _Answer: ...
 def masked_adamw(
-    values: int,
-    dtype: int,
-    words: int,
-    rank: int,
+    values: Tensor,
+    words: Tensor,
+    rank: Tensor,
     prunable: int,
-    numel: int,
-    segments: int,
-    nseg: int,
-    scalars: int,
-    exp_avg: int,
-    exp_avg_sq: int,
-    max_exp_avg_sq: int,
-    master: int,
+    grads: _Tensors | None,
+    rows: Tensor,
+    scalars: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    master: Tensor | None,
     threads: int,
+    attempt: bool,
     /,
-) -> None: ...
+) -> _Answer: ...
 def weighted_mean(
-    payloads: list[int],
-    dtype: int,
+    payloads: _Tensors,
     weights: list[float],
-    n: int,
-    out: int,
-    out_dtype: int,
+    out: Tensor,
     threads: int,
+    attempt: bool,
     /,
-) -> int: ...
+) -> _Answer: ...
 def weighted_mean_int8(
     payloads: list[int],
     scales: list[int],

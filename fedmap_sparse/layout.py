@@ -21,9 +21,6 @@ ALIGN = 128
 #: Tail tensors start on multiples of this: 16 bytes in every dtype, as inductor and cuBLAS assume.
 TAIL_ALIGN = 8
 
-# How C++ reads a torch tensor: csrc/tensors.h.
-_EXCHANGE = torch.Tensor.__dlpack_c_exchange_api__
-
 Prunable = Callable[[str, Any], bool]
 
 # Buffers of torch's own normalisation layers, told from parameters by name where a state dict is
@@ -379,7 +376,7 @@ class FlatParameters:
         attributes read from Python take 0.9.
         """
         return native is not None and native.read_gradients(
-            _EXCHANGE, self.values, self.parameters, self._holders, self._keys, rows.data_ptr()
+            self.values, self.parameters, self._holders, self._keys, rows.data_ptr()
         )
 
     def rebind(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, _checks, ops
+from fedmap_sparse._backends import native
 from fedmap_sparse.layout import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments, masked_adamw, masked_sgd
@@ -149,7 +150,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         mask, scalars = self._mask, self._segments.scalars
         where = (flat.values, mask.words, mask.rank, mask.numel)
         if grads is None:
-            _segments.step_native(self._kernel, *where, rows, scalars, *packed)
+            kernel, threads = getattr(native, self._kernel), _backends.threads()
+            kernel(*where, None, rows, scalars, *packed, threads, False)
         else:
             self._op(*where, mask.nnz, grads, rows, scalars, *packed, self._backend)
         flat.mark_written()

@@ -58,17 +58,16 @@ def test_nothing_is_written_around_the_results(isa: str) -> None:
     for n in EDGES[1:]:
         parent = random_mask(n, 0.6)
         child = parent & random_mask(n, 0.5, seed=1)
-        arguments = parent.words.data_ptr(), parent.rank.data_ptr(), n
+        arguments = parent.words, parent.rank, n
         with (
             guarded(-(-parent.nnz // 32), torch.int32, shift=1) as kept,
             guarded(num_ranks(parent.nnz), torch.int64) as rank,
         ):
-            outputs = kept.data_ptr(), rank.data_ptr()
-            native.relative(child.words.data_ptr(), *arguments, *outputs, 2)
+            native.relative(child.words, *arguments, kept, rank, 2, False)
             with (
                 guarded(-(-n // 32), torch.int32, shift=1) as words,
                 guarded(num_ranks(n), torch.int64) as rank,
             ):
-                native.nest(kept.data_ptr(), *arguments, words.data_ptr(), rank.data_ptr(), 2)
+                native.nest(kept, *arguments, words, rank, 2, False)
                 assert torch.equal(words, child.words)
                 assert torch.equal(rank, child.rank)

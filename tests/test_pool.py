@@ -80,8 +80,8 @@ class Packs(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         # Straight to the kernel: a loader's workers set torch to one thread.
         out = torch.empty(self.mask.nnz)
-        words, rank = self.mask.words.data_ptr(), self.mask.rank.data_ptr()
-        native.pack(self.values.data_ptr(), 0, words, rank, N, out.data_ptr(), 0, 2 + index % 2)
+        threads = 2 + index % 2
+        native.pack(self.values, self.mask.words, self.mask.rank, N, out, threads, False)
         return out
 
 

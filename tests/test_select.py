@@ -172,15 +172,12 @@ def test_nothing_is_written_around_the_masks(isa: str) -> None:
         values = make("normal", n)
         words, ranks = -(-n // 32), -(-n // 2048) + 1
         with guarded(words, torch.int32, shift=1) as w, guarded(ranks, torch.int64) as r:
-            pointers = [values.data_ptr()], [n], 0, [0], n, -(-n // 3)
-            native.select(*pointers, [w.data_ptr()], [r.data_ptr()], 2)
+            native.select([values], [None], n, -(-n // 3), [w], [r], 2, False)
             assert torch.equal(w, wanted("normal", n, torch.float32, -(-n // 3)).words)
 
 
 def reads(values: Tensor, keep: int) -> int:
-    code = 0 if values.dtype == torch.float32 else 1
-    n = values.numel()
-    native.select([values.data_ptr()], [n], code, [0], n, keep, [], [], 2)
+    native.select([values], [None], values.numel(), keep, [], [], 2, False)
     return int(native.select_reads())
 
 
@@ -192,19 +189,9 @@ def test_reads_of_the_values(kind: str, dtype: torch.dtype) -> None:
     words = torch.empty(31_251, dtype=torch.int32)
     ranks = torch.empty(490, dtype=torch.int64)
     for keep in (1, 10_000, 100_000, 500_000, 999_999):
-        code = 0 if dtype == torch.float32 else 1
-        native.select(
-            [values.data_ptr()],
-            [values.numel()],
-            code,
-            [0],
-            values.numel(),
-            keep,
-            [words.data_ptr()],
-            [ranks.data_ptr()],
-            2,
-        )
-        most = 1 if kind in ("normal", "sorted", "descending") and code == 0 else 2
+        native.select([values], [None], values.numel(), keep, [words], [ranks], 2, False)
+        continuous = kind in ("normal", "sorted", "descending") and dtype == torch.float32
+        most = 1 if continuous else 2
         assert native.select_reads() <= most
 
 
@@ -249,8 +236,7 @@ words = torch.zeros(-(-n // 32), dtype=torch.int32)
 ranks = torch.zeros(-(-n // 2048) + 1, dtype=torch.int64)
 
 def select():
-    native.select([values.data_ptr()], [n], {code}, [0], n, keep,
-                  [words.data_ptr()], [ranks.data_ptr()], 2)
+    native.select([values], [None], n, keep, [words], [ranks], 2, False)
 
 for kind in ("normal", "constant", "ties", "descending"):
     values = make(kind, n, torch.{dtype})
@@ -268,8 +254,7 @@ for kind in ("normal", "constant", "ties", "descending"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype: str) -> None:
     """Below 2% of the input and 1 MB: every page that the call touches for the first time."""
-    code = {"float32": 0, "bfloat16": 2}[dtype]
-    script = MEMORY.format(dtype=dtype, code=code, tests=str(Path(__file__).parent))
+    script = MEMORY.format(dtype=dtype, tests=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -280,7 +265,7 @@ def test_peak_memory(dtype: str) -> None:
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
-    allowed = 0.02 * 12_000_000 * (4 if code == 0 else 2) + 1e6
+    allowed = 0.02 * 12_000_000 * getattr(torch, dtype).itemsize + 1e6
     touched = [int(line) for line in done.stdout.split()]
     assert len(touched) == 4
     assert max(touched) < allowed

@@ -60,15 +60,7 @@ def _total(weights: Sequence[float]) -> float:
 
 
 def _mean_cpu(payloads: list[Tensor], weights: list[float], out: Tensor) -> int:
-    count: int = native.weighted_mean(
-        [p.data_ptr() for p in payloads],
-        _CODES[payloads[0].dtype],
-        weights,
-        out.numel(),
-        out.data_ptr(),
-        _CODES[out.dtype],
-        _backends.threads(),
-    )
+    count: int = native.weighted_mean(payloads, weights, out, _backends.threads(), False)
     return count
 
 
@@ -106,11 +98,15 @@ def _finite(fill: Callable[..., Tensor | int]) -> Callable[..., None]:
     """
 
     def run(*args: Any) -> None:
-        if bad := int(fill(*args)):
-            message = f"payloads: expected a finite mean, got {bad} NaN or infinite elements"
-            raise ValueError(message)
+        _check_finite(int(fill(*args)))
 
     return run
+
+
+def _check_finite(bad: int) -> None:
+    if bad:
+        message = f"payloads: expected a finite mean, got {bad} NaN or infinite elements"
+        raise ValueError(message)
 
 
 _mean_op = define(
@@ -175,6 +171,16 @@ def weighted_mean(
     if len(weights) != len(payloads):
         raise ValueError(f"weights: expected {len(payloads)}, one a payload, got {len(weights)}")
     first = payloads[0]
+    if _backends.direct(backend, first):
+        target = first.new_empty(first.numel()) if out is None else out
+        checked = [_check_weight(w) for w in weights]
+        # A tuple, so that nobody takes a payload away meanwhile.
+        bad = native.weighted_mean(tuple(payloads), checked, target, _backends.threads(), True)
+        if bad is not None:
+            if out is not None:
+                _backends.written(out)
+            _check_finite(bad)
+            return target
     for p in payloads:
         _checks.check_tensor("payloads", p)
         _check_like("payloads", p, first)

@@ -95,12 +95,14 @@ def masked_adamw_(
 
     `0.125 + 16 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
     """
-    if max_exp_avg_sq is None and (segments.rows.numpy()[:, 3] & AMSGRAD).any():
-        raise ValueError("max_exp_avg_sq: expected a tensor for segments with amsgrad, got None")
     states = {
         "exp_avg": exp_avg,
         "exp_avg_sq": exp_avg_sq,
         "max_exp_avg_sq": max_exp_avg_sq,
         "master": master,
     }
+    if _segments.direct("masked_adamw", values, mask, grads, segments, states, backend):
+        return
+    if max_exp_avg_sq is None and (segments.rows.numpy()[:, 3] & AMSGRAD).any():
+        raise ValueError("max_exp_avg_sq: expected a tensor for segments with amsgrad, got None")
     _segments.step(op, values, mask, grads, segments, states, backend)

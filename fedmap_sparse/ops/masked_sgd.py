@@ -101,4 +101,5 @@ def masked_sgd_(
     O(touched lines + nnz): `0.125 + 8 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
     """
     states = {"momentum_buffer": momentum_buffer, "master": master}
-    _segments.step(op, values, mask, grads, segments, states, backend)
+    if not _segments.direct("masked_sgd", values, mask, grads, segments, states, backend):
+        _segments.step(op, values, mask, grads, segments, states, backend)

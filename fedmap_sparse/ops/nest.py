@@ -16,9 +16,9 @@ from fedmap_sparse._backends import define, native
 from fedmap_sparse.mask import (
     Mask,
     bool_from_words,
-    num_ranks,
-    num_words,
     rank_index,
+    unfilled,
+    unfilled_cpu,
     words_from_bool,
 )
 
@@ -52,32 +52,22 @@ def _nest_cpu(
 
 
 def _run(
-    kernel: Callable[..., None], source: Tensor, parent: Tensor, rank: Tensor, numel: int, size: int
+    kernel: Callable[..., int | None],
+    source: Tensor,
+    parent: Tensor,
+    rank: Tensor,
+    numel: int,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    words, ranks = out = _masks(source, size)
-    kernel(
-        source.data_ptr(),
-        parent.data_ptr(),
-        rank.data_ptr(),
-        numel,
-        words.data_ptr(),
-        ranks.data_ptr(),
-        _backends.threads(),
-    )
+    words, ranks = out = unfilled(source, size)
+    kernel(source, parent, rank, numel, words, ranks, _backends.threads(), False)
     return out
-
-
-def _masks(like: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    return (
-        like.new_empty(num_words(numel)),
-        like.new_empty(num_ranks(numel), dtype=torch.int64),
-    )
 
 
 _relative_op = define(
     "relative(Tensor child, Tensor parent, Tensor rank, SymInt numel, SymInt nnz, str backend)"
     " -> (Tensor, Tensor)",
-    lambda child, parent, rank, numel, nnz: _masks(child, nnz),
+    lambda child, parent, rank, numel, nnz: unfilled(child, nnz),
     reference=_relative_reference,
     cpu=_relative_cpu,
     triton=lambda *a: _backends.kernels("nest").relative(*a),
@@ -85,11 +75,36 @@ _relative_op = define(
 _nest_op = define(
     "nest(Tensor kept, Tensor parent, Tensor rank, SymInt numel, SymInt nnz, str backend)"
     " -> (Tensor, Tensor)",
-    lambda kept, parent, rank, numel, nnz: _masks(kept, numel),
+    lambda kept, parent, rank, numel, nnz: unfilled(kept, numel),
     reference=_nest_reference,
     cpu=_nest_cpu,
     triton=lambda *a: _backends.kernels("nest").nest(*a),
 )
+
+
+def _direct(
+    stem: str, source: object, parent: object, backend: str | None
+) -> tuple[Tensor, Tensor, int] | None:
+    """Straight to C++: words, rank and survivors; None where that does not do."""
+    if not (isinstance(parent, Mask) and isinstance(source, Mask)):
+        return None
+    wanted, size = parent.numel, parent.nnz
+    if stem == "nest":
+        wanted, size = size, wanted
+    if source.numel != wanted or not _backends.direct(backend, parent.words):
+        return None
+    words, rank = unfilled_cpu(size)
+    nnz = getattr(native, stem)(
+        source.words,
+        parent.words,
+        parent.rank,
+        parent.numel,
+        words,
+        rank,
+        _backends.threads(),
+        True,
+    )
+    return None if nnz is None else (words, rank, nnz)
 
 
 def relative(child: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
@@ -100,24 +115,28 @@ def relative(child: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
     Raises:
         ValueError: sizes or devices that differ, or a child that is no subset of the parent.
     """
-    _checks.check_mask("parent", parent)
-    _checks.check_mask("child", child, parent.numel)
-    _checks.check_device("child", child.words, parent.device)
-    words, rank = _relative_op(
-        child.words,
-        parent.words,
-        parent.rank,
-        parent.numel,
-        parent.nnz,
-        _backends.pick(backend, parent.device),
-    )
-    # What lies outside the parent is lost on the way, so the counts agree only for a subset.
-    if not torch.compiler.is_compiling() and int(rank[-1]) != child.nnz:
-        raise ValueError(
-            f"child: expected a subset of the parent, got {child.nnz - int(rank[-1])} survivors "
-            "outside of it"
+    done = _direct("relative", child, parent, backend)
+    if done is None:
+        _checks.check_mask("parent", parent)
+        _checks.check_mask("child", child, parent.numel)
+        _checks.check_device("child", child.words, parent.device)
+        words, rank = _relative_op(
+            child.words,
+            parent.words,
+            parent.rank,
+            parent.numel,
+            parent.nnz,
+            _backends.pick(backend, parent.device),
         )
-    return Mask(words, rank, parent.nnz, child.nnz)
+        nnz = child.nnz if torch.compiler.is_compiling() else int(rank[-1])
+    else:
+        words, rank, nnz = done
+    # What lies outside the parent is lost on the way, so the counts agree only for a subset.
+    if nnz != child.nnz:
+        raise ValueError(
+            f"child: expected a subset of the parent, got {child.nnz - nnz} survivors outside of it"
+        )
+    return Mask(words, rank, parent.nnz, nnz)
 
 
 def nest(kept: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
@@ -128,15 +147,19 @@ def nest(kept: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
     Raises:
         ValueError: `kept.numel != parent.nnz`, or devices that differ.
     """
-    _checks.check_mask("parent", parent)
-    _checks.check_mask("kept", kept, parent.nnz)
-    _checks.check_device("kept", kept.words, parent.device)
-    words, rank = _nest_op(
-        kept.words,
-        parent.words,
-        parent.rank,
-        parent.numel,
-        parent.nnz,
-        _backends.pick(backend, parent.device),
-    )
+    done = _direct("nest", kept, parent, backend)
+    if done is None:
+        _checks.check_mask("parent", parent)
+        _checks.check_mask("kept", kept, parent.nnz)
+        _checks.check_device("kept", kept.words, parent.device)
+        words, rank = _nest_op(
+            kept.words,
+            parent.words,
+            parent.rank,
+            parent.numel,
+            parent.nnz,
+            _backends.pick(backend, parent.device),
+        )
+    else:
+        words, rank, _ = done
     return Mask(words, rank, parent.numel, kept.nnz)

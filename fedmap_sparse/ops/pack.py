@@ -12,8 +12,6 @@ from fedmap_sparse._backends import define, native
 from fedmap_sparse.mask import Mask, bool_from_words
 from fedmap_sparse.ops.quantize import cast_reference
 
-_CODES = _checks.DTYPE_CODES
-
 
 def _pack_out_reference(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     kept = values.reshape(-1)[bool_from_words(words, values.numel())]
@@ -21,16 +19,7 @@ def _pack_out_reference(values: Tensor, words: Tensor, rank: Tensor, out: Tensor
 
 
 def _pack_out_cpu(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
-    native.pack(
-        values.data_ptr(),
-        _CODES[values.dtype],
-        words.data_ptr(),
-        rank.data_ptr(),
-        values.numel(),
-        out.data_ptr(),
-        _CODES[out.dtype],
-        _backends.threads(),
-    )
+    native.pack(values, words, rank, values.numel(), out, _backends.threads(), False)
 
 
 def _unpack_out_reference(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
@@ -40,16 +29,7 @@ def _unpack_out_reference(packed: Tensor, words: Tensor, rank: Tensor, out: Tens
 
 
 def _unpack_out_cpu(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
-    native.unpack(
-        packed.data_ptr(),
-        _CODES[packed.dtype],
-        words.data_ptr(),
-        rank.data_ptr(),
-        out.numel(),
-        out.data_ptr(),
-        _CODES[out.dtype],
-        _backends.threads(),
-    )
+    native.unpack(packed, words, rank, out.numel(), out, _backends.threads(), False)
 
 
 def _pack_out_triton(*args: Any) -> None:
@@ -126,6 +106,22 @@ _register("fedmap_sparse::pack", _pack_backward, setup_context=_setup, lib=_back
 _register("fedmap_sparse::unpack", _unpack_backward, setup_context=_setup, lib=_backends._library)
 
 
+def _direct(stem: str, source: Tensor, mask: Mask, size: int, out: Tensor | None) -> Tensor | None:
+    """Straight to C++; None where that does not do, or autograd has to follow."""
+    if out is not None:
+        target = out
+    elif source.requires_grad and torch.is_grad_enabled():
+        return None
+    else:
+        target = source.new_empty(size)
+    kernel, threads = getattr(native, stem), _backends.threads()
+    if kernel(source, mask.words, mask.rank, mask.numel, target, threads, True) is None:
+        return None
+    if out is not None:
+        _backends.written(out)
+    return target
+
+
 def pack(
     values: Tensor, mask: Mask, *, out: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
@@ -147,6 +143,10 @@ def pack(
 
     O(n / 32 + nnz) reads beyond the memory lines that hold a survivor.
     """
+    if _backends.direct(backend, values) and isinstance(mask, Mask):
+        done = _direct("pack", values, mask, mask.nnz, out)
+        if done is not None:
+            return done
     _checks.check_tensor("values", values)
     _checks.check_mask("mask", mask, values.numel())
     _checks.check_same_device("mask", mask, values)
@@ -169,6 +169,10 @@ def unpack(
 
     Arguments, conversion into `out`, errors and cost as in `pack`; every element is written.
     """
+    if _backends.direct(backend, packed) and isinstance(mask, Mask):
+        done = _direct("unpack", packed, mask, mask.numel, out)
+        if done is not None:
+            return done
     _checks.check_tensor("packed", packed)
     _checks.check_mask("mask", mask)
     _checks.check_numel("packed", packed, mask.nnz, "the mask's nnz")

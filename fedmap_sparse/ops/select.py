@@ -18,9 +18,9 @@ from fedmap_sparse._backends import define, native
 from fedmap_sparse.mask import (
     Mask,
     bool_from_words,
-    num_ranks,
-    num_words,
     rank_index,
+    unfilled,
+    unfilled_cpu,
     words_from_bool,
 )
 
@@ -77,27 +77,16 @@ def _native_select(
     words: list[Tensor],
     ranks: list[Tensor],
 ) -> int:
-    return int(
-        native.select(
-            [v.data_ptr() for v in values],
-            [v.numel() for v in values],
-            _checks.DTYPE_CODES[values[0].dtype],
-            [0 if w is None else w.data_ptr() for w in within],
-            eligible,
-            keep,
-            [w.data_ptr() for w in words],
-            [r.data_ptr() for r in ranks],
-            _backends.threads(),
-        )
-    )
+    threads = _backends.threads()
+    key: int = native.select(values, within, eligible, keep, words, ranks, threads, False)
+    return key
 
 
 def _mask_fake(
     values: list[Tensor], within: list[Tensor | None], eligible: int, keep: int
 ) -> list[Tensor]:
-    words = [v.new_empty(num_words(v.numel()), dtype=torch.int32) for v in values]
-    ranks = [v.new_empty(num_ranks(v.numel()), dtype=torch.int64) for v in values]
-    return words + ranks
+    words, ranks = zip(*[unfilled(v, v.numel()) for v in values], strict=True)
+    return [*words, *ranks]
 
 
 def _threshold_reference(
@@ -187,6 +176,22 @@ def _prepare(
     return tensors, masks, eligible
 
 
+def _direct(values: Tensor, keep: int, within: Within) -> Mask | None:
+    """Straight to C++; None where that does not do."""
+    numel = eligible = values.numel()
+    if within is not None:
+        if not isinstance(within, Mask) or within.numel != numel:
+            return None
+        eligible = within.nnz
+    if type(keep) is not int or not 0 < keep <= eligible:
+        return None
+    words, rank = unfilled_cpu(numel)
+    held = None if within is None else within.words
+    threads = _backends.threads()
+    key = native.select((values,), (held,), eligible, keep, (words,), (rank,), threads, True)
+    return None if key is None else Mask(words, rank, numel, keep)
+
+
 @overload
 def magnitude_mask(
     values: Tensor, keep: int, *, within: Mask | None = None, backend: str | None = None
@@ -228,6 +233,10 @@ def magnitude_mask(
     O(n): one read of the values on the usual path, four at most; extra memory below 2% of the
     input plus 1 MB on the cpu backend (the reference sorts).
     """
+    if _backends.direct(backend, values):
+        mask = _direct(values, keep, within)  # type: ignore[arg-type]  # `values` is one tensor
+        if mask is not None:
+            return mask
     tensors, masks, eligible = _prepare(values, within, keep, 0)
     single = isinstance(values, Tensor)
     if not tensors:
