@@ -30,6 +30,19 @@ def _symbol(top, e):
 
 
 @triton.jit
+def _put_three_bits(plane, h, words, BLOCK: tl.constexpr):
+    """Three bits of each of BLOCK elements side by side, in `words` words."""
+    eights = tl.reshape(h, (BLOCK // 8, 8)) << (3 * tl.arange(0, 8)[None, :]).to(tl.uint32)
+    group = tl.sum(eights, 1)
+    word = tl.arange(0, BLOCK // 8)
+    inside = word < tl.minimum(words, BLOCK // 32 * 3)
+    own = tl.where(inside, word * 4 // 3, 0)
+    skip = (8 * (word % 3)).to(tl.uint32)  # bits of its first group that the word before has
+    both = (tl.gather(group, own, 0) >> skip) | (tl.gather(group, own + 1, 0) << (24 - skip))
+    tl.store(plane + word, both.to(tl.int32, bitcast=True), mask=inside)
+
+
+@triton.jit
 def _describe(
     values,
     n,
@@ -63,14 +76,9 @@ def _describe(
             tl.store(low + begin + i, v.to(low.dtype.element_ty), mask=inside)
         if HIGH == 8:
             tl.store(high + begin + i, h.to(tl.uint8), mask=inside)
-        else:  # eight values make three bytes
-            eights = tl.reshape(h, (BLOCK // 8, 8)) << (3 * tl.arange(0, 8)[None, :]).to(tl.uint32)
-            group = tl.sum(eights, 1)
-            k = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-            for byte in tl.static_range(3):
-                at = 3 * k + byte
-                part = (group >> (8 * byte)).to(tl.uint8)
-                tl.store(high + 3 * (begin // 8) + at, part, mask=8 * at < 3 * size)
+        else:
+            first = 3 * (begin + block * BLOCK) // 32
+            _put_three_bits(high + first, h, (3 * (size - block * BLOCK) + 31) // 32, BLOCK)
     counts -= tl.where(bins == 0, blocks * BLOCK - size, 0)  # lanes past the end
     through = tl.cumsum(counts, 0)
     earlier = tl.where(bins >= 15, tl.gather(through, tl.maximum(bins - 15, 0), 0), 0)

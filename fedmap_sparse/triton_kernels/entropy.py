@@ -217,7 +217,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         n,
         shorts,
         out[low:].view(low_type),
-        out[high:],
+        out[high:].view(torch.uint8 if high_bits == 8 else torch.int32),
         counts[1],
         nibbles,
         CHUNK=CHUNK,
@@ -225,7 +225,8 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         LOW=low_bits,
         HIGH=high_bits,
         BLOCK=min(4096, CHUNK),
-        num_warps=8,
+        # Of 16-bit values a thread then takes as many at once as it loads with one instruction.
+        num_warps=8 if values.element_size() == 4 else 16,
     )
     launch(
         _encode_values,

@@ -157,7 +157,7 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
     run(
         _entropy_values._describe,
         {
-            "values": kind, "n": "i64", "directory": "*u16", "low": low_kind, "high": "*u8",
+            "values": kind, "n": "i64", "directory": "*u16", "low": low_kind, "high": high_kind,
             "escapes": "*i64", "nibbles": "*i32",
         },
         planes,

@@ -449,6 +449,13 @@ FAULTS = [
     ),
     Fault(
         "_entropy_values",
+        "a word of three bits begins late",
+        "(8 * (word % 3))",
+        "(8 * (word % 2))",
+        _values,
+    ),
+    Fault(
+        "_entropy_values",
         "the symbol of another step",
         "(((i >> 5) & 7) * 4)",
         "(((i >> 4) & 7) * 4)",
