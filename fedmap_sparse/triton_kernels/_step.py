@@ -7,6 +7,7 @@ gradients are gathered, so that a warp touches the sectors that hold a survivor,
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,20 @@ def step(
                 tl.store(values + start + at, 0, mask=pruned & (at < elements))
 
 
+@functools.lru_cache(maxsize=64)
+def _table(
+    rows: bytes, pointers: tuple[int, ...], size: int
+) -> tuple[np.ndarray[Any, Any], int, bool]:
+    """(rows with the gradients' addresses, then the tiles before each; tiles of all; whether every
+    address is a multiple of 16). Steps of one model differ in none of it."""
+    table = np.frombuffer(rows, np.int64).reshape(-1, 4).copy()
+    table[:, 2] = pointers
+    tiles = np.where(table[:, 2] != 0, -(-table[:, 1] // (size * 32)), 0)
+    first = np.cumsum(tiles) - tiles
+    aligned = bool((table[:, 2] % 16 == 0).all())
+    return np.concatenate([table.ravel(), first]), int(tiles.sum()), aligned
+
+
 def walk(
     values: Tensor,
     words: Tensor,
@@ -222,23 +237,14 @@ def walk(
     `rows` lies on the host, `scalars` there or on the device, where a captured CUDA graph reads
     what is in it at each replay.
     """
-    table = rows.numpy()
-    pointers = np.array([0 if g is None else g.data_ptr() for g in grads], np.int64)
-    table[:, 2] = pointers
     size = tile_words(nnz / prunable if prunable else 1.0)
-    tiles = np.where(pointers != 0, -(-table[:, 1] // (size * 32)), 0)
-    total = int(tiles.sum())
+    pointers = tuple([0 if g is None else g.data_ptr() for g in grads])
+    table, total, aligned = _table(rows.numpy().tobytes(), pointers, size)
     if not total:
         return
-    parts = [table, np.cumsum(tiles) - tiles]
+    rows_there, first_tiles = to_device(table, values.device).tensor_split((4 * len(grads),))
     if scalars.device != values.device:
-        parts.append(scalars.numpy().view(np.int64))
-    whole = np.concatenate([part.ravel() for part in parts])
-    rows_there, first_tiles, scalars_there = to_device(whole, values.device).tensor_split(
-        (table.size, table.size + len(grads))
-    )
-    if scalars.device == values.device:
-        scalars_there = scalars
+        scalars = to_device(scalars.view(torch.int64).numpy(), values.device).view(torch.float64)
     setup, update, uses = rule
     launch(
         step,
@@ -248,7 +254,7 @@ def walk(
         rank,
         rows_there,
         first_tiles,
-        scalars_there.view(torch.float64),
+        scalars,
         *states,
         master,
         len(grads),
@@ -262,6 +268,6 @@ def walk(
         WORDS=size,
         STEPS=size.bit_length() - 1,
         LANES=_LANES,
-        ALIGNED=bool((pointers % 16 == 0).all()),
+        ALIGNED=aligned,
         num_warps=_WARPS,
     )

@@ -61,6 +61,20 @@ def test_ops_give_the_bits_of_the_cpu(n: int, dtype: torch.dtype) -> None:
         assert equal(a, b), at
 
 
+def test_kernels_that_are_compiled_run_on_the_current_stream() -> None:
+    values = torch.randn(1 << 20, device="cuda")
+    mask = ops.magnitude_mask(values, 1 << 18)
+    before = ops.pack(values, mask)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # the default stream would be done by then
+        values.mul_(2)
+        after = ops.pack(values, mask)
+    side.synchronize()
+    assert torch.equal(after, 2 * before)
+
+
 def net() -> nn.Module:
     torch.manual_seed(7)
     return nn.Sequential(
