@@ -408,12 +408,8 @@ Fault decode_mask(const uint8_t* payload, int64_t size, MaskRuns runs, int64_t n
     }
     return drain(&cursors);
   };
-  // As many groups of chunks for each thread, of as many streams as may run at once.
-  const int64_t share = threads * int64_t{kMaxStreams};
-  const int64_t groups = std::min(chunks, (chunks + share - 1) / share * threads);
   std::vector<uint8_t> broken(chunks, 0);
-  parallel_for(groups, threads, [&](int64_t group) {
-    const int64_t first = chunks * group / groups, last = chunks * (group + 1) / groups;
+  for_each_group(chunks, threads, [&](int64_t first, int64_t last) {
     if (!sound(first, last))
       for (int64_t c = first; c < last; ++c)
         broken[c] = !sound(c, c + 1);

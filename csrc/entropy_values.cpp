@@ -173,7 +173,7 @@ FEDMAP_TARGET_END
 
 // Buffers of one chunk, a few L1 caches in size; a thread keeps its own.
 struct Workspace {
-  uint8_t exponents[kChunk + 64], nibbles[kChunk / 2 + 64], high[kChunk + 64];
+  uint8_t nibbles[kMaxStreams][kChunk / 2 + 64], exponents[kChunk + 64], high[kChunk + 64];
   uint32_t values[kChunk];
   uint16_t words[kChunk];
   static Workspace& mine() {
@@ -302,18 +302,19 @@ Coded encode_chunk(const typename T::Bits* values, int64_t n, uint8_t* low, uint
   entry->top = best_top(counts, T::kMaxExponent);
   set_frequencies(counts, n, entry);
   std::memset(w.exponents + n, 0, 64);
-  FEDMAP_DISPATCH(to_nibbles)(w.exponents, (n + 63) / 64 * 64, entry->top, w.nibbles);
+  uint8_t* const nibbles = w.nibbles[0];
+  FEDMAP_DISPATCH(to_nibbles)(w.exponents, (n + 63) / 64 * 64, entry->top, nibbles);
   Coded coded;
   if (entry->escapes) {
     coded.escapes.reset(new uint8_t[entry->escapes]);
     uint8_t* next = coded.escapes.get();
-    for_each_escape(w.nibbles, n, [&](int64_t i) { *next++ = w.exponents[i]; });
+    for_each_escape(nibbles, n, [&](int64_t i) { *next++ = w.exponents[i]; });
   }
   const RansTable table = table_of(*entry);
   RansWriter writer(w.words + kChunk);
   if (n % kLanes)
-    rans_encode_part(w.nibbles + n / kLanes * kStepBytes, n % kLanes, table, &writer);
-  rans_encode(w.nibbles, n / kLanes, table, &writer);
+    rans_encode_part(nibbles + n / kLanes * kStepBytes, n % kLanes, table, &writer);
+  rans_encode(nibbles, n / kLanes, table, &writer);
   const int64_t words = w.words + kChunk - writer.next;
   entry->words = static_cast<uint16_t>(words);
   coded.words.reset(new uint16_t[words]);
@@ -433,31 +434,54 @@ Fault open(const uint8_t* data, int64_t size, int64_t n, Payload* p) {
   return {};
 }
 
-// Exponents of chunk c into `w`; false when they do not decode.
+int64_t size_of(const Payload& p, int64_t c) {
+  return std::min(kChunk, p.n - c * kChunk);
+}
+
+// Symbols of chunks [first, last) into w->nibbles[0, 1, ..]; false when those of one do not decode.
+bool decode_symbols(const Payload& p, int64_t first, int64_t last, Workspace* w) {
+  uint8_t* nibbles[kMaxStreams];
+  RansTable table[kMaxStreams];
+  RansReader reader[kMaxStreams];
+  const RansTable* tables[kMaxStreams];
+  RansReader* readers[kMaxStreams];
+  const int streams = static_cast<int>(last - first);
+  for (int k = 0; k < streams; ++k) {
+    const int64_t c = first + k;
+    table[k] = table_of(p.entries[c]);
+    std::memcpy(reader[k].x, p.data + p.parts.states + 4 * kLanes * c, sizeof reader[k].x);
+    reader[k].next = reinterpret_cast<const uint16_t*>(p.data + p.words[c]);
+    reader[k].end = reinterpret_cast<const uint16_t*>(p.data + p.words[c + 1]);
+    reader[k].limit = reinterpret_cast<const uint16_t*>(p.data + p.size / 2 * 2);
+    nibbles[k] = w->nibbles[k];
+    tables[k] = &table[k];
+    readers[k] = &reader[k];
+  }
+  // The last chunk of all may be shorter than the others.
+  const int64_t steps = size_of(p, first) / kLanes, common = size_of(p, last - 1) / kLanes;
+  if (!rans_decode(streams, nibbles, common, tables, readers))
+    return false;
+  for (int k = 0; k < streams; ++k)
+    nibbles[k] += common * kStepBytes;
+  if (common < steps && !rans_decode(streams - 1, nibbles, steps - common, tables, readers))
+    return false;
+  const int lanes = static_cast<int>(size_of(p, last - 1) % kLanes);
+  if (lanes &&
+      !rans_decode_part(nibbles[streams - 1], lanes, table[streams - 1], &reader[streams - 1]))
+    return false;
+  return std::all_of(reader, reader + streams, [](const RansReader& r) { return r.finished(); });
+}
+
+// Exponents of chunk c, from its symbols, into `w`; false when they are none.
 template <class T>
-bool decode_exponents(const Payload& p, int64_t c, Workspace* w) {
+bool to_exponents_of(const Payload& p, int64_t c, const uint8_t* nibbles, Workspace* w) {
   const Entry& entry = p.entries[c];
-  const int64_t n = std::min(kChunk, p.n - c * kChunk);
-  const RansTable table = table_of(entry);
-  RansReader in;
-  std::memcpy(in.x, p.data + p.parts.states + 4 * kLanes * c, sizeof in.x);
-  in.next = reinterpret_cast<const uint16_t*>(p.data + p.words[c]);
-  in.end = reinterpret_cast<const uint16_t*>(p.data + p.words[c + 1]);
-  in.limit = reinterpret_cast<const uint16_t*>(p.data + p.size / 2 * 2);
-  uint8_t* const nibbles = w->nibbles;
-  const RansTable* const tables = &table;
-  RansReader* const readers = &in;
-  if (!rans_decode(1, &nibbles, n / kLanes, &tables, &readers))
-    return false;
-  if (n % kLanes && !rans_decode_part(w->nibbles + n / kLanes * kStepBytes, n % kLanes, table, &in))
-    return false;
-  if (!in.finished())
-    return false;
-  FEDMAP_DISPATCH(to_exponents)(w->nibbles, (n + 1) / 2 * 2, entry.top, w->exponents);
+  const int64_t n = size_of(p, c);
+  FEDMAP_DISPATCH(to_exponents)(nibbles, (n + 1) / 2 * 2, entry.top, w->exponents);
   // Symbols above `top` would wrap; none of them may occur.
   if (entry.top < kEscape - 1)
     for (int64_t i = 0; i < n; ++i) {
-      const int s = w->nibbles[i / 2] >> i % 2 * 4 & 15;
+      const int s = nibbles[i / 2] >> i % 2 * 4 & 15;
       if (s > entry.top && s != kEscape)
         return false;
     }
@@ -465,7 +489,7 @@ bool decode_exponents(const Payload& p, int64_t c, Workspace* w) {
   const uint8_t* end = escape + entry.escapes;
   bool sound = true;
   if (entry.frequency[kEscape])
-    for_each_escape(w->nibbles, n, [&](int64_t i) {
+    for_each_escape(nibbles, n, [&](int64_t i) {
       sound = sound && escape != end && *escape <= T::kMaxExponent;
       if (sound)
         w->exponents[i] = *escape++;
@@ -475,7 +499,7 @@ bool decode_exponents(const Payload& p, int64_t c, Workspace* w) {
 
 template <class T>
 void join_chunk(const Payload& p, int64_t c, Workspace* w, typename T::Bits* values) {
-  const int64_t i = c * kChunk, n = std::min(kChunk, p.n - i);
+  const int64_t i = c * kChunk, n = size_of(p, c);
   const uint8_t* high = p.data + p.parts.high + (T::kPacked ? 3 * i / 8 : i);
   if constexpr (T::kPacked) {
     unpack_threes(high, n, w->high);
@@ -493,11 +517,16 @@ Fault for_each_chunk(const uint8_t* data, int64_t size, int64_t n, int threads, 
     return fault;
   std::vector<uint8_t> broken(p.chunks, 0);
   const int64_t bytes = n * static_cast<int64_t>(sizeof(typename T::Bits));
-  parallel_for(p.chunks, threads_for(bytes, threads), [&](int64_t c) {
+  for_each_group(p.chunks, threads_for(bytes, threads), [&](int64_t first, int64_t last) {
     Workspace& w = Workspace::mine();
-    broken[c] = !decode_exponents<T>(p, c, &w);
-    if (!broken[c])
-      use(p, c, &w);
+    const bool all = decode_symbols(p, first, last, &w);
+    for (int64_t c = first; c < last; ++c) {
+      const uint8_t* nibbles = w.nibbles[all ? c - first : 0];
+      broken[c] =
+          !(all || decode_symbols(p, c, c + 1, &w)) || !to_exponents_of<T>(p, c, nibbles, &w);
+      if (!broken[c])
+        use(p, c, &w);
+    }
   });
   for (int64_t c = 0; c < p.chunks; ++c)
     if (broken[c])
@@ -537,7 +566,7 @@ Fault check_values(const uint8_t* payload, int64_t size, int dtype, int64_t n, b
     std::vector<uint8_t> odd((n + kChunk - 1) / kChunk, 0);
     const Fault fault = for_each_chunk<T>(payload, size, n, threads,
                                           [&](const Payload& p, int64_t c, Workspace* w) {
-                                            const int64_t m = std::min(kChunk, p.n - c * kChunk);
+                                            const int64_t m = size_of(p, c);
                                             uint8_t most = 0;
                                             for (int64_t i = 0; i < m; ++i)
                                               most = std::max(most, w->exponents[i]);
@@ -552,13 +581,12 @@ Fault add_values(const uint8_t* payload, int64_t size, int dtype, int64_t n, dou
                  double weight, int threads) {
   return for_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    return for_each_chunk<T>(payload, size, n, threads,
-                             [&](const Payload& p, int64_t c, Workspace* w) {
-                               auto* values = reinterpret_cast<typename T::Bits*>(w->values);
-                               join_chunk<T>(p, c, w, values);
-                               accumulate_add(acc + c * kChunk, values, dtype, weight,
-                                              std::min(kChunk, n - c * kChunk), 1);
-                             });
+    return for_each_chunk<T>(
+        payload, size, n, threads, [&](const Payload& p, int64_t c, Workspace* w) {
+          auto* values = reinterpret_cast<typename T::Bits*>(w->values);
+          join_chunk<T>(p, c, w, values);
+          accumulate_add(acc + c * kChunk, values, dtype, weight, size_of(p, c), 1);
+        });
   });
 }
 

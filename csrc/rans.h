@@ -4,7 +4,10 @@
 // the streams. With L = 2^16 the 32-bit reciprocal would not be exact.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "pool.h"
 
 namespace fedmap {
 
@@ -53,6 +56,16 @@ void rans_encode_part(const uint8_t* nibbles, int lanes, const RansTable& table,
 constexpr int kMaxStreams = 4;
 bool rans_decode(int streams, uint8_t* const nibbles[], int64_t steps,
                  const RansTable* const table[], RansReader* const in[]);
+// Calls f(first, last) in parallel for groups of at most kMaxStreams chunks: as many groups for
+// each thread.
+template <class F>
+void for_each_group(int64_t chunks, int threads, F&& f) {
+  const int64_t at_once = int64_t{kMaxStreams} * threads;
+  const int64_t groups = std::min(chunks, (chunks + at_once - 1) / at_once * threads);
+  parallel_for(groups, threads,
+               [&](int64_t g) { f(chunks * g / groups, chunks * (g + 1) / groups); });
+}
+
 // One step of one stream; nibbles of lanes that take no part become 0.
 bool rans_decode_part(uint8_t* nibbles, int lanes, const RansTable& table, RansReader* in);
 
