@@ -440,11 +440,11 @@ int64_t size_of(const Payload& p, int64_t c) {
 
 // Symbols of chunks [first, last) into w->nibbles[0, 1, ..]; false when those of one do not decode.
 bool decode_symbols(const Payload& p, int64_t first, int64_t last, Workspace* w) {
-  uint8_t* nibbles[kMaxStreams];
+  uint8_t* nibbles[kMaxStreams] = {};
   RansTable table[kMaxStreams];
   RansReader reader[kMaxStreams];
-  const RansTable* tables[kMaxStreams];
-  RansReader* readers[kMaxStreams];
+  const RansTable* tables[kMaxStreams] = {};
+  RansReader* readers[kMaxStreams] = {};
   const int streams = static_cast<int>(last - first);
   for (int k = 0; k < streams; ++k) {
     const int64_t c = first + k;
