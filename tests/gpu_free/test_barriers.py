@@ -22,9 +22,11 @@ _WHOLE = (*_QUICK, "relative 0.5", "pack float32 0.5", "nest 0.5", "masked_sgd f
 
 
 _ROUND = "guards scratch against the round before; a program's loop runs once at these sizes"
+_OWN = "a warp's 256 elements gather the 32 registers of symbols that it stored itself"
 # Survivors, and why: nothing goes wrong without them at these sizes.
 EXPLAINED = {
     "_add_up 0": f"{_ROUND} (with chunks of 512 and one program for 1100 blocks it is noticed)",
+    **{f"_join {i}": _OWN for i in (0, 1, 2, 14)},
     "_refine 0": _ROUND,
     "_refine_values 0": _ROUND,
     "_refine_values 10": _ROUND,
