@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,7 +80,7 @@ def shapes(arguments: list[Any], i: int) -> Iterator[list[Any]]:
 
 def assert_no_coarser_than_triton(kernel: Any, arguments: list[Any], constants: Any) -> int:
     """Lists with one key are one to Triton too."""
-    bind = kernel.device_caches[_launch.triton.runtime.driver.active.get_current_device()][4]
+    bind = kernel.device_caches[triton.runtime.driver.active.get_current_device()][4]
     meant: dict[Any, Any] = {}
     for i in range(len(arguments)):
         for j in range(i, len(arguments)):
@@ -127,6 +129,12 @@ def test_every_kernel_has_such_a_key_and_its_constants_last(
         workload.run()
     assert len(met) >= 25
     assert min(met.values()) > 10
+
+
+def test_launchers_call_launch() -> None:
+    for path in Path(triton_kernels.__file__).parent.glob("*.py"):
+        found = re.findall(r"^ +\w+\[.*\]\(", path.read_text(), re.M)
+        assert not found or path.stem == "_launch", (path.name, found)
 
 
 @pytest.mark.parametrize("size", [65536, 65537])
