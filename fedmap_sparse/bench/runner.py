@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ MOST_SETS = 32
 
 def registry() -> dict[str, Case]:
     """Every case by its op's name."""
-    # Each registers its cases when it is imported.
-    from fedmap_sparse.bench import cases, latency, messages, models, steps  # noqa: F401
-
+    for module in ("cases", "latency", "messages", "models", "steps"):
+        import_module(f"fedmap_sparse.bench.{module}")  # which registers its cases
     return REGISTRY
 
 

@@ -56,7 +56,8 @@ def load(path: Path) -> Any:
             if header.get("version") != VERSION:
                 got = header.get("version", "none")
                 raise CheckpointError(f"{path}: expected a checkpoint of version 1, got {got}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         return _restored(json.loads(header["state"]), tensors)
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {error}") from error
