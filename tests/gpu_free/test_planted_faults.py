@@ -178,8 +178,8 @@ FAULTS = [
     Fault(
         "_step",
         "skipped gradient taken",
-        "np.where(pointers != 0,",
-        "np.where(pointers >= 0,",
+        "np.where(table[:, 2] != 0,",
+        "np.where(table[:, 2] >= 0,",
         _sgd,
     ),
     Fault(
@@ -192,7 +192,7 @@ FAULTS = [
     Fault(
         "_step",
         "alignment claimed",
-        "bool((pointers % 16 == 0).all())",
+        "bool((table[:, 2] % 16 == 0).all())",
         "True",
         lambda show: contracts.masked_sgd(1.0, F32, "cpu", show, aligned=False),
     ),
