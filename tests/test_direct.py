@@ -170,7 +170,12 @@ def calls() -> dict[str, Call]:
             {"payloads": [normal(), normal(seed=1)], "weights": [1, 2.5], "out": torch.zeros(N)},
             ("out",),
             {
-                "payloads": [[], [normal()], *[[normal(), p] for p in OTHER_FLOATS]],
+                "payloads": [
+                    [],
+                    [normal()],
+                    [normal(), normal().half()],
+                    *[[normal(), p] for p in OTHER_FLOATS],
+                ],
                 "weights": [[1], [1, 0], [1, torch.inf], [True, 1], [1, "2"]],
                 "out": OTHER_FLOATS[1:],
             },
@@ -279,6 +284,22 @@ def test_errors_are_those_of_the_checks(name: str, dispatched: Callable[[], None
             assert all(torch.equal(call.given[w], kept[w]) for w in call.written)
         dispatched()
     assert messages[: len(cases)] == messages[len(cases) :]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_16_bit_values_want_masters(name: str) -> None:
+    call = calls()[name]
+    halves = {"values": call.given["values"].half(), "grads": [normal().half()]}
+    before = halves["values"].clone()
+    with pytest.raises(ValueError, match="master: expected float32 master copies"):
+        call(**halves)
+    assert torch.equal(halves["values"], before)
+
+
+def test_averages_are_no_option() -> None:
+    for name in ("exp_avg", "exp_avg_sq"):
+        with pytest.raises(ValueError, match="dtypes and sizes agree"):
+            calls()["adamw"](**{name: None})
 
 
 def profiler() -> AbstractContextManager[Any]:
