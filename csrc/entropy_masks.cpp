@@ -1,7 +1,9 @@
 // Mask bits as nibbles under rANS, one quantised density a tensor.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "entropy.h"
@@ -323,8 +325,12 @@ int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, 
   std::memset(out + 8, 0, parts.directory - 8);
   std::memcpy(out + 8, codes, runs.count);
   threads = threads_for(numel, threads); // a bit takes as long as a byte elsewhere
-  std::vector<std::unique_ptr<uint16_t[]>> coded(chunks);
-  parallel_for(chunks, threads, [&](int64_t c) {
+  // Tasks are begun in order, so the end of the chunk before is known, or will be without this
+  // one's help. To keep the words of all until then cost a copy, and fresh pages for it.
+  std::vector<std::atomic<int64_t>> ends(chunks + 1);
+  ends[0] = parts.words;
+  std::atomic<bool> failed{false};
+  const auto encode_chunk = [&](int64_t c) {
     // A symbol takes one word at most; only what is written of this is ever touched.
     static thread_local std::unique_ptr<uint16_t[]> scratch;
     if (!scratch)
@@ -335,19 +341,25 @@ int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, 
         pieces_of(plan, c * chunk_steps, std::min(plan.steps, (c + 1) * chunk_steps));
     for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece)
       encode_piece(words, numel, plan.runs[piece->run], *piece, &writer);
-    coded[c].reset(new uint16_t[top - writer.next]);
-    std::memcpy(coded[c].get(), writer.next, 2 * (top - writer.next));
     put_u32(out + parts.directory + 4 * c, top - writer.next);
     std::memcpy(out + parts.states + 4 * kLanes * c, writer.x, sizeof writer.x);
+    const int64_t size = 2 * (top - writer.next);
+    int64_t begin;
+    while (!(begin = ends[c].load(std::memory_order_acquire)) && !failed)
+      std::this_thread::yield();
+    ends[c + 1].store(begin + size, std::memory_order_release);
+    if (begin + size <= capacity)
+      std::memcpy(out + begin, writer.next, size);
+  };
+  parallel_for(chunks, threads, [&](int64_t c) {
+    try {
+      encode_chunk(c);
+    } catch (...) {
+      failed = true;
+      throw;
+    }
   });
-  std::vector<int64_t> at(chunks + 1, parts.words);
-  for (int64_t c = 0; c < chunks; ++c)
-    at[c + 1] = at[c] + 2 * int64_t{u32_at(out + parts.directory + 4 * c)};
-  if (at[chunks] > capacity)
-    return -1;
-  parallel_for(chunks, threads,
-               [&](int64_t c) { std::memcpy(out + at[c], coded[c].get(), at[c + 1] - at[c]); });
-  return at[chunks];
+  return ends[chunks] <= capacity ? ends[chunks].load() : -1;
 }
 
 Fault decode_mask(const uint8_t* payload, int64_t size, MaskRuns runs, int64_t numel,
