@@ -30,7 +30,7 @@ if [ ${#tests[@]} -eq 0 ]; then
     tests=(tests/test_select.py tests/test_pack.py tests/test_nest.py tests/test_mask_native.py
         tests/test_crc32c.py tests/test_accumulate.py tests/test_quantize.py
         tests/test_masked_sgd.py tests/test_masked_adamw.py tests/test_entropy.py
-        tests/test_layout.py tests/test_optim.py)
+        tests/test_layout.py tests/test_optim.py tests/test_direct.py)
     for i in "${!tests[@]}"; do
         [ -e "${tests[$i]}" ] || unset "tests[$i]"
     done
