@@ -312,9 +312,14 @@ void put_u32(uint8_t* p, int64_t value) {
 
 int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, int64_t chunk_steps,
                     uint8_t* out, int64_t capacity, int threads) {
-  int64_t numel = 0;
-  for (int64_t r = 0; r < runs.count; ++r)
+  int64_t numel = 0, even = 0;
+  for (int64_t r = 0; r < runs.count; ++r) {
     numel = std::max(numel, runs.start[r] + runs.numel[r]);
+    even += codes[r] & kConstant ? 0 : runs.numel[r];
+  }
+  // Where ones are as likely as zeros all nibbles have one frequency: bits stay bits.
+  if (even > 8 * capacity)
+    return -1;
   const Plan plan = plan_of(runs, codes);
   const int64_t chunks = (plan.steps + chunk_steps - 1) / chunk_steps;
   const Parts parts(runs.count, chunks);

@@ -152,6 +152,21 @@ def test_a_section_is_never_larger_than_raw() -> None:
             assert len(section.payload) <= layout.prunable_numel // 8
 
 
+@pytest.mark.parametrize("density", [0.02, 0.4, 0.47, 0.5, 0.53])
+@pytest.mark.parametrize("numels", [[5], [100, 3000], [70_000]])
+def test_what_fits_is_what_the_reference_fits(numels: list[int], density: float) -> None:
+    """At one half C++ says no without coding; it has to be right about it."""
+    mask, runs = shaped(numels, [density] * len(numels), 0)
+    nnz = counts_in(mask, runs)
+    whole = entropy.encode_mask(mask.words, runs, nnz, PLENTY, backend="reference")
+    assert whole is not None
+    size = whole.numel()
+    for capacity in (0, size // 2, mask.numel // 8 - 1, mask.numel // 8 + 1, size - 1, size):
+        payload = entropy.encode_mask(mask.words, runs, nnz, max(capacity, 0), backend="cpu")
+        assert (payload is not None) == (capacity >= size)
+        assert payload is None or torch.equal(payload, whole)
+
+
 def values_of(kind: str, n: int, dtype: torch.dtype) -> Tensor:
     x = torch.randn(n) * 0.02
     if kind == "noise":  # any bits at all, NaN payloads included
