@@ -84,7 +84,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     run.usage = f"{PROG} run [CONFIG.toml] [key=value ...] [--out DIR] [--data DIR] [...]"
     run.description = _RUN
-    run.format_help = lambda: _run_help(run)  # type: ignore[method-assign]
+    run.format_help = lambda: _run_help(run)  # type: ignore[method-assign]  # argparse has no hook
     run.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     run.add_argument("--out", metavar="DIR", help="same as out=DIR")
     run.add_argument("--data", metavar="DIR", help="same as data=DIR")

@@ -31,5 +31,5 @@ class MaskNeeded(FormatError):
         super().__init__(reason, offset)
         self.wanted = wanted
 
-    def __reduce__(self) -> tuple[type[FormatError], tuple[str, int, bytes]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[FormatError], tuple[str, int, bytes]]:  # type: ignore[override]  # a field more
         return type(self), (self.reason, self.offset, self.wanted)

@@ -7,6 +7,7 @@ those bits, `nest` deposits them again (pext and pdep on 64-bit words, prefix co
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,21 @@ def _direct(
     return None if nnz is None else (words, rank, nnz)
 
 
+def _masked(
+    stem: str, op: Callable[..., Any], name: str, source: Mask, parent: Mask, backend: str | None
+) -> tuple[Tensor, Tensor, int | None]:
+    """Words and rank of the op's mask; its survivors too where the way there counts them."""
+    done = _direct(stem, source, parent, backend)
+    if done is not None:
+        return done
+    _checks.check_mask("parent", parent)
+    _checks.check_mask(name, source, parent.nnz if stem == "nest" else parent.numel)
+    _checks.check_device(name, source.words, parent.device)
+    picked = _backends.pick(backend, parent.device)
+    words, rank = op(source.words, parent.words, parent.rank, parent.numel, parent.nnz, picked)
+    return words, rank, None
+
+
 def relative(child: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
     """The child's bits over the parent's survivors: a Mask of `parent.nnz` elements.
 
@@ -115,22 +131,9 @@ def relative(child: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
     Raises:
         ValueError: sizes or devices that differ, or a child that is no subset of the parent.
     """
-    done = _direct("relative", child, parent, backend)
-    if done is None:
-        _checks.check_mask("parent", parent)
-        _checks.check_mask("child", child, parent.numel)
-        _checks.check_device("child", child.words, parent.device)
-        words, rank = _relative_op(
-            child.words,
-            parent.words,
-            parent.rank,
-            parent.numel,
-            parent.nnz,
-            _backends.pick(backend, parent.device),
-        )
+    words, rank, nnz = _masked("relative", _relative_op, "child", child, parent, backend)
+    if nnz is None:
         nnz = child.nnz if torch.compiler.is_compiling() else int(rank[-1])
-    else:
-        words, rank, nnz = done
     # What lies outside the parent is lost on the way, so the counts agree only for a subset.
     if nnz != child.nnz:
         raise ValueError(
@@ -147,19 +150,5 @@ def nest(kept: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
     Raises:
         ValueError: `kept.numel != parent.nnz`, or devices that differ.
     """
-    done = _direct("nest", kept, parent, backend)
-    if done is None:
-        _checks.check_mask("parent", parent)
-        _checks.check_mask("kept", kept, parent.nnz)
-        _checks.check_device("kept", kept.words, parent.device)
-        words, rank = _nest_op(
-            kept.words,
-            parent.words,
-            parent.rank,
-            parent.numel,
-            parent.nnz,
-            _backends.pick(backend, parent.device),
-        )
-    else:
-        words, rank, _ = done
+    words, rank, _ = _masked("nest", _nest_op, "kept", kept, parent, backend)
     return Mask(words, rank, parent.numel, kept.nnz)
