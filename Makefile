@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON PIP_ARGS
 
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/* csrc/*/*)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
 .PHONY: help run test test-gpu-free lint bench vectors sanitize fuzz package clean
 
@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
 	$(BIN)/typos
 
 bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor

@@ -12,8 +12,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fedmap_sparse._native",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sorted(glob("csrc/*/*.cpp")),
+            depends=sorted(glob("csrc/*/*.h")),
+            include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )

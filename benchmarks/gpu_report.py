@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_report.py             the report, from the emulator and the compiler
 python benchmarks/gpu_report.py --budgets   and the table that tests/gpu_free holds them to
-python benchmarks/gpu_report.py --accesses "nest 0.5"   what each access of one op asks for, only
+python benchmarks/gpu_report.py --accesses "deposit 0.5"   what each access of one op asks for, only
 """
 
 from __future__ import annotations

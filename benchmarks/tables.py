@@ -29,8 +29,8 @@ GOALS: dict[tuple[str, float], tuple[float | None, dict[str, float]]] = {
     ("masked_adamw", 0.1): (1.2, {FUSED: 2.3}),
     ("masked_adamw", 0.01): (1.5, {FUSED: 3}),
     ("accumulate", 0.5): (1.3, {"add_ loop": 2, "stack, weighted sum": 10}),
-    ("nest", 0.1): (2.0, {}),
-    ("relative", 0.1): (2.0, {}),
+    ("deposit", 0.1): (2.0, {}),
+    ("extract", 0.1): (2.0, {}),
 }
 LATENCY_US = 5
 #: Whole models: at least so many times faster than the best peer, by optimizer and density.

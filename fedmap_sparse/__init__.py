@@ -9,8 +9,9 @@ from fedmap_sparse.codec import (
     encode,
     encode_state_dict,
 )
-from fedmap_sparse.fedmap import FedMapClient, FedMapServer
-from fedmap_sparse.layout import FlatLayout, FlatParameters, flatten
+from fedmap_sparse.federated import FedMapClient, FedMapServer
+from fedmap_sparse.flat import FlatParameters, flatten
+from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
 __version__ = "0.1.0"

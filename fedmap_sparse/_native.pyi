@@ -61,7 +61,7 @@ def unpack(
     attempt: bool,
     /,
 ) -> _Answer: ...
-def relative(
+def extract(
     child: Tensor,
     parent: Tensor,
     parent_rank: Tensor,
@@ -72,7 +72,7 @@ def relative(
     attempt: bool,
     /,
 ) -> _Answer: ...
-def nest(
+def deposit(
     kept: Tensor,
     parent: Tensor,
     parent_rank: Tensor,

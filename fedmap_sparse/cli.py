@@ -124,7 +124,7 @@ def _run_help(parser: argparse.ArgumentParser) -> str:
 def _run(args: argparse.Namespace) -> int:
     from fedmap_sparse.experiments import config, options, progress, runner
     from fedmap_sparse.experiments.data import DataError
-    from fedmap_sparse.fedmap import RoundFailed
+    from fedmap_sparse.federated import RoundFailed
 
     if importlib.util.find_spec("safetensors") is None:
         raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")

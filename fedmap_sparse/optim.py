@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmap_sparse import _backends, _checks, ops
 from fedmap_sparse._backends import native
-from fedmap_sparse.layout import FlatParameters
+from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments, masked_adamw, masked_sgd
 
@@ -80,7 +80,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 was pruned has no state, so a mask that grows wants a new optimizer.
         """
         self.flat.layout.check_mask(mask)
-        kept = ops.relative(mask.to(self._mask.device), self._mask)
+        kept = ops.extract(mask.to(self._mask.device), self._mask)
         self.flat.mask = mask
         for name, old in self._packed.items():
             new = old.new_empty(mask.nnz + self.flat.layout.tail_numel)

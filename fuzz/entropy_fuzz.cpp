@@ -10,8 +10,8 @@
 #include <memory>
 #include <vector>
 
-#include "../csrc/entropy.h"
-#include "../csrc/kernels.h"
+#include "entropy/entropy.h"
+#include "core/kernels.h"
 
 using namespace fedmap;
 

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 command -v clang++ >/dev/null || { echo "fuzz: clang++ was not found; install clang (Debian: clang)"; exit 1; }
 mkdir -p build/fuzz/corpus build/fuzz/seeds
 "${PYTHON:-python3}" fuzz/seeds.py build/fuzz/seeds
-sources=$(ls csrc/*.cpp | grep -v module.cpp)
+sources=$(find csrc -name '*.cpp' ! -path 'csrc/bindings/*')
 # shellcheck disable=SC2086  # a list of files
 clang++ -std=c++17 -O1 -g -ffp-contract=off -Wall -Wextra -pthread \
   -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \

@@ -18,7 +18,7 @@ import sys
 from threading import Thread
 import torch
 from fedmap_sparse._backends import native
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/ops"]
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault is one page
 torch.set_num_threads(2)
 {setup}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fedmap_sparse as fs
-from fedmap_sparse.layout import FlatLayout, flatten
+from fedmap_sparse.flat import flatten
+from fedmap_sparse.layout import FlatLayout
 
 
 class Tied(nn.Module):

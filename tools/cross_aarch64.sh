@@ -13,7 +13,7 @@ fi
 objects=$(mktemp -d)
 trap 'rm -r "$objects"' EXIT
 export cxx objects
-find csrc -name '*.cpp' ! -name module.cpp -print0 | xargs -0 -P "$(nproc)" -I{} sh -c '
+find csrc -name '*.cpp' ! -path 'csrc/bindings/*' -print0 | xargs -0 -P "$(nproc)" -I{} sh -c '
     "$cxx" -std=c++17 -O2 -ffp-contract=off -fPIC -pthread -Wall -Wextra -Werror \
         -c "$1" -o "$objects/$(basename "$1").o"' sh {}
 "$cxx" -shared -pthread -Wl,--no-undefined "$objects"/*.o -o "$objects/kernels.so"

@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "pool.h"
+#include "core/pool.h"
 
 using fedmap::parallel_for;
 

@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 
 echo "== ThreadSanitizer: the pool"
 "$cxx" -std=c++17 -O1 -g -fsanitize=thread -Wall -Wextra -Icsrc -pthread \
-    tools/pool_stress.cpp csrc/pool.cpp -o "$work/pool_stress"
+    tools/pool_stress.cpp csrc/core/pool.cpp -o "$work/pool_stress"
 TSAN_OPTIONS="halt_on_error=1" "$work/pool_stress"
 
 echo "== AddressSanitizer and UndefinedBehaviorSanitizer: the extension"
@@ -27,7 +27,7 @@ CXX=$cxx CC=$cxx \
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    tests=(tests/test_select.py tests/test_pack.py tests/test_nest.py tests/test_mask_native.py
+    tests=(tests/test_select.py tests/test_pack.py tests/test_deposit.py tests/test_mask_native.py
         tests/test_crc32c.py tests/test_accumulate.py tests/test_quantize.py
         tests/test_masked_sgd.py tests/test_masked_adamw.py tests/test_entropy.py
         tests/test_layout.py tests/test_optim.py tests/test_direct.py)

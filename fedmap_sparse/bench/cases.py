@@ -139,7 +139,7 @@ def select_within(s: Setting) -> Trial:
 
     def check() -> None:
         packed = ops.pack(values, within, backend="reference")
-        expected = ops.nest(expected_mask(packed, keep), within, backend="reference")
+        expected = ops.deposit(expected_mask(packed, keep), within, backend="reference")
         same_mask("magnitude_mask", ours(), expected)
 
     lines = floors.touched_bytes(within, values.element_size())
@@ -205,8 +205,8 @@ def unpack(s: Setting) -> Trial:
     )
 
 
-@case("relative", densities=(0.1,))
-def relative(s: Setting) -> Trial:
+@case("extract", densities=(0.1,))
+def extract(s: Setting) -> Trial:
     """The child keeps four fifths of the parent, as in the next round."""
     values = s.values()
     parent = s.mask(values)
@@ -216,11 +216,11 @@ def relative(s: Setting) -> Trial:
     nbytes = child.words.nbytes + parent.words.nbytes + parent.nnz // 8
 
     def ours() -> Mask:
-        return ops.relative(child, parent)
+        return ops.extract(child, parent)
 
     return Trial(
         ours,
-        lambda: same_mask("relative", ours(), ops.relative(child, parent, backend="reference")),
+        lambda: same_mask("extract", ours(), ops.extract(child, parent, backend="reference")),
         nbytes,
         _words_floor(child.words, parent.words, written=parent.nnz // 8),
         {
@@ -231,21 +231,21 @@ def relative(s: Setting) -> Trial:
     )
 
 
-@case("nest", densities=(0.1,))
-def nest(s: Setting) -> Trial:
+@case("deposit", densities=(0.1,))
+def deposit(s: Setting) -> Trial:
     values = s.values()
     parent = s.mask(values)
     child = ops.magnitude_mask(values, round(0.8 * s.keep))
-    kept = ops.relative(child, parent)
+    kept = ops.extract(child, parent)
     kept_bool, parent_bool = kept.to_bool(), parent.to_bool()
     out = torch.zeros(s.n, dtype=torch.bool, device=s.device)
 
     def ours() -> Mask:
-        return ops.nest(kept, parent)
+        return ops.deposit(kept, parent)
 
     return Trial(
         ours,
-        lambda: same_mask("nest", ours(), child),
+        lambda: same_mask("deposit", ours(), child),
         kept.words.nbytes + parent.words.nbytes + child.words.nbytes,
         _words_floor(kept.words, parent.words, written=child.words.nbytes),
         {"masked_scatter_ of bools": Peer(lambda: out.masked_scatter_(parent_bool, kept_bool))},

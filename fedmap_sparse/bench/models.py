@@ -17,7 +17,7 @@ from fedmap_sparse import ops
 from fedmap_sparse.bench import floors
 from fedmap_sparse.bench.case import CheckFailed, Peer, Setting, Trial, case
 from fedmap_sparse.bench.steps import ADAMW, DENSITIES, SGD
-from fedmap_sparse.layout import FlatParameters, flatten
+from fedmap_sparse.flat import FlatParameters, flatten
 from fedmap_sparse.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 
 

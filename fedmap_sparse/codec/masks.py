@@ -34,7 +34,7 @@ def full_section(mask: Mask, layout: FlatLayout, lossless: bool = True) -> Secti
 
 def delta_section(mask: Mask, parent: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
     """One bit for each survivor of `parent`, a superset of `mask` that the receiver has."""
-    kept = ops.relative(mask, parent)
+    kept = ops.extract(mask, parent)
     runs, counts = _delta_runs(parent, layout), _counts(mask, layout)
     return _write(Id.DELTA, kept, runs, counts, parent.digest(), lossless)
 
@@ -103,7 +103,7 @@ def read(
             raise FormatError("a bit is set for an element of padding", section.offset)
     else:
         parent = _require(have, section.parent, section.offset - 40, device)
-        mask = ops.nest(_bits(section, parent.nnz, _delta_runs(parent, layout), device), parent)
+        mask = ops.deposit(_bits(section, parent.nnz, _delta_runs(parent, layout), device), parent)
     if mask.digest() != header.mask:
         wanted, got = header.mask.hex(), mask.digest().hex()
         raise FormatError(f"expected a mask of digest {wanted}, got {got}", 32)

@@ -26,7 +26,8 @@ from fedmap_sparse.codec.container import (
 )
 from fedmap_sparse.codec.errors import FormatError
 from fedmap_sparse.codec.values import Quantized
-from fedmap_sparse.layout import FlatLayout, FlatParameters
+from fedmap_sparse.flat import FlatParameters
+from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
 MaskSection = Literal["none", "full", "delta"]

@@ -21,7 +21,7 @@ from numpy.random import Generator
 
 from fedmap_sparse.codec import Message
 from fedmap_sparse.engines.phases import Phases
-from fedmap_sparse.fedmap import ClientId, FedMapClient, FedMapServer, NeedsMask, RoundResult
+from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer, NeedsMask, RoundResult
 
 #: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
 Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]

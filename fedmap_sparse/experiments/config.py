@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedmap_sparse import codec, schedule, server_optim
+from fedmap_sparse import codec, schedule
 from fedmap_sparse.experiments import data, models, options, partition
 from fedmap_sparse.experiments.options import ConfigError, Value, option
+from fedmap_sparse.federated import server_optim
+from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.schedule import Schedule
-from fedmap_sparse.server_optim import ServerOptimizer
 
 _WIRE = (*codec.DTYPES, "int8")
 _PRUNED = ("schedule", tuple(kind for kind in schedule.KINDS if kind != "dense"))

@@ -24,8 +24,8 @@ from fedmap_sparse.experiments.options import ConfigError
 from fedmap_sparse.experiments.partition import PARTITIONS, Index
 from fedmap_sparse.experiments.progress import Observer
 from fedmap_sparse.experiments.training import LocalTraining, evaluate, make_optimizer, share_out
-from fedmap_sparse.fedmap import ClientId, FedMapClient, FedMapServer
-from fedmap_sparse.layout import flatten
+from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
+from fedmap_sparse.flat import flatten
 from fedmap_sparse.schedule import Schedule
 
 MakeModel = nn.Module | Callable[[], nn.Module]

@@ -15,8 +15,8 @@ from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Split
 from fedmap_sparse.experiments.partition import Index
-from fedmap_sparse.fedmap import ClientId, FedMapClient, MakeOptimizer
-from fedmap_sparse.layout import FlatParameters
+from fedmap_sparse.federated import ClientId, FedMapClient, MakeOptimizer
+from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedAdamW, MaskedOptimizer, MaskedSGD
 

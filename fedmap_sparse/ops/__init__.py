@@ -2,9 +2,9 @@
 
 from fedmap_sparse.ops._segments import Segments
 from fedmap_sparse.ops.accumulate import Accumulator, weighted_mean
+from fedmap_sparse.ops.extract import deposit, extract
 from fedmap_sparse.ops.masked_adamw import adamw_flags, masked_adamw_
 from fedmap_sparse.ops.masked_sgd import masked_sgd_, sgd_flags
-from fedmap_sparse.ops.nest import nest, relative
 from fedmap_sparse.ops.pack import pack, unpack
 from fedmap_sparse.ops.quantize import all_finite, cast, dequantize_int8, quantize_int8
 from fedmap_sparse.ops.select import magnitude_mask, magnitude_threshold, prune_, zero_pruned_
@@ -15,16 +15,16 @@ __all__ = [
     "adamw_flags",
     "all_finite",
     "cast",
+    "deposit",
     "dequantize_int8",
+    "extract",
     "magnitude_mask",
     "magnitude_threshold",
     "masked_adamw_",
     "masked_sgd_",
-    "nest",
     "pack",
     "prune_",
     "quantize_int8",
-    "relative",
     "sgd_flags",
     "unpack",
     "weighted_mean",

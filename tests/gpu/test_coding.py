@@ -22,7 +22,7 @@ if fs.backends()["cpu"] != "available":
     )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "gpu_free"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 from gpucheck import coding
 from gpucheck.contracts import FLOATS, same
 

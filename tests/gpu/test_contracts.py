@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "gpu_free"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 from gpucheck import contracts  # beside the checks that need no device
 
 import fedmap_sparse as fs
@@ -34,8 +34,8 @@ def test_pack(n: int, density: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("n", "density"), [(65, 0.5), (3_000_001, 0.3), (3_000_001, 0.01)])
-def test_nest(n: int, density: float) -> None:
-    contracts.nest(n, density, "cuda", show)
+def test_deposit(n: int, density: float) -> None:
+    contracts.deposit(n, density, "cuda", show)
     contracts.rank_index(n, "cuda", show)
 
 

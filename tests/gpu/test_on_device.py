@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
-from fedmap_sparse.fedmap import FedMapClient, FedMapServer
+from fedmap_sparse.federated import FedMapClient, FedMapServer
 from fedmap_sparse.optim import MaskedAdamW, MaskedSGD
 from fedmap_sparse.schedule import Iterative
 
@@ -46,9 +46,17 @@ def test_ops_give_the_bits_of_the_cpu(n: int, dtype: torch.dtype) -> None:
         mask = ops.magnitude_mask(values, keep)
         child = ops.prune_(values, keep // 2, within=mask)
         packed = ops.pack(values, mask)
-        kept = ops.relative(child, mask)
+        kept = ops.extract(child, mask)
         others = [packed, packed.flip(0), packed * 0.5]
-        found = [mask, child, values, packed, kept, ops.nest(kept, mask), ops.unpack(packed, mask)]
+        found = [
+            mask,
+            child,
+            values,
+            packed,
+            kept,
+            ops.deposit(kept, mask),
+            ops.unpack(packed, mask),
+        ]
         found += [ops.weighted_mean(others, [3.0, 0.7, 11.0])]
         found += [ops.cast(values, to)[0] for to in FLOATS]
         found += [fs.Mask.from_words(mask.words.clone(), n), fs.Mask.from_bool(mask.to_bool())]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]

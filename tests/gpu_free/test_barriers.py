@@ -15,7 +15,7 @@ from fedmap_sparse.triton_kernels import select
 
 _N = 6000
 _QUICK = ("unpack float32 0.5",)
-_WHOLE = (*_QUICK, "relative 0.5", "pack float32 0.5", "nest 0.5", "masked_sgd float32 0.5",
+_WHOLE = (*_QUICK, "extract 0.5", "pack float32 0.5", "deposit 0.5", "masked_sgd float32 0.5",
           "masked_adamw float32 0.1", "weighted_mean 10 float32", "cast float32 float16",
           "quantize_int8 feedback", "select float32", "select, bracket missed",
           "encode_values float16", "decode_values float16")  # fmt: skip

@@ -30,8 +30,8 @@ def test_pack_at_the_extremes(rung: Any) -> None:
 
 
 @pytest.mark.parametrize(("n", "density"), [(1, 1.0), (65, 0.5), (5001, 0.4), (9000, 0.05)])
-def test_nest(rung: Any, n: int, density: float) -> None:
-    contracts.nest(n, density, "cpu", rung.show)
+def test_deposit(rung: Any, n: int, density: float) -> None:
+    contracts.deposit(n, density, "cpu", rung.show)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

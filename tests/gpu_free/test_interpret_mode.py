@@ -18,7 +18,7 @@ for dtype in contracts.FLOATS:
     contracts.pack(3001, 0.3, dtype, "cpu", show)
     contracts.masked_sgd(0.3, dtype, "cpu", show)
 contracts.masked_adamw(0.3, torch.float32, "cpu", show, amsgrad=True)
-contracts.nest(3001, 0.3, "cpu", show)
+contracts.deposit(3001, 0.3, "cpu", show)
 contracts.accumulate(1001, torch.float32, "cpu", show, aligned=True)
 contracts.quantize(1001, 256, "cpu", show, feedback=True)
 contracts.select(torch.randn(5000), 700, None, show)
@@ -26,8 +26,8 @@ contracts.select(torch.randn(5000), 700, None, show)
 
 
 def test_every_op_runs_interpreted() -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent.parent)])
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root / "tools"), str(root)])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True

@@ -142,7 +142,7 @@ def test_a_second_launch_runs_what_triton_would(
     launches: Launches, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     chosen = {w.name: w for w in workloads(size)}
-    for name in ("pack float32 0.5", "masked_sgd float32 0.5", "select float32", "nest 0.5"):
+    for name in ("pack float32 0.5", "masked_sgd float32 0.5", "select float32", "deposit 0.5"):
         monkeypatch.setattr(_launch, "_KNOWN", False)
         chosen[name].run()
         by_triton, launches.ran = launches.ran, []

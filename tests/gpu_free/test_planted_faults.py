@@ -40,8 +40,8 @@ def _pack(show: Any) -> None:
     contracts.pack(5001, 0.4, F32, "cpu", show)
 
 
-def _nest(show: Any) -> None:
-    contracts.nest(5001, 0.4, "cpu", show)
+def _deposit(show: Any) -> None:
+    contracts.deposit(5001, 0.4, "cpu", show)
 
 
 def _sgd(show: Any) -> None:
@@ -144,23 +144,27 @@ FAULTS = [
         _pack,
     ),
     Fault(
-        "nest",
+        "extract",
         "rank off by one block",
         "first = tl.load(rank + tile * (WORDS // 64))",
         "first = tl.load(rank + tile * (WORDS // 64) + 1)",
-        _nest,
+        _deposit,
     ),
     Fault(
-        "nest",
+        "extract",
         "bits that cross a word lost",
         "tl.where(shift > 0, high",
         "tl.where(shift > 31, high",
-        _nest,
+        _deposit,
     ),
-    Fault("nest", "window short of a word", "(end + 31) // 32", "end // 32", _nest),
-    Fault("nest", "search one tile late", "<= first:", "<= first + 4000:", _nest),
+    Fault("extract", "window short of a word", "(end + 31) // 32", "end // 32", _deposit),
+    Fault("extract", "search one tile late", "<= first:", "<= first + 4000:", _deposit),
     Fault(
-        "nest", "dropped mask of the store", "mask=offset < out_words)", "mask=offset >= 0)", _nest
+        "extract",
+        "dropped mask of the store",
+        "mask=offset < out_words)",
+        "mask=offset >= 0)",
+        _deposit,
     ),
     Fault(
         "_bits", "missing other=", "mask=at < num_words, other=0)", "mask=at < num_words)", _rank
@@ -480,7 +484,7 @@ def _plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names += {
         "_step": ["masked_sgd", "masked_adamw"],
         "_bits": ["_scan"],
-        "_scan": ["nest", "select"],
+        "_scan": ["extract", "select"],
         "_search": ["select"],
         "_rans": ["_entropy_masks", "_entropy_values", "entropy"],
         "_entropy_masks": ["entropy"],

@@ -12,7 +12,7 @@ from gpucheck.catalogue import Workload, workloads
 from fedmap_sparse.triton_kernels import select
 
 _N = 131072
-_QUICK = ("pack float32 0.5", "unpack float32 0.1", "nest 0.5", "masked_sgd float32 0.1",
+_QUICK = ("pack float32 0.5", "unpack float32 0.1", "deposit 0.5", "masked_sgd float32 0.1",
           "masked_adamw float32 1.0", "weighted_mean 10 float32", "cast float32 bfloat16",
           "quantize_int8 feedback", "select float32")  # fmt: skip
 NAMES = [w.name for w in workloads(64)] if WHOLE else list(_QUICK)

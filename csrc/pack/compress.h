@@ -1,0 +1,303 @@
+// Moving the survivors of one block between their places and a packed buffer, for each ISA level.
+//
+// T has 4 or 2 bytes and is moved as bits. `words` holds the mask of `n` elements; bits past n are
+// ignored, and nothing of `src` or `dst` past n is touched. Packed buffers need kPackSlack bytes of
+// room past their survivors: whole vectors are written and read there.
+//
+// Dense parts are not prefetched by hand: on Zen 4 prefetching 1024 elements ahead made a step 25%
+// slower than leaving it to the hardware, at densities .5 and .1, on one thread and on two.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/cpu.h"
+
+namespace fedmap {
+
+constexpr int64_t kPackSlack = 64;
+// Parts of kSpan elements with fewer than one survivor in kSparse are read survivor by survivor,
+// the others by chunks.
+constexpr int64_t kChunk = 512;
+constexpr int64_t kSpan = 8 * 2048;
+constexpr int64_t kSparse = 28;
+
+// Into L2: there more misses can be under way than into L1. At density .01 it halves the time.
+template <class T>
+inline void prefetch(const T* src, const uint16_t* places, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    __builtin_prefetch(src + places[i], 0, 2);
+}
+
+template <class T>
+inline void gather(const T* src, const uint16_t* places, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = src[places[i]];
+}
+
+namespace scalar {
+
+inline uint32_t low_bits(int64_t n) {
+  return n >= 32 ? ~0u : (1u << n) - 1;
+}
+
+inline int64_t count_block(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    count += __builtin_popcount(words[i / 32] & low_bits(n - i));
+  return count;
+}
+
+// Lists the survivors' places.
+inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1)
+      places[at++] = static_cast<uint16_t>(i + __builtin_ctz(word));
+  return at;
+}
+
+template <class T>
+inline const T* unpack_word(const T* packed, uint32_t word, T* dst, int64_t n) {
+  if (n == 32) // a constant size becomes a few stores
+    std::memset(static_cast<void*>(dst), 0, 32 * sizeof(T));
+  else
+    std::memset(static_cast<void*>(dst), 0, n * sizeof(T));
+  for (; word; word &= word - 1)
+    dst[__builtin_ctz(word)] = *packed++;
+  return packed;
+}
+
+// Returns the number of survivors, as pack_block does.
+template <class T>
+inline int64_t pack_from(int64_t i, int64_t at, const T* src, const uint32_t* words, int64_t n,
+                         T* out) {
+  for (; i < n; i += 32)
+    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1)
+      out[at++] = src[i + __builtin_ctz(word)];
+  return at;
+}
+
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  return pack_from(0, 0, src, words, n, out);
+}
+
+template <class T>
+inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  for (int64_t i = 0; i < n; i += 32)
+    packed = unpack_word(packed, words[i / 32] & low_bits(n - i), dst + i, n - i < 32 ? n - i : 32);
+}
+
+} // namespace scalar
+
+#if FEDMAP_X86
+
+// For each byte of mask: `pack` lists the set bits, lowest first; `unpack` gives each set bit's
+// place among them, and 0x80, which shuffles read as zero, to the others.
+struct ByteTables {
+  uint8_t pack[256][8], unpack[256][8];
+};
+constexpr ByteTables make_byte_tables() {
+  ByteTables t{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, place = 0; bit < 8; ++bit) {
+      t.unpack[byte][bit] = byte >> bit & 1 ? place : 0x80;
+      if (byte >> bit & 1)
+        t.pack[byte][place++] = bit;
+    }
+  return t;
+}
+alignas(64) inline constexpr ByteTables kByteTables = make_byte_tables();
+alignas(64) inline constexpr uint16_t kPlaces[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                     11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                     22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+
+inline int64_t count_block(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 32)
+    count += _mm_popcnt_u32(words[i / 32] & scalar::low_bits(n - i));
+  return count;
+}
+
+using scalar::find_block;
+
+inline __m128i table_row(const uint8_t (&row)[8]) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+}
+
+// A shuffle of bytes from one of 2-byte elements; 0x80 saturates and stays "zero".
+inline __m128i byte_pairs(__m128i elements) {
+  const __m128i low = _mm_adds_epu8(elements, elements);
+  return _mm_unpacklo_epi8(low, _mm_or_si128(low, _mm_set1_epi8(1)));
+}
+
+template <class T>
+inline void pack_8(const T* src, uint32_t byte, T* out) {
+  const __m128i places = table_row(kByteTables.pack[byte]);
+  if constexpr (sizeof(T) == 4) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(places)));
+  } else {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(v, byte_pairs(places)));
+  }
+}
+
+template <class T>
+inline void unpack_8(const T* packed, uint32_t byte, T* dst) {
+  const __m128i places = table_row(kByteTables.unpack[byte]);
+  if constexpr (sizeof(T) == 4) {
+    const __m256i index = _mm256_cvtepi8_epi32(places);
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(dst),
+        _mm256_andnot_si256(_mm256_srai_epi32(index, 31), _mm256_permutevar8x32_epi32(v, index)));
+  } else {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_shuffle_epi8(v, byte_pairs(places)));
+  }
+}
+
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  int64_t i = 0, at = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    for (int64_t bit = 0; bit < 32; bit += 8) {
+      const uint32_t byte = word >> bit & 0xff;
+      pack_8(src + i + bit, byte, out + at);
+      at += _mm_popcnt_u32(byte);
+    }
+  }
+  return scalar::pack_from(i, at, src, words, n, out);
+}
+
+template <class T>
+void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    for (int byte = 0; byte < 32; byte += 8) {
+      unpack_8(packed, word >> byte & 0xff, dst + i + byte);
+      packed += _mm_popcnt_u32(word >> byte & 0xff);
+    }
+  }
+  scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
+}
+
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+
+using avx2::count_block;
+
+// Zen 4 and 5: the zero-masked forms of compress and expand wait for their destination's old
+// value, and the forms that go to or from memory are microcoded. Merging into a register runs at
+// full speed; the empty asm keeps the compiler from seeing that this one is zero.
+inline __m512i opaque_zero() {
+  __m512i zero = _mm512_setzero_si512();
+  __asm__("" : "+v"(zero));
+  return zero;
+}
+
+inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
+  __m512i place = _mm512_load_si512(kPlaces);
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += 32) {
+    const uint32_t word = words[i / 32] & scalar::low_bits(n - i);
+    _mm512_storeu_si512(places + at, _mm512_mask_compress_epi16(place, word, place));
+    at += _mm_popcnt_u32(word);
+    place = _mm512_add_epi16(place, _mm512_set1_epi16(32));
+  }
+  return at;
+}
+
+// A vector's survivors from lane 0 on; what follows them is of no use.
+template <class T>
+inline __m512i compress(const T* src, uint32_t bits) {
+  const __m512i v = _mm512_loadu_si512(src);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_compress_epi32(v, static_cast<__mmask16>(bits), v);
+  else
+    return _mm512_mask_compress_epi16(v, bits, v);
+}
+
+// `first` up to lane `count`, then `second` from its lane 0 on.
+template <class T>
+inline __m512i join(__m512i first, int64_t count, __m512i second) {
+  const uint64_t lanes = ~uint64_t{0} << count;
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_expand_epi32(first, static_cast<__mmask16>(lanes), second);
+  else
+    return _mm512_mask_expand_epi16(first, static_cast<__mmask32>(lanes), second);
+}
+
+template <class T>
+inline const T* unpack_vector(const T* packed, uint32_t bits, T* dst, __m512i zero) {
+  const __m512i v = _mm512_loadu_si512(packed);
+  if constexpr (sizeof(T) == 4)
+    _mm512_storeu_si512(dst, _mm512_mask_expand_epi32(zero, static_cast<__mmask16>(bits), v));
+  else
+    _mm512_storeu_si512(dst, _mm512_mask_expand_epi16(zero, bits, v));
+  return packed + _mm_popcnt_u32(bits);
+}
+
+// The survivors of 64 elements are joined where one vector holds them: stores that overlap cost
+// more. For 16 float32 within L1 of Zen 4, at densities .05, .1, .2: 4.0, 3.7, 3.7 cycles,
+// not 7.6, 5.9, 4.4.
+template <class T>
+int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
+  constexpr int64_t kLanes = 64 / sizeof(T);
+  constexpr uint64_t kMask = (uint64_t{1} << kLanes) - 1;
+  int64_t i = 0, at = 0;
+  for (; i + 64 <= n; i += 64) {
+    uint64_t word;
+    std::memcpy(&word, words + i / 32, sizeof word);
+    const int64_t count = _mm_popcnt_u64(word);
+    const bool joins = count <= kLanes;
+    __m512i joined = compress(src + i, word & kMask);
+    int64_t held = _mm_popcnt_u64(word & kMask);
+    if (!joins)
+      _mm512_storeu_si512(out + at, joined);
+    for (int64_t lane = kLanes; lane < 64; lane += kLanes) {
+      const uint32_t bits = word >> lane & kMask;
+      const __m512i next = compress(src + i + lane, bits);
+      if (joins)
+        joined = join<T>(joined, held, next);
+      else
+        _mm512_storeu_si512(out + at + held, next);
+      held += _mm_popcnt_u32(bits);
+    }
+    if (joins)
+      _mm512_storeu_si512(out + at, joined);
+    at += count;
+  }
+  return scalar::pack_from(i, at, src, words, n, out);
+}
+
+template <class T>
+void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  constexpr int kLanes = 64 / sizeof(T);
+  const __m512i zero = opaque_zero();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t word = words[i / 32];
+    for (int lane = 0; lane < 32; lane += kLanes)
+      packed =
+          unpack_vector(packed, kLanes == 32 ? word : word >> lane & 0xffff, dst + i + lane, zero);
+  }
+  scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
+}
+
+} // namespace avx512
+FEDMAP_TARGET_END
+#endif
+
+} // namespace fedmap

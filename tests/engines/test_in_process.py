@@ -1,0 +1,313 @@
+"""The in-process engine: who takes part, what is sent to whom, and how many bytes that takes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedmap_sparse as fs
+from fedmap_sparse import codec
+from fedmap_sparse.engines.in_process import InProcessEngine, generator
+from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.federated import NeedsMask, RoundFailed
+from fedmap_sparse.optim import MaskedSGD
+from fedmap_sparse.schedule import Dense, Iterative
+
+SCHEDULE = Iterative(0.9, start=1, end=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are tiny; on a busy machine a second thread makes them ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 7))
+
+
+def train(name: Any, client: Any, message: Any) -> tuple[int, float]:
+    """Two steps on data that depend on client and round alone."""
+    rng = torch.Generator().manual_seed(1000 * message.round + name)
+    x = torch.randn(16, 20, generator=rng)
+    y = torch.randint(7, (16,), generator=rng)
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(client.params.module(x), y)
+        loss.backward()
+        client.optimizer.step()
+        client.optimizer.zero_grad()
+    return 10 + name, loss.item()
+
+
+def sgd(params: Any, mask: Any, lr: float | None) -> MaskedSGD:
+    return MaskedSGD(params, mask, lr=lr or 0.1, momentum=0.9)
+
+
+def make(
+    clients: int = 4,
+    *,
+    shared: bool = True,
+    keep: bool = False,
+    schedule: Any = SCHEDULE,
+    min_updates: int = 1,
+    **options: Any,
+) -> InProcessEngine:
+    # Uncoded, so that the size of a message does not depend on what is in it.
+    server = fs.FedMapServer(
+        fs.flatten(network()), schedule, lr=0.05, min_updates=min_updates, lossless=False
+    )
+    one = fs.flatten(network())
+    members = {
+        i: fs.FedMapClient(
+            one if shared else fs.flatten(network()),
+            optimizer=sgd,
+            keep_optimizer=keep,
+            lossless=False,
+        )
+        for i in range(clients)
+    }
+    return InProcessEngine(server, members, options.pop("train", train), **options)
+
+
+def bits(params: Any) -> Tensor:
+    return params.values.view(torch.int32).clone()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_clients_that_share_a_module_are_as_clients_of_their_own(keep: bool) -> None:
+    engines = [
+        make(shared=shared, keep=keep, cohort=3, dropout=0.2, seed=3) for shared in (True, False)
+    ]
+    for _ in range(7):
+        one, other = (engine.round() for engine in engines)
+        assert one == other
+        assert torch.equal(*(bits(engine.server.params) for engine in engines))
+    assert engines[0].server.mask.nnz == fs.schedule.keep_count(20 * 30 + 30 * 7, 0.9)
+
+
+def test_every_byte_sent_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(cohort=2, seed=1)
+    down: list[bytes] = []
+    up: list[bytes] = []
+    broadcast, update = fs.FedMapServer.broadcast, fs.FedMapClient.update
+
+    def spy_down(self: Any, have: bytes | None = None) -> bytes:
+        down.append(broadcast(self, have))
+        return down[-1]
+
+    def spy_up(self: Any, *args: Any) -> bytes:
+        up.append(update(self, *args))
+        return up[-1]
+
+    monkeypatch.setattr(fs.FedMapServer, "broadcast", spy_down)
+    monkeypatch.setattr(fs.FedMapClient, "update", spy_up)
+    for _ in range(4):
+        down.clear()
+        up.clear()
+        done = engine.round()
+        assert len(down) == len(up) == 2
+        assert done.downlink_bytes == sum(map(len, down))
+        assert done.uplink_bytes == sum(map(len, up))
+
+
+def mask_section(data: bytes) -> str:
+    found = {s.name for s in codec.inspect(data).sections} & {"MASK", "DELTA"}
+    return found.pop() if found else "none"
+
+
+def test_a_late_joiner_gets_a_mask_and_the_others_none_or_a_delta(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 12 clients, 3 a round: some join late, some return after several prunings.
+    engine = make(12, cohort=3, seed=5, schedule=Iterative(0.8, start=1, end=5))
+    sent: list[tuple[bytes | None, str]] = []
+    broadcast = fs.FedMapServer.broadcast
+
+    def spy(self: Any, have: bytes | None = None) -> bytes:
+        data = broadcast(self, have)
+        sent.append((have, mask_section(data)))
+        return data
+
+    monkeypatch.setattr(fs.FedMapServer, "broadcast", spy)
+    seen: set[Any] = set()
+    kinds = set()
+    for round in range(12):
+        cohort, _ = engine.draw(round)
+        sent.clear()
+        engine.round()
+        for name, (have, section) in zip(cohort, sent):
+            assert (have is None) == (name not in seen)
+            if have is None:
+                assert section == ("none" if round == 0 else "MASK")  # a dense mask has no bits
+            elif have == engine.server.mask.digest():
+                assert section == "none"
+            else:
+                assert section == "DELTA"
+            kinds.add((name in seen, section))
+            assert engine.clients[name].have == engine.server.mask.digest()
+        seen |= set(cohort)
+    assert {(False, "MASK"), (True, "DELTA"), (True, "none")} <= kinds
+
+
+class Forgetful(fs.FedMapClient):
+    """Says that it has what it lost, as one restored from an old backup would."""
+
+    stale: bytes | None = None
+
+    @property
+    def have(self) -> bytes | None:
+        return self.stale
+
+    def receive(self, data: bytes) -> Any:
+        try:
+            return super().receive(data)
+        except NeedsMask as error:
+            raise NeedsMask(None) from error
+
+
+def test_a_client_that_lost_its_mask_is_sent_another_message() -> None:
+    engine = make(2)
+    engine.clients[1] = Forgetful(fs.flatten(network()), optimizer=sgd)
+    plain = make(2)
+    for _ in range(3):
+        engine.round()
+        plain.round()
+    client = engine.clients[1]
+    client.load_state_dict(fs.FedMapClient(fs.flatten(network())).state_dict())
+    assert isinstance(client, Forgetful)
+    client.stale = engine.server.mask.digest()
+    done, usual = engine.round(), plain.round()
+    server = engine.server
+    assert done.result.accepted == (0, 1)
+    assert done.downlink_bytes > usual.downlink_bytes + 4 * server.mask.nnz
+    assert torch.equal(bits(server.params), bits(plain.server.params))
+
+
+def test_a_client_that_cannot_be_helped_raises() -> None:
+    class Hopeless(fs.FedMapClient):
+        def receive(self, data: bytes) -> Any:
+            raise NeedsMask(self.have)
+
+    engine = make(2)
+    engine.clients[0] = Hopeless(fs.flatten(network()))
+    with pytest.raises(NeedsMask, match="no mask yet"):
+        engine.round()
+
+
+def test_cohorts_and_dropouts_depend_on_seed_and_round_alone() -> None:
+    engine, other = make(10, cohort=4, dropout=0.3, seed=7), make(10, cohort=4, dropout=0.3, seed=8)
+    drawn = [engine.draw(round) for round in range(50)]
+    assert drawn == [engine.draw(round) for round in range(50)]
+    assert drawn != [other.draw(round) for round in range(50)]
+    for cohort, silent in drawn:
+        assert len(cohort) == len(set(cohort)) == 4
+        assert cohort == sorted(cohort)
+        assert silent <= set(cohort)
+    assert {name for cohort, _ in drawn for name in cohort} == set(range(10))
+    dropped = sum(len(silent) for _, silent in drawn)
+    assert 40 <= dropped <= 80  # 200 draws at 0.3: mean 60, deviation 6.5
+
+
+def test_the_dropped_get_the_broadcast_and_send_nothing() -> None:
+    engine = make(6, dropout=0.4, seed=2)
+    full = make(6)
+    dropped = []
+    for _ in range(5):
+        done = engine.round()
+        assert set(done.dropped).isdisjoint(done.result.accepted)
+        assert sorted([*done.dropped, *done.result.accepted]) == list(done.cohort)
+        assert done.downlink_bytes == full.round().downlink_bytes
+        dropped += done.dropped
+    assert dropped
+
+
+def test_too_few_answers_fail_and_move_nothing() -> None:
+    engine = make(3, dropout=0.9, seed=0, min_updates=3)
+    engine.server.begin_round()
+    before = bits(engine.server.params)
+    with pytest.raises(RoundFailed, match="at least 3 usable updates, got"):
+        engine.round()
+    assert engine.server.round == 0
+    assert torch.equal(bits(engine.server.params), before)
+
+
+def test_an_update_with_nan_is_refused_and_the_others_count() -> None:
+    def one_diverges(name: Any, client: Any, message: Any) -> tuple[int, float | None]:
+        samples, loss = train(name, client, message)
+        if name == 2:
+            with torch.no_grad():
+                client.params.values[0] = float("nan")
+        return samples, loss
+
+    engine = make(4, train=one_diverges)
+    done = engine.round()
+    assert done.result.accepted == (0, 1, 3)
+    assert "finite" in done.result.refused[2]
+    assert torch.isfinite(engine.server.params.values).all()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_engine_goes_on_from_its_state(keep: bool) -> None:
+    engine = make(5, keep=keep, cohort=3, seed=9)
+    for _ in range(3):
+        engine.round()
+    state = engine.state_dict()
+    later = make(5, keep=keep, cohort=3, seed=9)
+    later.load_state_dict(state)
+    for _ in range(3):
+        assert engine.round() == later.round()
+    assert torch.equal(bits(engine.server.params), bits(later.server.params))
+
+
+def test_a_state_of_other_clients_is_refused() -> None:
+    with pytest.raises(ValueError, match="clients: expected the 3 of this engine"):
+        make(3).load_state_dict(make(4).state_dict())
+
+
+def test_no_optimizer_is_left_behind() -> None:
+    engine = make(3)
+    engine.round()
+    assert all(client.optimizer is None for client in engine.clients.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clients": 0}, "clients: expected at least one"),
+        ({"cohort": 0}, "cohort: expected 1 to 4 clients, got 0"),
+        ({"cohort": 5}, "cohort: expected 1 to 4 clients, got 5"),
+        ({"dropout": 1.0}, "dropout: expected 0 <= dropout < 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout: expected"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_phases_add_up() -> None:
+    calls: list[int] = []
+    phases = Phases(lambda: calls.append(1))
+    with phases("a"):
+        pass
+    first = phases["a"]
+    with pytest.raises(KeyError), phases("a"):
+        raise KeyError
+    assert phases["a"] > first > 0
+    assert len(calls) == 4
+    engine = make(2, schedule=Dense())
+    engine.round()
+    assert list(engine.phases) == ["select", "encode", "decode", "aggregate"]
+
+
+def test_generators_differ_by_any_part_of_their_key() -> None:
+    keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)]
+    drawn = {int(generator(*key).integers(2**62)) for key in keys}
+    assert len(drawn) == len(keys)
+    assert generator(*keys[0]).random() == generator(*keys[0]).random()

@@ -1,0 +1,69 @@
+"""ISA levels: the one that is asked for is the one that runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from guards import run_native
+
+from fedmap_sparse._backends import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is not built")
+
+
+def test_levels_are_ordered_and_the_highest_is_the_default() -> None:
+    levels = native.isa_levels()
+    assert levels == ["scalar", "avx2", "avx512"][: len(levels)]
+    default = run_native("print(native.isa())", FEDMAP_SPARSE_ISA="")
+    assert default.stdout.strip() == levels[-1]
+
+
+def test_a_forced_level_runs(isa: str) -> None:
+    """The probe is dispatched as every kernel is, and answers with its own level's name."""
+    assert native.isa_probe() == isa
+    done = run_native("print(native.isa(), native.isa_probe())", FEDMAP_SPARSE_ISA=isa)
+    assert done.stdout.split() == [isa, isa]
+
+
+def test_a_level_that_is_not_here_names_those_that_are() -> None:
+    with pytest.raises(ValueError, match="'sse9' here; available: scalar"):
+        native.set_isa("sse9")
+    done = run_native("native.isa()", FEDMAP_SPARSE_ISA="sse9")
+    assert "ValueError: FEDMAP_SPARSE_ISA: no ISA level 'sse9' here; available: scalar" in (
+        done.stderr
+    )
+
+
+def test_each_level_is_compiled_for_its_registers() -> None:
+    """Functions in namespace scalar touch no ymm or zmm register, in avx2 no zmm; and some of
+    those in avx2 and avx512 do use their own."""
+    if not shutil.which("objdump") or native.isa_levels() == ["scalar"]:
+        pytest.skip("objdump is missing, or this is not x86-64 with AVX2")
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    used: dict[str, set[str]] = {"6scalar": set(), "4avx2": set(), "6avx512": set()}
+    for function in listing.split("\n\n"):
+        name = re.match(r"[0-9a-f]+ <_ZN6fedmap(6scalar|4avx2|6avx512)", function)
+        if name:
+            used[name[1]] |= set(re.findall(r"%([yz]mm)", function))
+    if not any(used.values()):
+        pytest.skip("the extension was stripped of its symbols")
+    assert used == {"6scalar": set(), "4avx2": {"ymm"}, "6avx512": {"ymm", "zmm"}}
+
+
+def test_csrc_compiles_for_aarch64() -> None:
+    """Where Debian's cross compiler is at hand: the scalar level, linked, without warnings."""
+    if not shutil.which("aarch64-linux-gnu-g++"):
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    script = Path(__file__).parent.parent.parent / "tools" / "cross_aarch64.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "linked them for aarch64" in done.stdout

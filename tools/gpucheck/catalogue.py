@@ -1,0 +1,321 @@
+"""Every kernel at work: launches whose machine code, bytes and sectors are accounted for.
+
+They call the launchers, which never wait for the device, so that they can be compiled without
+being run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fedmap_sparse as fs
+from fedmap_sparse.ops import _payload
+from fedmap_sparse.ops import entropy as coder
+from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.triton_kernels import (
+    _scan,
+    accumulate,
+    entropy,
+    extract,
+    masked_adamw,
+    masked_sgd,
+    pack,
+    quantize,
+    select,
+)
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op at one size; `floor` is the bytes an element that any method must move."""
+
+    name: str
+    numel: int
+    run: Callable[[], object]
+    floor: float
+    #: The most that the op may touch and ask for, in units of the floor.
+    touch_limit: float
+    request_limit: float
+    shown: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        return self.name.split()[0]
+
+
+def touched(density: float, lanes: int = 8) -> float:
+    """Share of sectors (or lines) of `lanes` elements that hold a survivor."""
+    return 1 - (1 - density) ** lanes
+
+
+def _masks(n: int, density: float) -> fs.Mask:
+    return fs.Mask.from_bool(torch.rand(n) < density)
+
+
+def _packing(n: int) -> Iterator[Workload]:
+    for dtype in (F32, BF16):
+        size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
+        for density in (1.0, 0.5, 0.1):
+            mask, values = _masks(n, density), torch.randn(n).to(dtype)
+            packed = torch.empty(mask.nnz, dtype=dtype)
+            moved = size * density + 0.125
+            read = size * touched(density, 32 // size)
+            yield Workload(
+                f"pack {short} {density}",
+                n,
+                lambda v=values, m=mask, p=packed: pack.pack_out(v, m.words, m.rank, p),
+                moved + read,
+                1.05,
+                # A warp's 32 survivors of density 0.5 span 64 values, which begin and end within a
+                # sector: of 16-bit values they are four sectors and what sticks out.
+                1.16 if (dtype, density) == (BF16, 0.5) else 1.1,
+            )
+            yield Workload(
+                f"unpack {short} {density}",
+                n,
+                lambda v=values, m=mask, p=packed: pack.unpack_out(p, m.words, m.rank, v),
+                moved + size,
+                1.05,
+                1.1,
+            )
+
+
+def _nesting(n: int) -> Iterator[Workload]:
+    for density in (0.5, 0.1):
+        parent = _masks(n, density)
+        child = fs.Mask.from_bool(parent.to_bool() & (torch.rand(n) < 0.8))
+        kept = fs.ops.extract(child, parent, backend="reference")
+        index = 8 / 2048
+        yield Workload(
+            f"extract {density}",
+            n,
+            lambda c=child, p=parent: extract.extract(c.words, p.words, p.rank, p.numel, p.nnz),
+            0.25 + 2 * density / 8 + index + 3 * index * density,
+            1.05,
+            # A warp's 32 words share tiles with its neighbours', which a cache serves: on an H100
+            # 23 us instead of 59 for 256 words a program, at density 0.1.
+            2.1,
+        )
+        yield Workload(
+            f"deposit {density}",
+            n,
+            lambda k=kept, p=parent: extract.deposit(k.words, p.words, p.rank, p.numel, p.nnz),
+            0.125 * 3 + density / 8 + 4 * index,
+            1.05,
+            1.1,
+        )
+    mask = _masks(n, 0.5)
+    yield Workload(
+        "rank_index", n, lambda: _scan.rank_index(mask.words, n), 0.125 + 24 / 2048, 1.05, 1.05
+    )
+
+
+def _stepping(n: int) -> Iterator[Workload]:
+    for rule in ("masked_sgd", "masked_adamw"):
+        for dtype, density in ((F32, 1.0), (F32, 0.5), (F32, 0.1), (F32, 0.01), (BF16, 0.1)):
+            mask, values = _masks(n, density), torch.randn(n).to(dtype)
+            grads: list[Tensor | None] = [torch.randn(n).to(dtype)]
+            segments = fs.ops.Segments([0], [n])
+            segments.rows[0, 3] = ZEROED
+            scalars = [0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.5, 0.0]
+            segments.scalars[0] = torch.tensor(scalars)
+            states = [torch.rand(mask.nnz) for _ in range(2 if rule == "masked_adamw" else 1)]
+            master = None if dtype == F32 else torch.rand(mask.nnz)
+            size, held = dtype.itemsize, len(states) + (master is not None)
+            table = (mask.words, mask.rank, n, mask.nnz, grads, segments.rows, segments.scalars)
+            streams = 3 if master is None else 2  # with masters the weights are not read
+
+            def run(
+                rule: str = rule,
+                v: Tensor = values,
+                t: tuple = table,
+                s: list[Tensor] = states,
+                m: Tensor | None = master,
+            ) -> None:
+                if rule == "masked_sgd":
+                    masked_sgd.masked_sgd_(v, *t, s[0], m)
+                else:
+                    masked_adamw.masked_adamw_(v, *t, s[0], s[1], None, m)
+
+            yield Workload(
+                f"{rule} {str(dtype).removeprefix('torch.')} {density}",
+                n,
+                run,
+                0.125 + 8 * held * density + streams * size * touched(density, 32 // size),
+                1.05,
+                # As of pack: at density 0.5 a warp's survivors span eight sectors and a part.
+                1.12 if density == 0.5 else 1.1,
+                {"grad": grads[0]},  # type: ignore[dict-item]
+            )
+
+
+def _accumulating(n: int) -> Iterator[Workload]:
+    for dtype in (F32, BF16):
+        size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
+        payloads = [torch.randn(n).to(dtype) for _ in range(10)]
+        out, sums = torch.empty(n, dtype=dtype), torch.zeros(n, dtype=torch.float64)
+        weights = [float(i + 1) for i in range(10)]
+        yield Workload(
+            f"weighted_mean 10 {short}",
+            n,
+            lambda p=payloads, w=weights, o=out: accumulate.weighted_mean_out(p, w, o),
+            11.0 * size,
+            1.01,
+            1.1,
+            {f"payload{i}": p for i, p in enumerate(payloads)},
+        )
+        yield Workload(
+            f"accumulate_add {short}",
+            n,
+            lambda s=sums, p=payloads: accumulate.accumulate_add_(s, p[0], 3.0),
+            16.0 + size,
+            1.01,
+            1.1,
+        )
+        yield Workload(
+            f"accumulate_mean {short}",
+            n,
+            lambda s=sums, o=out: accumulate.accumulate_mean_out(s, 3.0, o),
+            8.0 + size,
+            1.01,
+            1.1,
+        )
+
+
+def _quantizing(n: int) -> Iterator[Workload]:
+    values, residual = torch.randn(n), torch.randn(n)
+    q, scales = torch.empty(n, dtype=torch.int8), torch.empty(-(-n // 256))
+    for to in (torch.float16, BF16):
+        out = torch.empty(n, dtype=to)
+        name = f"cast float32 {str(to).removeprefix('torch.')}"
+        yield Workload(name, n, lambda o=out: quantize.cast_out(values, o), 6.0, 1.01, 1.05)
+    for feedback in (None, residual):
+        yield Workload(
+            f"quantize_int8{'' if feedback is None else ' feedback'}",
+            n,
+            lambda r=feedback: quantize.quantize_int8_out(values, 256, q, scales, r),
+            5.0 + 4 / 256 + (0 if feedback is None else 8),
+            1.01,
+            1.1,
+        )
+    yield Workload(
+        "dequantize_int8", n, lambda: quantize.dequantize_int8(q, scales, 256), 5.02, 1.01, 1.1
+    )
+
+
+def _selecting(n: int) -> Iterator[Workload]:
+    within = _masks(n, 0.3)
+    for dtype in (F32, BF16):
+        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        size = dtype.itemsize
+        yield Workload(
+            f"select {short}",
+            n,
+            lambda v=values: select.magnitude_mask([v], [None], n, n // 10),
+            size + 0.125,
+            # 5.2 and 3.2 bytes an element from a million on; scratch of fixed size below
+            5.2 / 4.125 if dtype == F32 else 3.2 / 2.125,
+            # Candidates (3% of the values) are loaded again one by one, and each counts in a bin of
+            # its own: a sector for 4 bytes, from the caches. The sample likewise, a fixed number.
+            1.75 if dtype == F32 else 2.05,
+        )
+    yield Workload(
+        "select within 0.3",
+        n,
+        lambda: select.magnitude_mask([values.float()], [within.words], within.nnz, n // 10),
+        0.25 + 4 * touched(0.3),
+        1.3,
+        1.55,
+    )
+    dense = torch.randn(n)
+    yield Workload(
+        "zero_pruned",
+        n,
+        lambda: select.zero_pruned_(dense, None, within.words),
+        0.125 + 4 * touched(0.7),
+        1.01,
+        1.05,
+    )
+
+
+def _coding(n: int) -> Iterator[Workload]:
+    """A chain of steps a chunk: bound by latency, not by bytes. Its words are stored step by step,
+    some ten of 16 bits at a time where a sector has sixteen, and pass through scratch, as their
+    place is known last."""
+    device = torch.device("cpu")
+    mask, room = _masks(n, 0.1), n + 10_000
+    runs, nnz = _payload.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
+    codes = _payload.density_codes(runs.numel, nnz)
+    coded, steps = _payload.coded_runs(runs, codes.tolist())
+    chunk, plan = _payload.chunk_steps(runs.numel, codes), coder._device_plan(coded)
+    head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
+    payload = coder.encode_mask(mask.words, runs, nnz, room, backend="cpu")
+    assert payload is not None
+    opened, size = _payload.open_mask(payload, runs), payload.numel()
+    offsets = coder._offsets(opened.sizes, opened.words_at // 2)
+    inside = coder._padded(payload, device)
+    none = torch.empty(0, 2, dtype=torch.int64)
+    yield Workload(
+        "encode_mask 0.1",
+        n,
+        lambda: entropy.encode_mask(mask.words, plan, steps, chunk, head, size),
+        0.125 + size / n,
+        1.7,
+        2.0,
+    )
+    yield Workload(
+        "decode_mask 0.1",
+        n,
+        lambda: entropy.decode_mask(
+            inside, opened.states_at, offsets, plan, steps, chunk, none, mask.words.numel()
+        ),
+        0.125 + size / n,
+        1.75,
+        1.0,
+    )
+    for dtype in (F32, torch.float16, BF16):
+        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        parts = _payload.value_parts(n, dtype)
+        payload = coder.encode_values(values, 8 * n + 10_000, backend="cpu")
+        assert payload is not None
+        valued, inside = _payload.open_values(payload, n, dtype), coder._padded(payload, device)
+        escapes = valued.entries["escapes"].astype("int64")
+        places = torch.stack(
+            [
+                coder._offsets(valued.sizes, parts[-1] // 2),
+                coder._offsets(escapes, valued.escapes_at),
+            ]
+        )
+        each = payload.numel()
+        floor = dtype.itemsize + each / n
+        yield Workload(
+            f"encode_values {short}",
+            n,
+            lambda v=values, p=parts, room=each: entropy.encode_values(v, p, room),
+            floor,
+            1.7,
+            # Values are read twice, for the table and for the symbols; a float32 plane of 16 bits
+            # makes a thread's two loads of the first reading lie 32 bytes apart.
+            2.0 if dtype == F32 else 1.65,
+        )
+        yield Workload(
+            f"decode_values {short}",
+            n,
+            lambda i=inside, p=parts, at=places, d=dtype: entropy.decode_values(i, p, at, n, d),
+            floor,
+            1.4,
+            1.05,
+        )
+
+
+def workloads(n: int) -> list[Workload]:
+    """All of them over `n` elements."""
+    torch.manual_seed(0)
+    parts = (_packing, _nesting, _stepping, _accumulating, _quantizing, _selecting, _coding)
+    return [workload for part in parts for workload in part(n)]
