@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmap_sparse import __version__
+from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed
 
 if TYPE_CHECKING:
     from fedmap_sparse.experiments.config import Config
@@ -123,8 +124,6 @@ def _run_help(parser: argparse.ArgumentParser) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     from fedmap_sparse.experiments import config, options, progress, runner
-    from fedmap_sparse.experiments.data import DataError
-    from fedmap_sparse.federated import RoundFailed
 
     if importlib.util.find_spec("safetensors") is None:
         raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")
@@ -140,7 +139,7 @@ def _run(args: argparse.Namespace) -> int:
             _show_partition(chosen)
         else:
             runner.run(chosen, resume=args.resume, overwrite=args.overwrite, observer=watch)
-    except (options.ConfigError, DataError) as error:
+    except (ConfigError, DataError) as error:
         raise _Fault(str(error)) from error
     except RoundFailed as error:
         raise _Fault(str(error), 1) from error
@@ -160,7 +159,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if words and "=" not in words[0]:
         path = Path(words.pop(0))
         if path.suffix != ".toml":
-            raise options.ConfigError(f"expected CONFIG.toml or key=value, got {str(path)!r}")
+            raise ConfigError(f"expected CONFIG.toml or key=value, got {str(path)!r}")
         values = options.read_file(path)
     values |= options.read_words(config.Config, words)
     values |= {key: text for key in ("out", "data") if (text := getattr(args, key)) is not None}
@@ -185,7 +184,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(codec.inspect(args.file.read_bytes()))
     except OSError as error:
         raise _Fault(f"{args.file}: cannot be read: {error.strerror}") from error
-    except codec.FormatError as error:
+    except FormatError as error:
         raise _Fault(f"{args.file}: no message, or damaged: {error}") from error
     return 0
 

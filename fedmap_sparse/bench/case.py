@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fedmap_sparse import _checks
 from fedmap_sparse.bench import inputs
+from fedmap_sparse.errors import FedMapError
 from fedmap_sparse.mask import Mask
 
 Run = Callable[[], object]
 CPU = torch.device("cpu")
 
 
-class CheckFailed(Exception):
+class CheckFailed(FedMapError):
     """The op's result differs from the reference: it will not be timed."""
 
 

@@ -1,7 +1,6 @@
 """The wire format: `docs/format.md` is its specification, this package one implementation."""
 
 from fedmap_sparse.codec.container import Header, Section, parse_header
-from fedmap_sparse.codec.errors import FormatError, MaskNeeded
 from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
 from fedmap_sparse.codec.message import (
     DTYPES,
@@ -17,6 +16,7 @@ from fedmap_sparse.codec.message import (
 )
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
 from fedmap_sparse.codec.values import Quantized
+from fedmap_sparse.errors import FormatError, NeedsMask
 
 __all__ = [
     "DTYPES",
@@ -24,8 +24,8 @@ __all__ = [
     "FormatError",
     "Header",
     "Inspection",
-    "MaskNeeded",
     "Message",
+    "NeedsMask",
     "Quantized",
     "Section",
     "SectionInfo",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedmap_sparse import _backends
 from fedmap_sparse._backends import native
-from fedmap_sparse.codec.errors import FormatError
+from fedmap_sparse.errors import FormatError
 
 MAGIC = b"\x89FEDMAP\n"
 VERSION = 1

@@ -16,7 +16,7 @@ from fedmap_sparse.codec.container import (
     Wire,
     to_host,
 )
-from fedmap_sparse.codec.errors import FormatError, MaskNeeded
+from fedmap_sparse.errors import FormatError, NeedsMask
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, num_words
 from fedmap_sparse.ops import entropy
@@ -88,7 +88,7 @@ def read(
         have: the receiver's mask.
 
     Raises:
-        MaskNeeded: the message refers to a mask other than `have`.
+        NeedsMask: the message refers to a mask other than `have`.
         FormatError: bits that the layout does not allow, or that contradict the digest.
     """
     if section is None and dense:
@@ -112,9 +112,7 @@ def read(
 
 def _require(have: Mask | None, wanted: bytes, offset: int, device: torch.device) -> Mask:
     if have is None or have.digest() != wanted:
-        got = "no mask" if have is None else have.digest().hex()
-        reason = f"expected the receiver to have the mask {wanted.hex()}, got {got}"
-        raise MaskNeeded(reason, offset, wanted)
+        raise NeedsMask(wanted, None if have is None else have.digest(), offset)
     return have.to(device)
 
 

@@ -24,8 +24,8 @@ from fedmap_sparse.codec.container import (
     Section,
     Wire,
 )
-from fedmap_sparse.codec.errors import FormatError
 from fedmap_sparse.codec.values import Quantized
+from fedmap_sparse.errors import FormatError
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
@@ -472,7 +472,7 @@ def decode(
             decoded there. None: where `mask` is, or the CPU.
 
     Raises:
-        MaskNeeded: the message needs a mask other than `mask`; see its `wanted`.
+        NeedsMask: the message needs a mask other than `mask`; see its `wanted`.
         FormatError: anything that docs/format.md, 7, says to refuse.
         TypeError: `data` is not bytes, bytearray or a contiguous memoryview.
     """

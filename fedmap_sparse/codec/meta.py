@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 
 from fedmap_sparse.codec.container import RAW, Id, Section, Wire
-from fedmap_sparse.codec.errors import FormatError
+from fedmap_sparse.errors import FormatError
 
 MAX_BYTES = 4096
 

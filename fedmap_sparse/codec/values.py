@@ -23,7 +23,7 @@ from fedmap_sparse.codec.container import (
     tensor_view,
     to_host,
 )
-from fedmap_sparse.codec.errors import FormatError
+from fedmap_sparse.errors import FormatError
 from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.quantize import num_blocks

@@ -7,9 +7,9 @@
 Beyond the package's own dependencies this wants the extra `experiments`.
 """
 
+from fedmap_sparse.errors import ConfigError, DataError
 from fedmap_sparse.experiments.config import Config
-from fedmap_sparse.experiments.data import DataError, Dataset, Split
-from fedmap_sparse.experiments.options import ConfigError
+from fedmap_sparse.experiments.data import Dataset, Split
 from fedmap_sparse.experiments.progress import Observer
 from fedmap_sparse.experiments.runner import run
 

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmap_sparse.errors import CheckpointError
+
 VERSION = "1"
 _TENSOR = "$tensor"  # {"$tensor": "name in the file"} stands for a tensor
-
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of this version."""
 
 
 def save(path: Path, state: Any) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmap_sparse import codec, schedule
+from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import data, models, options, partition
-from fedmap_sparse.experiments.options import ConfigError, Value, option
+from fedmap_sparse.experiments.options import Value, option
 from fedmap_sparse.federated import server_optim
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.schedule import Schedule

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmap_sparse.errors import DataError
+
 Array = NDArray[Any]
 Index = NDArray[np.int64]
 Labelled = tuple[Array, Array]
@@ -38,10 +40,6 @@ HOW_TO_GET = (
     "Debian and Ubuntu have it as the package dataset-fashion-mnist; its authors' copy is at "
     "github.com/zalandoresearch/fashion-mnist. The data set fashion-mnist-subset needs no files."
 )
-
-
-class DataError(ValueError):
-    """A data set that is missing, damaged, or not of the form it should have."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedmap_sparse.errors import CheckpointError, ConfigError
 from fedmap_sparse.experiments import checkpoint
-from fedmap_sparse.experiments.options import ConfigError
 
 Record = dict[str, Any]
 
@@ -64,7 +64,7 @@ class RunFolder:
         if resume and self.checkpoint.exists():
             try:
                 state: dict[str, Any] = checkpoint.load(self.checkpoint)
-            except checkpoint.CheckpointError as error:
+            except CheckpointError as error:
                 raise ConfigError(str(error)) from error
             return state
         return None

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from fedmap_sparse.errors import ConfigError
+
 Value = bool | int | float | str
 Options = type[Any]  # the dataclass
 
@@ -26,10 +28,6 @@ _BOUNDS = {
     "below": ("below", operator.lt),
 }
 _WANTED = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-
-
-class ConfigError(ValueError):
-    """An option that cannot be; the message is one line."""
 
 
 def option(default: Value | None, group: str, text: str, **rules: Any) -> Any:

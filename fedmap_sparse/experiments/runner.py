@@ -16,11 +16,11 @@ from torch import nn
 
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import baselines, checkpoint, models, report
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset, Split, load
 from fedmap_sparse.experiments.folder import Record, RunFolder
-from fedmap_sparse.experiments.options import ConfigError
 from fedmap_sparse.experiments.partition import PARTITIONS, Index
 from fedmap_sparse.experiments.progress import Observer
 from fedmap_sparse.experiments.training import LocalTraining, evaluate, make_optimizer, share_out

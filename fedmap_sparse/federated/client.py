@@ -11,7 +11,6 @@ from torch import Tensor
 from fedmap_sparse import codec, ops
 from fedmap_sparse.codec import Message
 from fedmap_sparse.federated.aggregation import Bytes
-from fedmap_sparse.federated.errors import NeedsMask
 from fedmap_sparse.federated.global_model import write_buffers, write_model
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
@@ -90,12 +89,7 @@ class FedMapClient:
             In each case nothing is changed.
         """
         self.params.check_bound()
-        try:
-            message = codec.decode(
-                data, self.layout, mask=self._mask, device=self.params.values.device
-            )
-        except codec.MaskNeeded as error:
-            raise NeedsMask(self.have) from error
+        message = codec.decode(data, self.layout, mask=self._mask, device=self.params.values.device)
         lr = message.meta.get("lr")
         mask = message.mask
         write_model(self.params, mask, message.packed, message.tail)

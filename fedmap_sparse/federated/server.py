@@ -21,8 +21,8 @@ import torch
 
 from fedmap_sparse import codec, ops
 from fedmap_sparse.codec import Body
+from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated.aggregation import Bytes, ClientId, Intake
-from fedmap_sparse.federated.errors import RoundFailed
 from fedmap_sparse.federated.global_model import (
     GlobalModel,
     check_buffers,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmap_sparse.errors import PayloadError
 from fedmap_sparse.mask import bool_from_words, words_from_bool
 from fedmap_sparse.ops import _rans_reference as rans
 from fedmap_sparse.ops._payload import (
@@ -15,7 +16,6 @@ from fedmap_sparse.ops._payload import (
     SPLIT,
     STEP_BITS,
     VALUE_CHUNK,
-    PayloadError,
     Runs,
     all_ones,
     coded_runs,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmap_sparse.errors import PayloadError
 from fedmap_sparse.ops import _rans_reference as rans
 
 STEP_BITS = 4 * rans.LANES
@@ -36,15 +37,6 @@ SPLIT: dict[torch.dtype, tuple[int, int, int, np.dtype[Any]]] = {
     torch.float16: (5, 8, 3, np.dtype("<u2")),
     torch.bfloat16: (8, 0, 8, np.dtype("<u2")),
 }
-
-
-class PayloadError(ValueError):
-    """Bytes that no encoder writes. `offset` is in the payload."""
-
-    def __init__(self, reason: str, offset: int) -> None:
-        super().__init__(f"{reason} (at byte {offset})")
-        self.reason = reason
-        self.offset = offset
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fedmap_sparse import _backends, _checks
 from fedmap_sparse._backends import native
+from fedmap_sparse.errors import PayloadError
 from fedmap_sparse.mask import Mask, bool_from_words, num_words
 from fedmap_sparse.ops import _entropy_reference as reference
 from fedmap_sparse.ops import _rans_reference as rans
 from fedmap_sparse.ops._payload import (
     ONES_COMMON,
     STEP_BITS,
-    PayloadError,
     Runs,
     all_ones,
     chunk_steps,

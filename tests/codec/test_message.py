@@ -175,7 +175,7 @@ def test_message_needs_the_right_mask(params: fs.FlatParameters) -> None:
     none = codec.encode(params, mask)
     for data, wanted in ((delta, parent), (none, mask)):
         for have in (None, params.layout.initial_mask()):
-            with pytest.raises(codec.MaskNeeded) as caught:
+            with pytest.raises(codec.NeedsMask) as caught:
                 codec.decode(data, params.layout, mask=have)
             assert caught.value.wanted == wanted.digest()
             assert pickle.loads(pickle.dumps(caught.value)).wanted == wanted.digest()
@@ -332,7 +332,7 @@ def test_state_dict_door_deltas_bfloat16_and_partial_masks() -> None:
     assert torch.equal(back["w"], state["w"] * less["w"])
     assert torch.equal(back["v"], state["v"])  # has no mask: kept whole
     assert back["w"].dtype == torch.bfloat16
-    with pytest.raises(codec.MaskNeeded):
+    with pytest.raises(codec.NeedsMask):
         codec.decode_state_dict(data, like=state, masks=less)
     for call, words in (
         (lambda: codec.encode_state_dict(state, {"x": keep["w"]}), "prunable parameters"),

@@ -168,7 +168,7 @@ class Forgetful(fs.FedMapClient):
         try:
             return super().receive(data)
         except NeedsMask as error:
-            raise NeedsMask(None) from error
+            raise NeedsMask(error.wanted, None) from error
 
 
 def test_a_client_that_lost_its_mask_is_sent_another_message() -> None:
@@ -192,11 +192,11 @@ def test_a_client_that_lost_its_mask_is_sent_another_message() -> None:
 def test_a_client_that_cannot_be_helped_raises() -> None:
     class Hopeless(fs.FedMapClient):
         def receive(self, data: bytes) -> Any:
-            raise NeedsMask(self.have)
+            raise NeedsMask(bytes(16), self.have)
 
     engine = make(2)
     engine.clients[0] = Hopeless(fs.flatten(network()))
-    with pytest.raises(NeedsMask, match="no mask yet"):
+    with pytest.raises(NeedsMask, match="got no mask"):
         engine.round()
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import options
 from fedmap_sparse.experiments.config import Config, build, folder_of
-from fedmap_sparse.experiments.options import ConfigError
 from fedmap_sparse.federated.server_optim import FedAdam, FedAvg, FedAvgM
 from fedmap_sparse.schedule import Cubic, Dense, Iterative, OneShot
 

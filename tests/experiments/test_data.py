@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedmap_sparse.errors import DataError
 from fedmap_sparse.experiments import data
-from fedmap_sparse.experiments.data import DataError
 
 ROOT = Path(__file__).parent.parent.parent
 # SHA-256 of the uncompressed files: what Zalando's bytes give, whatever wrote the gzip around them.

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fedmap_sparse import codec
 from fedmap_sparse.engines.in_process import generator
+from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import checkpoint, runner, training
 from fedmap_sparse.experiments.config import Config, build
 from fedmap_sparse.experiments.data import Dataset, Split, load
 from fedmap_sparse.experiments.models import mlp
-from fedmap_sparse.experiments.options import ConfigError
 from fedmap_sparse.experiments.partition import iid
 from fedmap_sparse.experiments.progress import Bar, Lines, Observer
 from fedmap_sparse.federated import RoundFailed
