@@ -10,8 +10,9 @@
 #include <memory>
 #include <vector>
 
+#include "core/bits.h"
+#include "core/dtype.h"
 #include "entropy/entropy.h"
-#include "core/kernels.h"
 
 using namespace fedmap;
 

@@ -9,7 +9,7 @@ mkdir -p build/fuzz/corpus build/fuzz/seeds
 "${PYTHON:-python3}" fuzz/seeds.py build/fuzz/seeds
 sources=$(find csrc -name '*.cpp' ! -path 'csrc/bindings/*')
 # shellcheck disable=SC2086  # a list of files
-clang++ -std=c++17 -O1 -g -ffp-contract=off -Wall -Wextra -pthread \
+clang++ -std=c++17 -O1 -g -ffp-contract=off -Wall -Wextra -Icsrc -pthread \
   -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
   fuzz/entropy_fuzz.cpp $sources -o build/fuzz/entropy_fuzz
 exec build/fuzz/entropy_fuzz -max_total_time="${1:-1800}" -max_len=60000 -timeout=20 \

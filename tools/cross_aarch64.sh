@@ -14,7 +14,7 @@ objects=$(mktemp -d)
 trap 'rm -r "$objects"' EXIT
 export cxx objects
 find csrc -name '*.cpp' ! -path 'csrc/bindings/*' -print0 | xargs -0 -P "$(nproc)" -I{} sh -c '
-    "$cxx" -std=c++17 -O2 -ffp-contract=off -fPIC -pthread -Wall -Wextra -Werror \
+    "$cxx" -std=c++17 -O2 -ffp-contract=off -fPIC -pthread -Wall -Wextra -Icsrc -Werror \
         -c "$1" -o "$objects/$(basename "$1").o"' sh {}
 "$cxx" -shared -pthread -Wl,--no-undefined "$objects"/*.o -o "$objects/kernels.so"
 echo "compiled $(find "$objects" -name '*.o' | wc -l) files and linked them for aarch64"

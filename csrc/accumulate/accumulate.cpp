@@ -4,8 +4,9 @@
 #include <atomic>
 #include <type_traits>
 
+#include "accumulate/accumulate.h"
+#include "core/dtype.h"
 #include "core/half.h"
-#include "core/kernels.h"
 #include "core/pool.h"
 
 namespace fedmap {
@@ -13,8 +14,8 @@ namespace fedmap {
 // The sums of a tile stay in L1 while the payloads stream past, up to kGroup of them in a pass. On
 // Zen 4 one thread takes as long as for reading alone, with 10 to 500 payloads; 16 a pass took 30%
 // longer (more streams than the hardware prefetches), 8 a pass 8% (more passes).
-constexpr int64_t kTile = 1024;
-constexpr int64_t kPiece = 64 * kTile;
+constexpr int64_t kSumTile = 1024;
+constexpr int64_t kSumPiece = 64 * kSumTile;
 constexpr int kGroup = 12;
 
 template <class T>
@@ -160,12 +161,12 @@ void with_float_type(int dtype, F&& f) {
     f(static_cast<Bfloat16*>(nullptr));
 }
 
-// n elements of all payloads, n <= kTile; fill(group, c) pushes payload c.
+// n elements of all payloads, n <= kSumTile; fill(group, c) pushes payload c.
 template <class T, class Out, class Fill>
 int64_t mean_of(int clients, double total, int64_t n, Out* out, Fill&& fill) {
   const auto add_pass = FEDMAP_DISPATCH(add<T, double>);
   const auto last_pass = FEDMAP_DISPATCH(add<T, Out>);
-  alignas(64) double room[kTile];
+  alignas(64) double room[kSumTile];
   const double* sums = nullptr;
   const int passes = (clients + kGroup - 1) / kGroup;
   for (int pass = 0, c = 0;; ++pass) {
@@ -179,16 +180,17 @@ int64_t mean_of(int clients, double total, int64_t n, Out* out, Fill&& fill) {
   }
 }
 
-// Calls f(begin, end) for parts of at most kTile elements and adds up what it returns.
+// Calls f(begin, end) for parts of at most kSumTile elements and adds up what it returns.
 template <class F>
 int64_t count_by_tiles(int64_t n, int threads, F&& f) {
   std::atomic<int64_t> count{0};
-  parallel_ranges(n, piece_of(n, kPiece, kTile, threads), threads, [&](int64_t begin, int64_t end) {
-    int64_t counted = 0;
-    for (; begin < end; begin += kTile)
-      counted += f(begin, std::min(begin + kTile, end));
-    count.fetch_add(counted, std::memory_order_relaxed);
-  });
+  parallel_ranges(n, piece_of(n, kSumPiece, kSumTile, threads), threads,
+                  [&](int64_t begin, int64_t end) {
+                    int64_t counted = 0;
+                    for (; begin < end; begin += kSumTile)
+                      counted += f(begin, std::min(begin + kSumTile, end));
+                    count.fetch_add(counted, std::memory_order_relaxed);
+                  });
   return count;
 }
 
@@ -226,29 +228,6 @@ int64_t weighted_mean(const std::vector<const void*>& payloads, int dtype,
                             group.push(static_cast<const T*>(payloads[c]) + begin, weights[c]);
                           });
       });
-    });
-  });
-  return bad;
-}
-
-int64_t weighted_mean_int8(const std::vector<const int8_t*>& payloads,
-                           const std::vector<const float*>& scales, int64_t block,
-                           const std::vector<double>& weights, int64_t n, void* out, int out_dtype,
-                           int threads) {
-  const int clients = static_cast<int>(payloads.size());
-  int64_t bad = 0;
-  with_float_type(out_dtype, [&](auto* type) {
-    using Out = std::remove_pointer_t<decltype(type)>;
-    bad = count_by_tiles(n, threads_for(n * clients, threads), [&](int64_t begin, int64_t end) {
-      int64_t counted = 0;
-      for_blocks(begin, end, block, [&](int64_t at, int64_t size) {
-        counted +=
-            mean_of<int8_t>(clients, total(weights), size, static_cast<Out*>(out) + at,
-                            [&](Group<int8_t>& group, int c) {
-                              group.push(payloads[c] + at, weights[c], scales[c][at / block]);
-                            });
-      });
-      return counted;
     });
   });
   return bad;

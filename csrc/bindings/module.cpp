@@ -7,11 +7,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "accumulate/accumulate.h"
 #include "bindings/tensors.h"
+#include "codec/crc32c.h"
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
 #include "core/pool.h"
 #include "entropy/entropy.h"
+#include "extract/extract.h"
+#include "floors/stream.h"
+#include "mask/mask.h"
+#include "masked_step/segment.h"
+#include "pack/pack.h"
+#include "quantize/quantize.h"
+#include "select/select.h"
 
 namespace py = pybind11;
 using namespace fedmap;
@@ -38,15 +47,6 @@ using Unlocked = py::call_guard<Unlock>;
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-std::vector<T*> at_each(const std::vector<Address>& addresses) {
-  std::vector<T*> pointers;
-  pointers.reserve(addresses.size());
-  for (Address address : addresses)
-    pointers.push_back(at<T>(address));
-  return pointers;
 }
 
 void bind_masks(py::module_& m) {
@@ -383,14 +383,6 @@ void bind_accumulate(py::module_& m) {
           return unfit(attempt);
         return weighted_mean(data, payloads[0].dtype, weights, out.numel, out.data, out.dtype,
                              threads);
-      },
-      Unlocked());
-  m.def(
-      "weighted_mean_int8",
-      [](const std::vector<Address>& payloads, const std::vector<Address>& scales, int64_t block,
-         const std::vector<double>& weights, int64_t n, Address out, int out_dtype, int threads) {
-        return weighted_mean_int8(at_each<const int8_t>(payloads), at_each<const float>(scales),
-                                  block, weights, n, at<void>(out), out_dtype, threads);
       },
       Unlocked());
   m.def(

@@ -6,7 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "core/kernels.h"
+#include "core/dtype.h"
 
 namespace fedmap {
 
@@ -101,7 +101,7 @@ struct Torch {
 
 inline const Torch* torch = nullptr; // set when the module is made
 
-// Further dtypes of tensors, after those of values (kernels.h).
+// Further dtypes of tensors, after those of values (core/dtype.h).
 enum OtherDtype : int { kInt32 = 4, kInt64, kFloat64, kNone = -1, kUnfit = -2 };
 
 // An argument that is a tensor: contiguous, in this machine's memory, of a known dtype.

@@ -4,15 +4,16 @@
 #include <cstring>
 #include <vector>
 
+#include "codec/crc32c.h"
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
 #include "core/pool.h"
 
 namespace fedmap {
 namespace {
 
 constexpr uint32_t kPolynomial = 0x82F63B78u; // bit 31 is x^0
-constexpr int64_t kShare = 1 << 20;
+constexpr int64_t kCrcShare = 1 << 20;
 
 // a * b modulo the polynomial.
 uint32_t multiply(uint32_t a, uint32_t b) {
@@ -91,12 +92,6 @@ static uint32_t checksum(const uint8_t* data, int64_t nbytes, uint32_t crc) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-static uint64_t load_64(const uint8_t* data) {
-  uint64_t word;
-  std::memcpy(&word, data, sizeof word);
-  return word;
-}
-
 // The instruction gives a result three cycles later but takes a new operand every cycle: three
 // stretches at once, joined by what appends a stretch of zeros.
 template <int64_t kStretch>
@@ -138,12 +133,12 @@ uint32_t crc32c(const void* data, int64_t nbytes, uint32_t crc, int threads) {
   const int workers = threads_for(nbytes, threads);
   if (workers == 1)
     return ~checksum(bytes, nbytes, crc);
-  std::vector<uint32_t> parts((nbytes + kShare - 1) / kShare);
-  parallel_ranges(nbytes, kShare, workers, [&](int64_t begin, int64_t end) {
-    parts[begin / kShare] = checksum(bytes + begin, end - begin, begin ? 0 : crc);
+  std::vector<uint32_t> parts((nbytes + kCrcShare - 1) / kCrcShare);
+  parallel_ranges(nbytes, kCrcShare, workers, [&](int64_t begin, int64_t end) {
+    parts[begin / kCrcShare] = checksum(bytes + begin, end - begin, begin ? 0 : crc);
   });
-  const uint32_t append = power_of_bytes(kShare);
-  const uint32_t append_last = power_of_bytes(nbytes - (parts.size() - 1) * kShare);
+  const uint32_t append = power_of_bytes(kCrcShare);
+  const uint32_t append_last = power_of_bytes(nbytes - (parts.size() - 1) * kCrcShare);
   crc = parts[0];
   for (size_t k = 1; k < parts.size(); ++k)
     crc = multiply(k + 1 < parts.size() ? append : append_last, crc) ^ parts[k];

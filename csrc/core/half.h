@@ -13,22 +13,6 @@
 
 namespace fedmap {
 
-// From this size on results go past the cache, by `stream`: they would not stay in it, and a line
-// that is written whole need not be read first (unpacking 26 M float32 on Zen 4, 2 threads: 4.2
-// instead of 6.3 ms). Only where `dst` is aligned, here and below, to whole vectors.
-constexpr int64_t kPastCache = 16 << 20;
-
-inline bool goes_past_cache(const void* dst, int64_t bytes) {
-  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % 64 == 0;
-}
-
-// What was streamed is seen by other threads as what was stored is.
-inline void end_of_stream() {
-#if FEDMAP_X86
-  _mm_sfence();
-#endif
-}
-
 struct Float16 {
   uint16_t bits;
 };
@@ -55,7 +39,7 @@ inline constexpr uint32_t kOverflowBits<Float16> = 0x477ff000;
 template <>
 inline constexpr uint32_t kOverflowBits<Bfloat16> = 0x7f7f8000;
 
-// Whether x is NaN or infinite once in T, and whether it is so for its size alone.
+// Whether x is NaN or infinite once in T, and whether it overflowed on the way there.
 template <class T>
 inline int not_finite(float x) {
   return (float_bits(x) & 0x7fffffff) >= kOverflowBits<T>;
@@ -160,16 +144,9 @@ inline __m128i narrow(__m256 x, const Bfloat16*) {
 inline void store(float* dst, __m256 x) {
   _mm256_storeu_ps(dst, x);
 }
-inline void stream(float* dst, __m256 x) {
-  _mm256_stream_ps(dst, x);
-}
 template <class T>
 inline void store(T* dst, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), narrow(x, dst));
-}
-template <class T>
-inline void stream(T* dst, __m256 x) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(dst), narrow(x, dst));
 }
 
 // The low half of each 64-bit lane.
@@ -179,7 +156,7 @@ inline __m128i low_halves(__m256d mask) {
   return _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
 }
 
-// How many lanes are NaN or infinite once in T, and how many are so for their size alone.
+// How many lanes are NaN or infinite once in T, and how many overflowed on the way there.
 template <class T>
 inline int not_finite(__m256 x) {
   const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
@@ -247,9 +224,6 @@ inline void store(float* dst, __m512 x) {
 inline void store(float* dst, __m512 x, __mmask16 lanes) {
   _mm512_mask_storeu_ps(dst, lanes, x);
 }
-inline void stream(float* dst, __m512 x) {
-  _mm512_stream_ps(dst, x);
-}
 template <class T>
 inline __m512 load(const T* src) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)), src);
@@ -265,10 +239,6 @@ inline void store(T* dst, __m512 x) {
 template <class T>
 inline void store(T* dst, __m512 x, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(dst, lanes, narrow(x, dst));
-}
-template <class T>
-inline void stream(T* dst, __m512 x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), narrow(x, dst));
 }
 
 template <class T>

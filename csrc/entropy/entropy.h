@@ -27,10 +27,6 @@ int64_t encode_mask(const uint32_t* words, MaskRuns runs, const uint8_t* codes, 
 Fault decode_mask(const uint8_t* payload, int64_t size, MaskRuns runs, int64_t numel,
                   uint32_t* words, int threads);
 
-// Survivors before each of `count` ascending positions.
-void ranks_at(const uint32_t* words, const int64_t* rank, const int64_t* positions, int64_t count,
-              int64_t* out);
-
 // Values of dtype float32, float16 or bfloat16. Returns the size of the payload, or -1 if it is
 // above `capacity`.
 int64_t encode_values(const void* values, int dtype, int64_t n, uint8_t* out, int64_t capacity,

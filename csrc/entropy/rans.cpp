@@ -97,7 +97,10 @@ static bool decode(int streams, uint8_t* const nibbles[], int64_t steps, const R
 
 #if FEDMAP_X86
 // AVX2 has no look-up of 32-bit entries in a table of 16: the scalar form serves it.
-namespace avx2 = scalar;
+namespace avx2 {
+using scalar::decode;
+using scalar::encode;
+} // namespace avx2
 
 FEDMAP_TARGET_AVX512
 namespace avx512 {

@@ -2,14 +2,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
 #include "core/pool.h"
+#include "extract/extract.h"
+#include "mask/mask.h"
 
 namespace fedmap {
 namespace {
 
-constexpr int64_t kShareBlocks = 256; // one task: 64 KiB of each mask
+constexpr int64_t kExtractBlocks = 256; // one task: 64 KiB of each mask
 
 // Appends bits to the array from `position` to `end`, both in bits. Other threads may share its
 // first and last word: there bits are added atomically, onto zeros; all others are stored.
@@ -85,14 +87,14 @@ inline uint64_t read_32(const uint32_t* words, uint64_t count, uint64_t position
 
 namespace scalar {
 
-static uint32_t extract(uint32_t bits, uint32_t mask) {
+static uint32_t extract_word(uint32_t bits, uint32_t mask) {
   uint32_t result = 0;
   for (int k = 0; mask; mask &= mask - 1, ++k)
     result |= (bits >> __builtin_ctz(mask) & 1) << k;
   return result;
 }
 
-static uint32_t deposit(uint32_t bits, uint32_t mask) {
+static uint32_t deposit_word(uint32_t bits, uint32_t mask) {
   uint32_t result = 0;
   for (; mask; mask &= mask - 1, bits >>= 1)
     result |= (mask & (0 - mask)) & (0 - (bits & 1));
@@ -102,7 +104,7 @@ static uint32_t deposit(uint32_t bits, uint32_t mask) {
 static void extract(const uint32_t* child, const uint32_t* parent, int64_t count, bool /*joins*/,
                     BitWriter& out) {
   for (int64_t j = 0; j < count; ++j)
-    out.append_32(extract(child[j], parent[j]), __builtin_popcount(parent[j]));
+    out.append_32(extract_word(child[j], parent[j]), __builtin_popcount(parent[j]));
 }
 
 // One block; the survivors' number.
@@ -110,7 +112,7 @@ static int64_t deposit_block(const uint32_t* kept, uint64_t kept_count, uint64_t
                              const uint32_t* parent, int64_t count, uint32_t* out) {
   int64_t survivors = 0;
   for (int64_t j = 0; j < count; ++j) {
-    out[j] = deposit(static_cast<uint32_t>(read_32(kept, kept_count, position)), parent[j]);
+    out[j] = deposit_word(static_cast<uint32_t>(read_32(kept, kept_count, position)), parent[j]);
     position += __builtin_popcount(parent[j]);
     survivors += __builtin_popcount(out[j]);
   }
@@ -129,12 +131,6 @@ static void deposit(const uint32_t* kept, uint64_t kept_count, const int64_t* pa
 #if FEDMAP_X86
 FEDMAP_TARGET_AVX2
 namespace avx2 {
-
-static uint64_t load_64(const uint32_t* words) {
-  uint64_t word;
-  std::memcpy(&word, words, sizeof word);
-  return word;
-}
 
 // `joins`: two 64-bit words of the parent seldom have more than 63 bits together.
 static void extract(const uint32_t* child, const uint32_t* parent, int64_t count, bool joins,
@@ -236,13 +232,13 @@ void extract(const uint32_t* child, const uint32_t* parent, const int64_t* paren
              int64_t numel, uint32_t* out, int64_t* rank, int threads) {
   const int64_t count = mask_words(numel), blocks = mask_blocks(numel);
   const auto form = FEDMAP_DISPATCH(extract);
-  for (int64_t b = 0; b < blocks; b += kShareBlocks)
+  for (int64_t b = 0; b < blocks; b += kExtractBlocks)
     if (parent_rank[b] < parent_rank[blocks])
       out[parent_rank[b] / 32] = 0;
   if (parent_rank[blocks] % 32)
     out[parent_rank[blocks] / 32] = 0;
   parallel_ranges(
-      blocks, kShareBlocks, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
+      blocks, kExtractBlocks, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kBlockWords, from = parent_rank[begin], to = parent_rank[end];
         BitWriter writer(out, from, to);
         const int64_t words = std::min(count, end * kBlockWords) - first;
@@ -257,7 +253,7 @@ void deposit(const uint32_t* kept, const uint32_t* parent, const int64_t* parent
   const int64_t count = mask_words(numel), blocks = mask_blocks(numel);
   const int64_t kept_count = mask_words(parent_rank[blocks]);
   const auto form = FEDMAP_DISPATCH(deposit);
-  parallel_ranges(blocks, kShareBlocks, threads_for(count * 8, threads),
+  parallel_ranges(blocks, kExtractBlocks, threads_for(count * 8, threads),
                   [&](int64_t begin, int64_t end) {
                     const int64_t first = begin * kBlockWords;
                     const int64_t words = std::min(count, end * kBlockWords) - first;

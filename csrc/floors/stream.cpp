@@ -2,13 +2,14 @@
 #include <atomic>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
 #include "core/pool.h"
+#include "floors/stream.h"
 
 namespace fedmap {
 
-constexpr int64_t kShare = 1 << 20; // bytes
+constexpr int64_t kFloorShare = 1 << 20; // bytes
 
 namespace scalar {
 
@@ -105,7 +106,7 @@ uint64_t stream_read(const void* src, int64_t nbytes, int threads) {
   const uint64_t* words = static_cast<const uint64_t*>(src);
   const auto read = FEDMAP_DISPATCH(read);
   std::atomic<uint64_t> total{0};
-  parallel_ranges(nbytes / 8, kShare / 8, threads_for(nbytes, threads),
+  parallel_ranges(nbytes / 8, kFloorShare / 8, threads_for(nbytes, threads),
                   [&](int64_t begin, int64_t end) {
                     total.fetch_add(read(words + begin, end - begin), std::memory_order_relaxed);
                   });
@@ -116,20 +117,20 @@ void stream_copy(const void* src, void* dst, int64_t nbytes, int threads) {
   const uint64_t* from = static_cast<const uint64_t*>(src);
   uint64_t* to = static_cast<uint64_t*>(dst);
   const auto copy = FEDMAP_DISPATCH(copy);
-  parallel_ranges(nbytes / 8, kShare / 8, threads_for(nbytes, threads),
+  parallel_ranges(nbytes / 8, kFloorShare / 8, threads_for(nbytes, threads),
                   [&](int64_t begin, int64_t end) { copy(from + begin, to + begin, end - begin); });
 }
 
 void stream_inplace(void* buf, int64_t nbytes, int threads) {
   uint64_t* words = static_cast<uint64_t*>(buf);
   const auto inplace = FEDMAP_DISPATCH(inplace);
-  parallel_ranges(nbytes / 8, kShare / 8, threads_for(nbytes, threads),
+  parallel_ranges(nbytes / 8, kFloorShare / 8, threads_for(nbytes, threads),
                   [&](int64_t begin, int64_t end) { inplace(words + begin, end - begin); });
 }
 
 void stream_touched(float* buf, const uint32_t* words, int64_t numel, int threads) {
   const auto touched = FEDMAP_DISPATCH(touched);
-  parallel_ranges(numel / 16, kShare / 64, threads_for(numel * 4, threads),
+  parallel_ranges(numel / 16, kFloorShare / 64, threads_for(numel * 4, threads),
                   [&](int64_t begin, int64_t end) {
                     touched(reinterpret_cast<uint32_t*>(buf) + 16 * begin,
                             reinterpret_cast<const uint16_t*>(words) + begin, end - begin);

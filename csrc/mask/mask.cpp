@@ -1,10 +1,12 @@
+// Masks made and read: bools, subset, digest, rank index.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
 #include "core/pool.h"
+#include "mask/mask.h"
 
 namespace fedmap {
 namespace {
@@ -15,29 +17,16 @@ constexpr uint64_t kMiddle = 0xBF58476D1CE4E5B9u;
 constexpr uint64_t kLast = 0x94D049BB133111EBu;
 
 // Words that one task takes: 256 KiB.
-constexpr int64_t kShare = 1 << 16;
+constexpr int64_t kMaskShare = 1 << 16;
 
 struct Sums {
   uint64_t middle = 0, output = 0;
 };
 
-uint64_t load_64(const uint32_t* words) {
-  uint64_t word;
-  std::memcpy(&word, words, sizeof word);
-  return word;
-}
-
 } // namespace
 
 namespace scalar {
 namespace {
-
-int64_t count_bits(const uint32_t* words, int64_t count) {
-  int64_t bits = 0;
-  for (int64_t j = 0; j < count; ++j)
-    bits += __builtin_popcount(words[j]);
-  return bits;
-}
 
 void from_bools(const uint8_t* bools, int64_t numel, uint32_t* words) {
   for (int64_t i = 0; i < numel; i += 32) {
@@ -84,14 +73,6 @@ Sums digest(const uint32_t* words, int64_t count, int64_t position) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 namespace {
-
-int64_t count_bits(const uint32_t* words, int64_t count) {
-  int64_t bits = 0, j = 0;
-  for (; j + 8 <= count; j += 8)
-    bits += _mm_popcnt_u64(load_64(words + j)) + _mm_popcnt_u64(load_64(words + j + 2)) +
-            _mm_popcnt_u64(load_64(words + j + 4)) + _mm_popcnt_u64(load_64(words + j + 6));
-  return bits + scalar::count_bits(words + j, count - j);
-}
 
 void from_bools(const uint8_t* bools, int64_t numel, uint32_t* words) {
   const int64_t whole = numel / 32 * 32;
@@ -172,14 +153,6 @@ FEDMAP_TARGET_AVX512
 namespace avx512 {
 namespace {
 
-int64_t count_bits(const uint32_t* words, int64_t count) {
-  const int64_t whole = count / 16 * 16;
-  __m512i bits = _mm512_setzero_si512();
-  for (int64_t j = 0; j < whole; j += 16)
-    bits = _mm512_add_epi64(bits, _mm512_popcnt_epi64(_mm512_loadu_si512(words + j)));
-  return _mm512_reduce_add_epi64(bits) + scalar::count_bits(words + whole, count - whole);
-}
-
 void from_bools(const uint8_t* bools, int64_t numel, uint32_t* words) {
   const int64_t whole = numel / 64 * 64;
   for (int64_t i = 0; i < whole; i += 64) {
@@ -237,56 +210,40 @@ Sums digest(const uint32_t* words, int64_t count, int64_t position) {
 FEDMAP_TARGET_END
 #endif
 
-int64_t count_bits(const uint32_t* words, int64_t count) {
-  return FEDMAP_DISPATCH(count_bits)(words, count);
-}
-
-void count_blocks(const uint32_t* words, int64_t count, int64_t* counts) {
-  const auto count_bits = FEDMAP_DISPATCH(count_bits);
-  for (int64_t j = 0; j < count; j += kBlockWords)
-    counts[j / kBlockWords] = count_bits(words + j, std::min(kBlockWords, count - j));
-}
-
-int64_t sum_ranks(int64_t* rank, int64_t blocks) {
-  int64_t before = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t bits = rank[b];
-    rank[b] = before;
-    before += bits;
-  }
-  return rank[blocks] = before;
-}
-
 int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int threads) {
   const int64_t count = mask_words(numel);
-  parallel_ranges(count, kShare, threads_for(count * 4, threads), [&](int64_t begin, int64_t end) {
-    count_blocks(words + begin, end - begin, rank + begin / kBlockWords);
-  });
+  parallel_ranges(count, kMaskShare, threads_for(count * 4, threads),
+                  [&](int64_t begin, int64_t end) {
+                    count_blocks(words + begin, end - begin, rank + begin / kBlockWords);
+                  });
   return sum_ranks(rank, mask_blocks(numel));
 }
 
 void mask_from_bools(const uint8_t* bools, int64_t numel, uint32_t* words, int threads) {
   const auto from_bools = FEDMAP_DISPATCH(from_bools);
-  parallel_ranges(numel, 4 * kShare, threads_for(numel, threads), [&](int64_t begin, int64_t end) {
-    from_bools(bools + begin, end - begin, words + begin / 32);
-  });
+  parallel_ranges(numel, 4 * kMaskShare, threads_for(numel, threads),
+                  [&](int64_t begin, int64_t end) {
+                    from_bools(bools + begin, end - begin, words + begin / 32);
+                  });
 }
 
 void mask_to_bools(const uint32_t* words, int64_t numel, uint8_t* bools, int threads) {
   const auto to_bools = FEDMAP_DISPATCH(to_bools);
-  parallel_ranges(numel, 4 * kShare, threads_for(numel, threads), [&](int64_t begin, int64_t end) {
-    to_bools(words + begin / 32, end - begin, bools + begin);
-  });
+  parallel_ranges(numel, 4 * kMaskShare, threads_for(numel, threads),
+                  [&](int64_t begin, int64_t end) {
+                    to_bools(words + begin / 32, end - begin, bools + begin);
+                  });
 }
 
 bool mask_subset(const uint32_t* a, const uint32_t* b, int64_t numel, int threads) {
   const int64_t count = mask_words(numel);
   const auto subset = FEDMAP_DISPATCH(subset);
   std::atomic<bool> holds{true};
-  parallel_ranges(count, kShare, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
-    if (holds.load(std::memory_order_relaxed) && !subset(a + begin, b + begin, end - begin))
-      holds.store(false, std::memory_order_relaxed);
-  });
+  parallel_ranges(
+      count, kMaskShare, threads_for(count * 8, threads), [&](int64_t begin, int64_t end) {
+        if (holds.load(std::memory_order_relaxed) && !subset(a + begin, b + begin, end - begin))
+          holds.store(false, std::memory_order_relaxed);
+      });
   return holds.load();
 }
 
@@ -295,12 +252,26 @@ std::array<uint64_t, 2> mask_digest(const uint32_t* words, int64_t numel, int th
   const auto digest = FEDMAP_DISPATCH(digest);
   std::atomic<uint64_t> middle{static_cast<uint64_t>(numel)};
   std::atomic<uint64_t> output{static_cast<uint64_t>(numel) * kPosition};
-  parallel_ranges(count, kShare, threads_for(count * 4, threads), [&](int64_t begin, int64_t end) {
-    Sums sums = digest(words + begin, end - begin, begin / 2);
-    middle.fetch_add(sums.middle, std::memory_order_relaxed);
-    output.fetch_add(sums.output, std::memory_order_relaxed);
-  });
+  parallel_ranges(count, kMaskShare, threads_for(count * 4, threads),
+                  [&](int64_t begin, int64_t end) {
+                    Sums sums = digest(words + begin, end - begin, begin / 2);
+                    middle.fetch_add(sums.middle, std::memory_order_relaxed);
+                    output.fetch_add(sums.output, std::memory_order_relaxed);
+                  });
   return {middle.load(), output.load()};
+}
+
+void ranks_at(const uint32_t* words, const int64_t* rank, const int64_t* positions, int64_t count,
+              int64_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t position = positions[i], block = position / kBlock;
+    int64_t sum = rank[block];
+    for (int64_t w = block * kBlockWords; w < position / 32; ++w)
+      sum += __builtin_popcount(words[w]);
+    if (position % 32)
+      sum += __builtin_popcount(words[position / 32] & ((1u << position % 32) - 1));
+    out[i] = sum;
+  }
 }
 
 } // namespace fedmap

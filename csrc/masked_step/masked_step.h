@@ -11,10 +11,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/bits.h"
+#include "core/dtype.h"
 #include "core/half.h"
-#include "core/kernels.h"
 #include "core/pool.h"
-#include "pack/compress.h"
+#include "masked_step/segment.h"
+#include "pack/pack_block.h"
 
 namespace fedmap {
 

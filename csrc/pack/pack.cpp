@@ -3,15 +3,18 @@
 #include <atomic>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/half.h"
-#include "core/kernels.h"
+#include "core/dtype.h"
 #include "core/pool.h"
-#include "pack/compress.h"
+#include "core/streaming.h"
+#include "pack/pack.h"
+#include "pack/pack_block.h"
+#include "quantize/quantize.h"
 
 namespace fedmap {
 
-constexpr int64_t kShareBlocks = 128; // one task: 1 MiB of float32
+constexpr int64_t kPackBlocks = 128; // one task: 1 MiB of float32
 // Survivors that are converted at once: as many as fit L1, since each call has its cost.
 constexpr int64_t kBatch = 2 * kBlock;
 // What is packed at once at most.
@@ -203,7 +206,7 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
   const bool stream =
       rank[blocks] * width >= kPastCache && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0;
   std::atomic<int64_t> overflowed{0};
-  parallel_ranges(blocks, kShareBlocks, threads_of(numel, sizeof(T), threads),
+  parallel_ranges(blocks, kPackBlocks, threads_of(numel, sizeof(T), threads),
                   [&](int64_t begin, int64_t end) {
                     const auto pack_to = [&](auto&& writer) {
                       for (int64_t b = begin, next; b < end; b = next) {
@@ -247,7 +250,7 @@ void unpack_as(const void* packed, int packed_dtype, const uint32_t* words, cons
       stream ? FEDMAP_DISPATCH(expand_block<T, true>) : FEDMAP_DISPATCH(expand_block<T, false>);
   const int64_t blocks = mask_blocks(numel), nnz = rank[blocks], width = dtype_bytes(packed_dtype);
   parallel_ranges(
-      blocks, kShareBlocks, threads_of(numel, sizeof(T), threads), [&](int64_t begin, int64_t end) {
+      blocks, kPackBlocks, threads_of(numel, sizeof(T), threads), [&](int64_t begin, int64_t end) {
         alignas(64) T buffer[kBatch + kSlack];
         int64_t converted = begin; // blocks from `first` to here are in the buffer
         for (int64_t b = begin, first = begin; b < end; ++b) {

@@ -5,13 +5,15 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/dtype.h"
 #include "core/half.h"
-#include "core/kernels.h"
 #include "core/pool.h"
+#include "core/streaming.h"
+#include "quantize/quantize.h"
 
 namespace fedmap {
 
-constexpr int64_t kPiece = 1 << 18;
+constexpr int64_t kCastPiece = 1 << 18;
 
 namespace scalar {
 
@@ -248,7 +250,7 @@ namespace {
 template <class F>
 void for_pieces(int64_t n, int64_t unit, int64_t bytes, int threads, F&& f) {
   const int used = threads_for(n * bytes, threads);
-  parallel_ranges(n, piece_of(n, kPiece, unit, used), used, f);
+  parallel_ranges(n, piece_of(n, kCastPiece, unit, used), used, f);
 }
 
 template <class From, class To>

@@ -1,8 +1,9 @@
 #include <algorithm>
 
 #include "core/cpu.h"
-#include "core/kernels.h"
+#include "core/dtype.h"
 #include "core/pool.h"
+#include "select/select.h"
 
 namespace fedmap {
 

@@ -9,7 +9,6 @@
 #include <memory>
 #include <vector>
 
-#include "core/kernels.h"
 #include "core/pool.h"
 #include "select/select_scan.h"
 #include "select/selection.h"

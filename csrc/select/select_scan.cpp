@@ -3,24 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
-#include "core/kernels.h"
-#include "pack/compress.h"
+#include "core/dtype.h"
 
 namespace fedmap {
-namespace {
-
-inline uint64_t load_64(const uint32_t* words) {
-  uint64_t word;
-  std::memcpy(&word, words, sizeof word);
-  return word;
-}
-
-inline void store_64(uint32_t* words, uint64_t word) {
-  std::memcpy(words, &word, sizeof word);
-}
-
-} // namespace
 
 namespace scalar {
 namespace {

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <vector>
 
-#include "core/kernels.h"
+#include "core/bits.h"
+#include "core/dtype.h"
 #include "core/pool.h"
+#include "select/select.h"
 #include "select/select_scan.h"
 
 namespace fedmap {

@@ -67,3 +67,19 @@ def test_csrc_compiles_for_aarch64() -> None:
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "linked them for aarch64" in done.stdout
+
+
+def test_csrc_compiles_as_one_unit(tmp_path: Path) -> None:
+    """No two files give one name two meanings: whoever vendors them may concatenate them."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("neither g++ nor clang++ is installed")
+    csrc = Path(__file__).parent.parent.parent / "csrc"
+    files = sorted(csrc.glob("*/*.cpp"))
+    unit = tmp_path / "unit.cpp"
+    unit.write_text("".join(f'#include "{f}"\n' for f in files if f.parent.name != "bindings"))
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    done = subprocess.run(
+        [*command, f"-I{csrc}", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

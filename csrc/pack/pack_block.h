@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
 
 namespace fedmap {
@@ -36,10 +37,6 @@ inline void gather(const T* src, const uint16_t* places, int64_t count, T* out) 
 }
 
 namespace scalar {
-
-inline uint32_t low_bits(int64_t n) {
-  return n >= 32 ? ~0u : (1u << n) - 1;
-}
 
 inline int64_t count_block(const uint32_t* words, int64_t n) {
   int64_t count = 0;
@@ -93,22 +90,6 @@ inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* d
 
 #if FEDMAP_X86
 
-// For each byte of mask: `pack` lists the set bits, lowest first; `unpack` gives each set bit's
-// place among them, and 0x80, which shuffles read as zero, to the others.
-struct ByteTables {
-  uint8_t pack[256][8], unpack[256][8];
-};
-constexpr ByteTables make_byte_tables() {
-  ByteTables t{};
-  for (int byte = 0; byte < 256; ++byte)
-    for (int bit = 0, place = 0; bit < 8; ++bit) {
-      t.unpack[byte][bit] = byte >> bit & 1 ? place : 0x80;
-      if (byte >> bit & 1)
-        t.pack[byte][place++] = bit;
-    }
-  return t;
-}
-alignas(64) inline constexpr ByteTables kByteTables = make_byte_tables();
 alignas(64) inline constexpr uint16_t kPlaces[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
                                                      11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
                                                      22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
@@ -119,15 +100,11 @@ namespace avx2 {
 inline int64_t count_block(const uint32_t* words, int64_t n) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += 32)
-    count += _mm_popcnt_u32(words[i / 32] & scalar::low_bits(n - i));
+    count += _mm_popcnt_u32(words[i / 32] & low_bits(n - i));
   return count;
 }
 
 using scalar::find_block;
-
-inline __m128i table_row(const uint8_t (&row)[8]) {
-  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
-}
 
 // A shuffle of bytes from one of 2-byte elements; 0x80 saturates and stays "zero".
 inline __m128i byte_pairs(__m128i elements) {
@@ -211,7 +188,7 @@ inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
   __m512i place = _mm512_load_si512(kPlaces);
   int64_t at = 0;
   for (int64_t i = 0; i < n; i += 32) {
-    const uint32_t word = words[i / 32] & scalar::low_bits(n - i);
+    const uint32_t word = words[i / 32] & low_bits(n - i);
     _mm512_storeu_si512(places + at, _mm512_mask_compress_epi16(place, word, place));
     at += _mm_popcnt_u32(word);
     place = _mm512_add_epi16(place, _mm512_set1_epi16(32));
