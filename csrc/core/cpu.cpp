@@ -2,20 +2,43 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 
 #if FEDMAP_X86
 #include <cpuid.h>
+#elif FEDMAP_ARM64 && defined(__linux__)
+#include <sys/auxv.h>
+#elif FEDMAP_ARM64 && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fedmap {
 namespace {
 
-constexpr Isa kLevels[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+// The levels of this processor family, in the order of FEDMAP_DISPATCH, and those of the others,
+// for the message of an error.
+#if FEDMAP_X86
+enum : int { kScalar, kAvx2, kAvx512 };
+constexpr const char* kLevels[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kOthers[][2] = {{"neon", "64-bit ARM"}};
+constexpr const char* kFamily = "x86-64";
+#elif FEDMAP_ARM64
+enum : int { kScalar, kNeon };
+constexpr const char* kLevels[] = {"scalar", "neon"};
+constexpr const char* kOthers[][2] = {{"avx2", "x86-64"}, {"avx512", "x86-64"}};
+constexpr const char* kFamily = "64-bit ARM";
+#else
+enum : int { kScalar };
+constexpr const char* kLevels[] = {"scalar"};
+constexpr const char* kOthers[][2] = {
+    {"avx2", "x86-64"}, {"avx512", "x86-64"}, {"neon", "64-bit ARM"}};
+constexpr const char* kFamily = "a processor without vector levels";
+#endif
 
 #if FEDMAP_X86
 // cpuid by hand: __builtin_cpu_supports of clang 14 does not know all of the names needed.
-Isa detect() {
+int detect() {
   auto has = [](unsigned word, std::initializer_list<int> bits) {
     for (int bit : bits)
       if (!(word >> bit & 1))
@@ -25,39 +48,47 @@ Isa detect() {
   unsigned a, b1, c1, d1, b7, c7, d7, bx, cx, dx;
   if (!__get_cpuid(1, &a, &b1, &c1, &d1) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) ||
       !__get_cpuid(0x80000001, &a, &bx, &cx, &dx))
-    return Isa::scalar;
+    return kScalar;
   // pclmul, sse4.2, popcnt, osxsave, avx, f16c
   if (!has(c1, {1, 20, 23, 27, 28, 29}))
-    return Isa::scalar;
+    return kScalar;
   unsigned enabled, high;
   __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
   // The system saves xmm and ymm; bmi1, avx2, bmi2; lzcnt.
   if ((enabled & 0x6) != 0x6 || !has(b7, {3, 5, 8}) || !has(cx, {5}))
-    return Isa::scalar;
+    return kScalar;
   // The system saves opmask and zmm; avx512 f, dq, cd, bw, vl; vbmi, vbmi2, vpclmulqdq, bitalg,
   // vpopcntdq.
   if ((enabled & 0xe0) != 0xe0 || !has(b7, {16, 17, 28, 30, 31}) || !has(c7, {1, 6, 10, 12, 14}))
-    return Isa::avx2;
-  return Isa::avx512;
+    return kAvx2;
+  return kAvx512;
+}
+#elif FEDMAP_ARM64
+int detect() {
+  return kNeon;
 }
 #else
-Isa detect() {
-  return Isa::scalar;
+int detect() {
+  return kScalar;
 }
 #endif
 
-Isa highest() {
-  static const Isa level = detect();
+int highest() {
+  static const int level = detect();
   return level;
 }
 
-Isa parse(const std::string& name, const char* origin) {
-  for (Isa level : kLevels)
-    if (level <= highest() && name == isa_name(level))
+int parse(const std::string& name, const char* origin) {
+  for (int level = 0; level <= highest(); ++level)
+    if (name == kLevels[level])
       return level;
   std::string message = std::string(origin) + ": no ISA level '" + name + "' here; available:";
   for (const std::string& available : isa_levels())
     message += " " + available;
+  for (const auto& [other, family] : kOthers)
+    if (name == other)
+      message +=
+          std::string(" (") + other + " is a level of " + family + ", and this is " + kFamily + ")";
   throw std::invalid_argument(message);
 }
 
@@ -65,31 +96,44 @@ std::atomic<int> active{-1};
 
 } // namespace
 
-Isa isa() {
+int isa() {
   int level = active.load(std::memory_order_relaxed);
   if (level < 0) {
     const char* name = std::getenv("FEDMAP_SPARSE_ISA");
-    level = static_cast<int>(name && *name ? parse(name, "FEDMAP_SPARSE_ISA") : highest());
+    level = name && *name ? parse(name, "FEDMAP_SPARSE_ISA") : highest();
     active.store(level, std::memory_order_relaxed);
   }
-  return static_cast<Isa>(level);
+  return level;
 }
 
-const char* isa_name(Isa level) {
-  return level == Isa::avx512 ? "avx512" : level == Isa::avx2 ? "avx2" : "scalar";
+const char* isa_name(int level) {
+  return kLevels[level];
 }
 
 std::vector<std::string> isa_levels() {
-  std::vector<std::string> names;
-  for (Isa level : kLevels)
-    if (level <= highest())
-      names.emplace_back(isa_name(level));
-  return names;
+  return {kLevels, kLevels + highest() + 1};
 }
 
 void set_isa(const std::string& name) {
-  active.store(static_cast<int>(parse(name, "set_isa")), std::memory_order_relaxed);
+  active.store(parse(name, "set_isa"), std::memory_order_relaxed);
 }
+
+#if FEDMAP_ARM64
+bool has_arm_crc32() {
+#if defined(__linux__)
+  static const bool has = getauxval(AT_HWCAP) & 1 << 7; // HWCAP_CRC32
+#elif defined(__APPLE__)
+  static const bool has = [] {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname("hw.optional.armv8_crc32", &value, &size, nullptr, 0) == 0 && value;
+  }();
+#else
+  static const bool has = false;
+#endif
+  return has;
+}
+#endif
 
 namespace scalar {
 static const char* probe() {

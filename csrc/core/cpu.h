@@ -1,12 +1,25 @@
 // ISA levels: which exist, which one runs, and how a function is compiled for one of them.
 //
-// A kernel's file holds the same static functions in the namespaces `scalar`, `avx2` and `avx512`,
-// the last two between FEDMAP_TARGET_* and FEDMAP_TARGET_END inside `#if FEDMAP_X86`;
-// FEDMAP_DISPATCH(name) is the address of the one to run. No file needs an -march flag.
+// A kernel's file holds the same static functions in the namespace `scalar` and in one namespace
+// for each vector level of the processor: `avx2` and `avx512` inside `#if FEDMAP_X86`, between
+// FEDMAP_TARGET_* and FEDMAP_TARGET_END; `neon` inside `#if FEDMAP_ARM64`, whose vectors every
+// 64-bit ARM has. FEDMAP_DISPATCH(name) is the address of the one to run. No file needs an -march
+// flag.
 #pragma once
 
 #include <string>
 #include <vector>
+
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define FEDMAP_ARM64 1
+#include <arm_neon.h>
+namespace fedmap::scalar {}
+namespace fedmap {
+namespace neon = scalar;
+}
+#else
+#define FEDMAP_ARM64 0
+#endif
 
 #if defined(__x86_64__)
 #define FEDMAP_X86 1
@@ -24,12 +37,7 @@
 #define FEDMAP_X86 0
 #endif
 
-#if FEDMAP_X86
-#define FEDMAP_AVX2_FEATURES "avx2,bmi,bmi2,lzcnt,popcnt,f16c,pclmul,sse4.2"
-#define FEDMAP_AVX512_FEATURES                                                                     \
-  FEDMAP_AVX2_FEATURES                                                                             \
-  ",avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vbmi,avx512vbmi2,avx512bitalg,"              \
-  "avx512vpopcntdq,vpclmulqdq"
+#if FEDMAP_X86 || FEDMAP_ARM64
 #define FEDMAP_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define FEDMAP_TARGET_BEGIN(features)                                                              \
@@ -40,36 +48,55 @@
   _Pragma("GCC push_options") FEDMAP_PRAGMA(GCC target(features))
 #define FEDMAP_TARGET_END _Pragma("GCC pop_options")
 #endif
+#endif
+
+#if FEDMAP_X86
+#define FEDMAP_AVX2_FEATURES "avx2,bmi,bmi2,lzcnt,popcnt,f16c,pclmul,sse4.2"
+#define FEDMAP_AVX512_FEATURES                                                                     \
+  FEDMAP_AVX2_FEATURES                                                                             \
+  ",avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vbmi,avx512vbmi2,avx512bitalg,"              \
+  "avx512vpopcntdq,vpclmulqdq"
 #define FEDMAP_TARGET_AVX2 FEDMAP_TARGET_BEGIN(FEDMAP_AVX2_FEATURES)
 #define FEDMAP_TARGET_AVX512 FEDMAP_TARGET_BEGIN(FEDMAP_AVX512_FEATURES)
 #define FEDMAP_DISPATCH(...)                                                                       \
   ::fedmap::choose(&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
+#elif FEDMAP_ARM64
+#define FEDMAP_DISPATCH(...) ::fedmap::choose(&scalar::__VA_ARGS__, &neon::__VA_ARGS__)
 #else
 #define FEDMAP_DISPATCH(...) (&scalar::__VA_ARGS__)
 #endif
 
 namespace fedmap {
 
-enum class Isa : int { scalar, avx2, avx512 };
-
-// The level that runs: FEDMAP_SPARSE_ISA, else the highest of this machine. Throws
-// std::invalid_argument, naming the levels there are, when the variable names none of them.
-Isa isa();
-const char* isa_name(Isa level);
+// The level that runs, from 0, `scalar`, upwards: FEDMAP_SPARSE_ISA, else the highest of this
+// machine. Throws std::invalid_argument, naming the levels there are, when the variable names none
+// of them.
+int isa();
+const char* isa_name(int level);
 std::vector<std::string> isa_levels();
 void set_isa(const std::string& name);
 // The level whose code a dispatched call ends in.
 const char* isa_probe();
 
+#if FEDMAP_ARM64
+// CRC instructions: optional in ARMv8.0 (a Cortex-A53 may have them), part of ARMv8.1.
+bool has_arm_crc32();
+#endif
+
+// One form for each level that this processor family has, from the lowest up.
 template <class F>
-F* choose(F* scalar, F* avx2, F* avx512) {
+F* choose(F* scalar, F* second) {
+  return isa() == 0 ? scalar : second;
+}
+template <class F>
+F* choose(F* scalar, F* second, F* third) {
   switch (isa()) {
-  case Isa::avx512:
-    return avx512;
-  case Isa::avx2:
-    return avx2;
-  default:
+  case 0:
     return scalar;
+  case 1:
+    return second;
+  default:
+    return third;
   }
 }
 
