@@ -26,7 +26,7 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h)
 	$(BIN)/typos
 
 bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor

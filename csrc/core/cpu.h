@@ -13,10 +13,6 @@
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #define FEDMAP_ARM64 1
 #include <arm_neon.h>
-namespace fedmap::scalar {}
-namespace fedmap {
-namespace neon = scalar;
-}
 #else
 #define FEDMAP_ARM64 0
 #endif
@@ -61,7 +57,7 @@ namespace neon = scalar;
 #define FEDMAP_DISPATCH(...)                                                                       \
   ::fedmap::choose(&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
 #elif FEDMAP_ARM64
-#define FEDMAP_DISPATCH(...) ::fedmap::choose(&scalar::__VA_ARGS__, &neon::__VA_ARGS__)
+#define FEDMAP_DISPATCH(...) (&scalar::__VA_ARGS__)
 #else
 #define FEDMAP_DISPATCH(...) (&scalar::__VA_ARGS__)
 #endif

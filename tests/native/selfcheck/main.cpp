@@ -1,0 +1,36 @@
+// Every kernel at every ISA level of this processor against the scalar level, bit for bit, and the
+// scalar level against golden vectors from the plain-torch references. No Python, no torch.
+//
+//   selfcheck [GOLDEN]    status 0 when all is well
+#include <cstdio>
+#include <string>
+
+#include "check.h"
+#include "core/cpu.h"
+
+namespace selfcheck {
+int report();
+}
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::string levels;
+  for (const std::string& level : fedmap::isa_levels())
+    levels += " " + level;
+  std::printf("levels:%s\n", levels.c_str());
+  if (argc > 1)
+    std::printf("%d golden vectors\n", selfcheck::check_golden(argv[1]));
+  const struct {
+    const char* name;
+    void (*run)();
+  } parts[] = {{"masks", selfcheck::check_masks},       {"extract", selfcheck::check_extract},
+               {"select", selfcheck::check_select},     {"pack", selfcheck::check_pack},
+               {"steps", selfcheck::check_steps},       {"accumulate", selfcheck::check_accumulate},
+               {"quantize", selfcheck::check_quantize}, {"crc", selfcheck::check_crc},
+               {"entropy", selfcheck::check_entropy}};
+  for (const auto& part : parts) {
+    std::printf("%s\n", part.name);
+    part.run();
+  }
+  return selfcheck::report();
+}
