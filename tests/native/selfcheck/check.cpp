@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "core/bits.h"
 #include "core/cpu.h"
+#include "core/dtype.h"
 #include "core/half.h"
-#include "core/kernels.h"
+#include "mask/mask.h"
 
 namespace selfcheck {
 namespace {

@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "check.h"
-#include "core/kernels.h"
+#include "codec/crc32c.h"
+#include "core/bits.h"
+#include "core/dtype.h"
 #include "entropy/entropy.h"
 
 namespace selfcheck {

@@ -2,7 +2,9 @@
 #include <array>
 
 #include "check.h"
-#include "core/kernels.h"
+#include "core/bits.h"
+#include "extract/extract.h"
+#include "mask/mask.h"
 
 namespace selfcheck {
 namespace {

@@ -1,6 +1,8 @@
 // Survivors side by side and back, in each pair of dtypes.
 #include "check.h"
-#include "core/kernels.h"
+#include "core/bits.h"
+#include "core/dtype.h"
+#include "pack/pack.h"
 
 namespace selfcheck {
 namespace {

@@ -1,6 +1,8 @@
 // Selection of the largest magnitudes, and zeroing what was pruned.
 #include "check.h"
-#include "core/kernels.h"
+#include "core/bits.h"
+#include "core/dtype.h"
+#include "select/select.h"
 
 namespace selfcheck {
 namespace {

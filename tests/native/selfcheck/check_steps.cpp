@@ -2,7 +2,9 @@
 #include <cmath>
 
 #include "check.h"
-#include "core/kernels.h"
+#include "core/dtype.h"
+#include "masked_step/segment.h"
+#include "select/select.h"
 
 namespace selfcheck {
 namespace {

@@ -1,7 +1,9 @@
 // Weighted means, casts, and int8 by blocks.
 #include "check.h"
+#include "accumulate/accumulate.h"
+#include "core/dtype.h"
 #include "core/half.h"
-#include "core/kernels.h"
+#include "quantize/quantize.h"
 
 namespace selfcheck {
 namespace {
