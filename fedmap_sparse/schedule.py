@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 def keep_count(eligible: int, sparsity: float | str | Decimal) -> int:
@@ -22,17 +22,13 @@ def keep_count(eligible: int, sparsity: float | str | Decimal) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of the schedules. `keep(round, eligible)` is the number of survivors in that round."""
+    """Base of the schedules. `keep(at_round, eligible)` is how many survive that round."""
 
     kind: ClassVar[str]
 
-    def keep(self, round: int, eligible: int) -> int:
-        """Survivors of `eligible` weights from round `round` (counted from 0) on."""
+    def keep(self, at_round: int, eligible: int) -> int:
+        """Survivors of `eligible` weights from round `at_round` (counted from 0) on."""
         raise TypeError("Schedule: expected Iterative, Cubic, OneShot or Dense")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads back."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Dense(Schedule):
 
     kind: ClassVar[str] = "dense"
 
-    def keep(self, round: int, eligible: int) -> int:
+    def keep(self, at_round: int, eligible: int) -> int:
         return eligible
 
 
@@ -57,8 +53,8 @@ class OneShot(Schedule):
         _check_target(self.target)
         _check_round("at", self.at, 0)
 
-    def keep(self, round: int, eligible: int) -> int:
-        return eligible if round < self.at else keep_count(eligible, self.target)
+    def keep(self, at_round: int, eligible: int) -> int:
+        return eligible if at_round < self.at else keep_count(eligible, self.target)
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,9 @@ class Iterative(Schedule):
         _check_span(self.start, self.end)
         _check_round("every", self.every, 1)
 
-    def keep(self, round: int, eligible: int) -> int:
+    def keep(self, at_round: int, eligible: int) -> int:
         total = (self.end - self.start) // self.every + 1
-        done = min(max((round - self.start) // self.every + 1, 0), total)
+        done = min(max((at_round - self.start) // self.every + 1, 0), total)
         if done == 0:
             return eligible
         if done == total:
@@ -115,33 +111,17 @@ class Cubic(Schedule):
         _check_span(self.start, self.end)
         _check_round("every", self.every, 1)
 
-    def keep(self, round: int, eligible: int) -> int:
-        if round < self.start:
+    def keep(self, at_round: int, eligible: int) -> int:
+        if at_round < self.start:
             return eligible
-        if round >= self.end:
+        if at_round >= self.end:
             return keep_count(eligible, self.target)
-        step = (round - self.start) // self.every * self.every
+        step = (at_round - self.start) // self.every * self.every
         left = 1 - Decimal(step) / Decimal(self.end - self.start)
         return keep_count(eligible, Decimal(str(self.target)) * (1 - left**3))
 
 
 KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (Dense, OneShot, Iterative, Cubic)}
-
-
-def from_dict(saved: dict[str, Any]) -> Schedule:
-    """The schedule that `to_dict` saved.
-
-    Raises:
-        ValueError: an unknown kind, or values that it does not take.
-    """
-    rest = dict(saved)
-    kind = rest.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"schedule kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    try:
-        return KINDS[kind](**rest)
-    except TypeError as error:
-        raise ValueError(f"schedule {kind}: {error}") from error
 
 
 def _check_target(target: float) -> None:

@@ -1,43 +1,34 @@
 """The wire format: `docs/format.md` is its specification, this package one implementation."""
 
 from fedmap_sparse.codec.container import Header, Section, parse_header
+from fedmap_sparse.codec.encode import DTYPES, Source, Stamp, check_dtype, compose, encode
 from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
-from fedmap_sparse.codec.message import (
-    DTYPES,
-    Body,
-    Message,
-    check_dtype,
-    decode,
-    encode,
-    encode_body,
-    encode_flat,
-    pack_parts,
-    wire_parts,
-)
+from fedmap_sparse.codec.message import MaskSection, Message, decode
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
-from fedmap_sparse.codec.values import Quantized
+from fedmap_sparse.codec.values import Coding, Quantized, check_coding
 from fedmap_sparse.errors import FormatError, NeedsMask
 
 __all__ = [
     "DTYPES",
-    "Body",
+    "Coding",
     "FormatError",
     "Header",
     "Inspection",
+    "MaskSection",
     "Message",
     "NeedsMask",
     "Quantized",
     "Section",
     "SectionInfo",
+    "Source",
+    "Stamp",
+    "check_coding",
     "check_dtype",
+    "compose",
     "decode",
     "decode_state_dict",
     "encode",
-    "encode_body",
-    "encode_flat",
     "encode_state_dict",
     "inspect",
-    "pack_parts",
     "parse_header",
-    "wire_parts",
 ]

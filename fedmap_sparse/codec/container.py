@@ -34,6 +34,8 @@ DENSE = 1
 _CRITICAL_HEADER_FLAGS = 0xFFFF
 _CRITICAL_SECTION_FLAGS = 0xFF
 _IGNORABLE_ID = 0x8000
+#: Sections of one message, at most. Each costs a reader some 10 us, whatever its size.
+MAX_SECTIONS = 64
 
 _HEADER = struct.Struct("<8sHHI16s16s16s16s5QI")
 _SECTION = struct.Struct("<HHBBHQQ16sI12sI")
@@ -217,6 +219,8 @@ def parse(data: Buffer) -> tuple[Header, list[Section]]:
     header, length, count = parse_header(view)
     if length != len(view):
         raise FormatError(f"expected a message of {length} bytes, got {len(view)}", 112)
+    if count > MAX_SECTIONS:
+        raise FormatError(f"expected at most {MAX_SECTIONS} sections, got {count}", 120)
     sections: list[Section] = []
     offset, last = HEADER_BYTES, 0
     for _ in range(count):

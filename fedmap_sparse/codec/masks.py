@@ -16,32 +16,32 @@ from fedmap_sparse.codec.container import (
     Wire,
     to_host,
 )
-from fedmap_sparse.errors import FormatError, NeedsMask
+from fedmap_sparse.codec.values import Coding
+from fedmap_sparse.errors import FormatError, NeedsMask, PayloadError
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, num_words
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.entropy import Runs
 
 
-def full_section(mask: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
-    """The whole bitmap: enough for a receiver that was never seen.
-
-    `lossless` allows entropy coding, which is taken where it is smaller.
-    """
+def full_section(mask: Mask, layout: FlatLayout, coding: Coding = "entropy") -> Section:
+    """The whole bitmap: enough for a receiver that was never seen."""
     runs = _full_runs(layout)
-    return _write(Id.MASK, mask, runs, _counts(mask, layout), NO_DIGEST, lossless)
+    return _write(Id.MASK, mask, runs, counts(mask, layout), NO_DIGEST, coding)
 
 
-def delta_section(mask: Mask, parent: Mask, layout: FlatLayout, lossless: bool = True) -> Section:
+def delta_section(
+    mask: Mask, parent: Mask, layout: FlatLayout, coding: Coding = "entropy"
+) -> Section:
     """One bit for each survivor of `parent`, a superset of `mask` that the receiver has."""
     kept = ops.extract(mask, parent)
-    runs, counts = _delta_runs(parent, layout), _counts(mask, layout)
-    return _write(Id.DELTA, kept, runs, counts, parent.digest(), lossless)
+    runs, nnz = _delta_runs(parent, layout), counts(mask, layout)
+    return _write(Id.DELTA, kept, runs, nnz, parent.digest(), coding)
 
 
-def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, lossless: bool) -> Section:
+def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding: Coding) -> Section:
     raw = 4 * num_words(bits.numel)
-    if lossless and raw:
+    if coding == "entropy" and raw:
         coded = entropy.encode_mask(bits.words, runs, nnz, raw - 1)
         if coded is not None:
             (payload,) = to_host([coded])
@@ -60,11 +60,11 @@ def _full_runs(layout: FlatLayout) -> Runs:
 
 def _delta_runs(parent: Mask, layout: FlatLayout) -> Runs:
     """Where each tensor's survivors lie among all of the parent's."""
-    counts = _counts(parent, layout)
-    return Runs(counts.cumsum(0) - counts, counts)
+    kept = counts(parent, layout)
+    return Runs(kept.cumsum(0) - kept, kept)
 
 
-def _counts(mask: Mask, layout: FlatLayout) -> Tensor:
+def counts(mask: Mask, layout: FlatLayout) -> Tensor:
     """Survivors of each prunable tensor."""
     runs = _full_runs(layout)
     ends = torch.stack([runs.start, runs.start + runs.numel], 1).view(-1)
@@ -127,7 +127,7 @@ def _bits(section: Section, numel: int, runs: Runs, device: torch.device) -> Mas
         try:
             words = entropy.decode_mask(section.coded(), runs, numel, device=device)
             return Mask.from_words(words, numel)
-        except entropy.PayloadError as error:
+        except PayloadError as error:
             at = section.offset + error.offset
             raise FormatError(f"{name}: {error.reason}", at) from None
     size = 4 * num_words(numel)

@@ -1,20 +1,35 @@
-"""The door for systems that know no FlatParameters: state dicts of tensors or NumPy arrays."""
+"""The state-dict API: for systems that hold tensors or NumPy arrays by name."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedmap_sparse import _checks
 from fedmap_sparse.codec.container import Buffer
-from fedmap_sparse.codec.message import MaskSection, Message, decode, encode_flat
+from fedmap_sparse.codec.encode import Stamp, encode
+from fedmap_sparse.codec.message import MaskSection, Message, decode
+from fedmap_sparse.codec.values import Coding
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
 Masks = Mask | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A state dict laid out as a FlatParameters is."""
+
+    layout: FlatLayout
+    prunable: Tensor
+    tail: Tensor
+    buffers: dict[str, Tensor]
 
 
 def encode_state_dict(
@@ -25,37 +40,41 @@ def encode_state_dict(
     dtype: str = "float32",
     mask_section: MaskSection = "full",
     parent: Masks | None = None,
-    **options: Any,
+    base: Message | None = None,
+    coding: Coding = "entropy",
+    **stamp: Unpack[Stamp],
 ) -> bytes:
     """A message with the survivors of a state dict.
 
     Args:
-        state: names to CPU tensors or NumPy arrays; parameters are float32, float16 or bfloat16.
+        state: names to tensors or NumPy arrays. Parameters are float32, float16 or bfloat16;
+            float64 and foreign byte orders are cast to float32 first. Mixed dtypes travel as
+            float32. Integer buffers travel as int64.
         masks: names of prunable parameters to bool tensors or arrays of their shapes, or a Mask
             over `layout`; what is not named is kept whole. None: everything is kept.
         layout: None means `FlatLayout.from_state_dict(state)`, which tells buffers by name and
             dtype; give one where that guesses wrong.
-        dtype: of the values on the wire: "float32", "float16" or "bfloat16".
+        dtype: of the values on the wire: "float32", "float16", "bfloat16" or "int8".
         mask_section: "full" suits receivers that remember nothing; "none" and "delta" (with
             `parent`, the receiver's masks) are smaller.
-        options: `base`, `lossless`, `round`, `epoch`, `num_samples`, `answers`, `meta` of `encode`.
+        base, coding, stamp: as in `encode`.
 
     Raises:
-        ValueError: names or shapes that are not the layout's.
+        ValueError: names or shapes that are not the layout's, a float64 beyond float32.
         TypeError: a dtype that the codec does not carry.
     """
     layout = layout or FlatLayout.from_state_dict(state)
     values, buffers = _flat(state, layout)
-    return encode_flat(
-        layout,
-        values[: layout.prunable_numel],
-        values[layout.prunable_numel :],
-        buffers,
+    start = layout.prunable_numel
+    return encode(
+        _Flat(layout, values[:start], values[start:], buffers),
         as_mask(masks, layout),
         dtype=dtype,
         mask_section=mask_section,
         parent=None if parent is None else as_mask(parent, layout),
-        **options,
+        base=base,
+        coding=coding,
+        **stamp,
     )
 
 
@@ -125,16 +144,41 @@ def _flat(state: Mapping[str, Any], layout: FlatLayout) -> tuple[Tensor, dict[st
     values = torch.zeros(layout.numel, dtype=dtype)
     for e in layout.entries:
         values[e.offset : e.offset + e.numel] = found[e.name].reshape(-1)
-    return values, {b.name: torch.as_tensor(state[b.name]) for b in layout.buffers}
+    return values, {b.name: _integers(b.name, state[b.name]) for b in layout.buffers}
+
+
+def _torch(value: Any) -> Tensor:
+    """A CPU tensor of a tensor, array or NumPy scalar, in this machine's byte order."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():  # read-only arrays are only read
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
 
 
 def _tensor(
     name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> Tensor:
-    t = torch.as_tensor(value).detach().cpu()
-    _checks.check_tensor(name, t.contiguous(), dtypes)
+    t = _torch(value)
+    if t.dtype == torch.float64 and torch.float32 in dtypes:
+        narrow = t.to(torch.float32)
+        if bool((narrow.isinf() & t.isfinite()).any()):
+            raise ValueError(f"{name}: expected the range of float32, got a float64 beyond it")
+        t = narrow
+    t = t.contiguous()
+    _checks.check_tensor(name, t, dtypes)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    return t
+
+
+def _integers(name: str, value: Any) -> Tensor:
+    t = _torch(value)
+    if t.dtype == torch.uint64 and bool((t.view(torch.int64) < 0).any()):
+        raise ValueError(f"{name}: expected integers below 2^63, got more")
     return t
 
 
@@ -144,4 +188,4 @@ def _like(t: Tensor, like: Any) -> Any:
     if isinstance(like, Tensor):
         return t.to(like.device, like.dtype, copy=True)
     wide = t.float() if t.dtype == torch.bfloat16 else t  # NumPy has no bfloat16
-    return wide.numpy().astype(like.dtype)
+    return wide.numpy().astype(np.asarray(like).dtype)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +23,16 @@ from fedmap_sparse.codec.container import (
     tensor_view,
     to_host,
 )
-from fedmap_sparse.errors import FormatError
+from fedmap_sparse.errors import FormatError, PayloadError
 from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.quantize import num_blocks
 
 CPU = torch.device("cpu")
 FLOATS = (Wire.FLOAT32, Wire.FLOAT16, Wire.BFLOAT16)
+
+#: How masks and values travel: entropy-coded where that is smaller, or as they are.
+Coding = Literal["entropy", "raw"]
 
 _BUFFERS = {
     "float": (Id.FLOATS, (Wire.FLOAT32, Wire.FLOAT64)),
@@ -38,35 +41,24 @@ _BUFFERS = {
 }
 
 
+def check_coding(coding: str) -> None:
+    """Raise ValueError unless masks and values can travel so."""
+    if coding not in get_args(Coding):
+        raise ValueError(f"coding: expected 'entropy' or 'raw', got {coding!r}")
+
+
 @dataclass(frozen=True)
 class Quantized:
-    """Values as int8 codes with a float32 scale a block, as `ops.quantize_int8` gives them."""
+    """Values as int8 codes with one float32 scale per block, as `ops.quantize_int8` gives them."""
 
     codes: Tensor
     scales: Tensor
     block: int
 
     @staticmethod
-    def of(
-        values: Tensor, block: int, residual: Tensor | None = None, stochastic: int | None = None
-    ) -> Quantized:
-        """Quantize float32 values; arguments and errors as in `ops.quantize_int8`.
-
-        Args:
-            stochastic: a seed: codes are rounded up with the probability of their fraction, by a
-                hash of seed and index, so that their expectation is the value. None: to nearest.
-        """
-        if stochastic is None:
-            codes, scales = ops.quantize_int8(values, block=block, residual=residual)
-            return Quantized(codes, scales, block)
-        x = values.detach() if residual is None else values.detach() + residual
-        _, scales = ops.quantize_int8(x, block=block)
-        scale = scales.repeat_interleave(block)[: x.numel()]
-        exact = torch.where(scale > 0, x.double() / scale.double(), 0.0)
-        draws = _uniform(x.numel(), stochastic).to(x.device)
-        codes = (exact + draws).floor().clamp(-127, 127).to(torch.int8)
-        if residual is not None:
-            residual.copy_(x - codes.float() * scale)
+    def of(values: Tensor, block: int, residual: Tensor | None = None) -> Quantized:
+        """Quantize float32 values; arguments and errors as in `ops.quantize_int8`."""
+        codes, scales = ops.quantize_int8(values, block=block, residual=residual)
         return Quantized(codes, scales, block)
 
     def float(self) -> Tensor:
@@ -81,43 +73,31 @@ class Quantized:
         return torch.cat([t.view(torch.uint8) for t in (self.scales, self.codes)])
 
 
-def _uniform(numel: int, seed: int) -> Tensor:
-    """Draws from [0, 1) in float64: splitmix64 of seed and index, whose arithmetic wraps."""
-    x = np.arange(1, numel + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.uint64(seed & (1 << 64) - 1)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return torch.from_numpy((x >> np.uint64(11)) * 2.0**-53)
-
-
-def write(id: Id, values: Tensor, lossless: bool = False) -> Section:
-    """A section of the elements of a CPU tensor, whose memory it views unless it is coded.
-
-    `lossless` allows entropy coding of exponents, which is taken where it is smaller.
-    """
+def write(id: Id, values: Tensor, coding: Coding = "raw") -> Section:
+    """A section of the elements of a CPU tensor, whose memory it views unless it is coded."""
     wire = WIRE_OF_TORCH[values.dtype]
-    if lossless and values.numel():
+    if coding == "entropy" and values.numel():
         coded = entropy.encode_values(values, values.nbytes - 1)
         if coded is not None:
             return Section.make(id, wire, values.numel(), coded, encoding=RANS)
     return Section.make(id, wire, values.numel(), values)
 
 
-def write_model(packed: Tensor | Quantized, tail: Tensor, lossless: bool) -> list[Section]:
+def write_model(packed: Tensor | Quantized, tail: Tensor, coding: Coding) -> list[Section]:
     """VALUES and TAIL. On a device both are coded there before their sizes are asked for."""
     if _backends.pick(None, tail.device) != "triton":
-        rest = write(Id.TAIL, tail.cpu(), lossless)
+        rest = write(Id.TAIL, tail.cpu(), coding)
         if isinstance(packed, Quantized):
             return [_int8(packed, packed.payload().cpu()), rest]
-        return [write(Id.VALUES, packed.cpu(), lossless), rest]
+        return [write(Id.VALUES, packed.cpu(), coding), rest]
     parts = (packed, tail)
-    codings = [_begin(t) if lossless and isinstance(t, Tensor) else None for t in parts]
+    entropic = coding == "entropy"
+    begun = [_begin(t) if entropic and isinstance(t, Tensor) else None for t in parts]
     payloads = [
         (_bytes(t), RAW)
-        if coding is None or size >= _bytes(t).numel()
-        else (coding.room[:size], RANS)
-        for t, coding, size in zip(parts, codings, entropy.Coding.sizes(codings), strict=True)
+        if coded is None or size >= _bytes(t).numel()
+        else (coded.room[:size], RANS)
+        for t, coded, size in zip(parts, begun, entropy.Coding.sizes(begun), strict=True)
     ]
     first, rest_payload = to_host([payload for payload, _ in payloads])
     rest = _floats(Id.TAIL, tail, rest_payload, payloads[1][1])
@@ -177,30 +157,46 @@ def read(section: Section, device: torch.device = CPU) -> Tensor:
     dtype = TORCH_OF_WIRE[Wire(section.dtype)]
     try:
         return entropy.decode_values(section.coded(), section.count, dtype, device=device)
-    except entropy.PayloadError as error:
+    except PayloadError as error:
         raise _refusal(section, error) from None
 
 
-def verify(section: Section) -> bool:
-    """Whether all values of a checked section are finite, found tile by tile without storing them.
+def peak(values: Tensor) -> float:
+    """The largest magnitude; infinity if an element is NaN or infinite, 0.0 for none. One read."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.stack(values.detach().aminmax()).tolist()  # NaN goes through
+    largest = max(-low, high)
+    return largest if largest < math.inf else math.inf
+
+
+def bound(section: Section) -> float:
+    """At least the largest magnitude in a checked section; infinity if a value is not finite.
+
+    Exact for raw values, at most twice as much for coded ones. Coded values are decoded tile by
+    tile to check them, and not stored.
 
     Raises:
         FormatError: coded values that do not decode.
     """
     if section.dtype == Wire.INT8:
-        quantized(section)  # finite, or refused
-        return True
+        scales = quantized(section).scales
+        return 127.001 * float(scales.max()) if scales.numel() else 0.0
     if section.encoding == RAW:
-        return ops.all_finite(section.tensor())
+        return peak(section.tensor())
     dtype = TORCH_OF_WIRE[Wire(section.dtype)]
     try:
-        return entropy.check_values(section.coded(), section.count, dtype)
-    except entropy.PayloadError as error:
+        finite = entropy.check_values(section.coded(), section.count, dtype)
+    except PayloadError as error:
         raise _refusal(section, error) from None
+    if not finite:
+        return math.inf
+    exponent = entropy.largest_exponent(section.coded(), section.count, dtype)
+    return 2.0 ** (exponent + 1 - (15 if dtype == torch.float16 else 127))
 
 
 def add_to(sums: Tensor, section: Section, weight: float) -> None:
-    """`sums += weight * values` in float64 from the message's bytes, after `verify`."""
+    """`sums += weight * values` in float64 from the message's bytes, after `bound`."""
     dtype = TORCH_OF_WIRE[Wire(section.dtype)]
     if section.encoding == RANS:
         entropy.add_values_(sums, section.coded(), dtype, weight)
@@ -223,16 +219,20 @@ def quantized(section: Section) -> Quantized:
     bits = scales.view(torch.int32)
     if bool(((bits < 0) | (bits >= 0x7F800000)).any()):
         raise FormatError("VALUES: expected finite scales of at least 0", section.offset)
-    if bool((codes == -128).any()):
+    if codes.numel() and int(codes.min()) == -128:
         raise FormatError("VALUES: expected codes from -127 to 127", section.offset + split)
-    for block in (bits == 0).nonzero().view(-1).tolist():
-        if bool(codes[block * section.block : (block + 1) * section.block].any()):
+    if bool((bits == 0).any()):
+        full = codes.numel() // section.block
+        used = codes[: full * section.block].view(full, section.block).any(1)
+        if full < bits.numel():
+            used = torch.cat([used, codes[full * section.block :].any().view(1)])
+        for block in (used & (bits == 0)).nonzero()[:1].flatten().tolist():
             at = section.offset + 4 * block
             raise FormatError("VALUES: expected codes of 0 in a block of scale 0", at)
     return Quantized(codes, scales, section.block)
 
 
-def _refusal(section: Section, error: entropy.PayloadError) -> FormatError:
+def _refusal(section: Section, error: PayloadError) -> FormatError:
     return FormatError(f"{Id(section.id).name}: {error.reason}", section.offset + error.offset)
 
 

@@ -129,8 +129,11 @@ class Config:
     delta: bool = option(
         False, "messages", "updates carry differences from the broadcast: better in few bits"
     )
-    lossless: bool = option(
-        True, "messages", "entropy-code masks and values, of both arms, where that is smaller"
+    coding: str = option(
+        "entropy",
+        "messages",
+        "entropy-code masks and values, of both arms, where that is smaller, or leave them raw",
+        choices=("entropy", "raw"),
     )
 
     rounds: int = option(20, "training", "rounds of each arm", least=1)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from fedmap_sparse.codec import Coding
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.errors import ConfigError
@@ -90,10 +91,12 @@ def run(
             watch.arm(name, journal.of(name), config.rounds)
             saving = 0.0
             while arm.round < config.rounds:
+                if name == first and arm.round == config.rounds - 1:
+                    start = perf_counter()
+                    checkpoint.write_atomically(folder.broadcast, arm.broadcast())
+                    saving += perf_counter() - start
                 record = arm.play(saving)
                 start = perf_counter()
-                if name == first:
-                    checkpoint.write_atomically(folder.broadcast, arm.broadcast)
                 journal.add(arm, record)
                 saving = perf_counter() - start
                 watch.round(record)
@@ -153,9 +156,9 @@ class Arm:
     ) -> None:
         self.name = name
         self.config = config
-        self.broadcast = b""
         self._validation = _to(dataset.validation, device)
         self._device = device
+        coding = cast(Coding, config.coding)
         self.server = FedMapServer(
             flatten(copy.deepcopy(template)),
             schedule,
@@ -163,7 +166,7 @@ class Arm:
             lr=config.learning_rate,
             min_updates=config.min_updates,
             server_optimizer=config.make_server_optimizer(),
-            lossless=config.lossless,
+            coding=coding,
         )
         local = flatten(copy.deepcopy(template))
         make = make_optimizer(config)
@@ -174,7 +177,7 @@ class Arm:
                 keep_optimizer=config.keep_optimizer,
                 dtype=config.uplink_dtype or config.dtype,
                 delta=config.delta,
-                lossless=config.lossless,
+                coding=coding,
                 prox_mu=config.prox_mu,
             )
             for i in range(config.clients)
@@ -196,15 +199,16 @@ class Arm:
         """How many rounds have ended."""
         return self.server.round
 
+    def broadcast(self) -> bytes:
+        """The next round's broadcast, with its whole mask."""
+        self.server.begin_round()
+        return self.server.broadcast()
+
     def play(self, saving: float) -> Record:
         """One round; `saving` is the seconds that writing the one before took."""
         start = perf_counter()
         phases = self.engine.phases
         phases.clear()
-        with phases("select"):
-            self.server.begin_round()
-        with phases("encode"):
-            self.broadcast = self.server.broadcast()
         done = self.engine.round()
         with phases("evaluate"):
             accuracy, loss = evaluate(self.server.params.module, self._validation)

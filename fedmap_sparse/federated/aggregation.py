@@ -2,103 +2,293 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fedmap_sparse import codec, ops
-from fedmap_sparse.codec import Body, Message
-from fedmap_sparse.layout import FlatLayout
+from fedmap_sparse.codec import Message
+from fedmap_sparse.codec.values import peak
+from fedmap_sparse.federated import arrays
+from fedmap_sparse.federated.buffers import BufferMeans
+from fedmap_sparse.federated.global_model import GlobalModel
+from fedmap_sparse.federated.server_optim import ServerOptimizer
+from fedmap_sparse.federated.updates import TIMES_MEDIAN, ClientId, held, median
 
-ClientId = int | str
-Bytes = bytes | bytearray | memoryview
+#: A stream whose server has seen no round yet holds this many updates back to find a median.
+HELD = 3
 
 
-class Intake:
-    """Sums over the admitted updates; memory does not grow with their number.
+class Aggregator(Protocol):
+    """Combines the vectors of all admitted clients; see `federated.robust` for some.
 
-    Values and tail are float64 sums over survivors, added tile by tile from the messages' bytes;
-    float buffers are float64 sums, integer buffers maxima; Boolean buffers must agree.
+    Attributes:
+        least: how many clients it needs.
     """
 
-    def __init__(self, layout: FlatLayout, body: Body, device: torch.device) -> None:
-        self._layout = layout
-        self._body = body
-        self._broadcast = body.decoded()
-        self._values = ops.Accumulator(body.mask.nnz, device=device)
-        self._tail = ops.Accumulator(layout.tail_numel, device=device)
-        self._buffers: dict[str, Tensor] = {}
+    least: int
+
+    def __call__(self, vectors: list[Tensor], weights: list[int], start: Tensor) -> Tensor:
+        """The aggregate, float32.
+
+        Args:
+            vectors: one finite float32 vector per client, as `array_sections` lists it. The
+                order is that of the sum.
+            weights: samples, at least 1 each.
+            start: the same of the broadcast.
+        """
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a mean goes: the model it steps from, and the range that must hold the result.
+
+    Attributes:
+        limit: the largest magnitude of a weight: finite in the model's dtype and the broadcast's.
+        safe: a mean of no larger magnitude cannot break model or optimizer state.
+    """
+
+    model: GlobalModel
+    optimizer: ServerOptimizer
+    limit: float
+    safe: float
+
+    @staticmethod
+    def of(model: GlobalModel, optimizer: ServerOptimizer, limit: float) -> Landing:
+        largest = max(peak(model.values), peak(model.tail))
+        state = {name: peak(t) for name, t in model.state.items()}
+        return Landing(model, optimizer, limit, optimizer.safe(largest, state, limit))
+
+    def check(self, message: Message) -> None:
+        """Raise ValueError, naming the tensor, if this update alone would break something."""
+        if message.within(min(self.limit, self.safe)):
+            return
+        if not message.within(self.limit):
+            wanted = f"{message.beyond(self.limit)}: expected finite values within {self.limit:.5g}"
+            raise ValueError(f"{wanted}, got NaN, infinity or one beyond")
+        vector = torch.cat([message.packed.float(), message.tail.float()])
+        broken = self.broken(vector)
+        if broken is not None:
+            raise ValueError(
+                f"{message.tensor_at(broken)}: expected values with which the server's step stays "
+                f"finite and within {self.limit:.5g}, got {float(vector[broken]):.5g}"
+            )
+
+    def broken(self, mean: Tensor) -> int | None:
+        """The first element that a step to `mean` takes out of its range, if any.
+
+        Those that a step of no difference would take out of it as well do not count: they are not
+        the fault of the mean.
+        """
+        tried = self._beyond(mean) & ~self._beyond(self.model.vector)
+        for index in tried.nonzero()[:1].flatten().tolist():
+            return int(index)
+        return None
+
+    def _beyond(self, mean: Tensor) -> Tensor:
+        stepped, state = self._step(mean)
+        beyond = ~(stepped.abs() <= self.limit)
+        for t in state.values():
+            beyond |= ~t.isfinite()
+        return beyond
+
+    def _step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        state = {name: t.clone() for name, t in self.model.state.items()}
+        return self.optimizer.step(self.model.vector, mean, state), state
+
+    def step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The new model and optimizer state, all finite.
+
+        Each admitted update alone stays in range. Where momentum or several together would leave
+        it, the weight stops at the edge.
+
+        Raises:
+            ValueError: the optimizer gave NaN.
+        """
+        stepped, state = self._step(mean)
+        largest = torch.finfo(torch.float32).max
+        parts = {"model": (stepped, self.limit), **{n: (t, largest) for n, t in state.items()}}
+        for name, (t, limit) in parts.items():
+            if peak(t) > limit:
+                if bool(t.isnan().any()):
+                    raise ValueError(f"{name}: expected numbers after the server's step, got NaN")
+                t.clamp_(-limit, limit)
+        return stepped, state
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An update that was checked and can be added."""
+
+    message: Message
+    claimed: int
+    loss: float | None
+
+
+class Aggregation:
+    """Sums over the admitted updates; memory does not grow with their number.
+
+    Values and tail are float64 sums over survivors, added tile by tile from the messages' bytes.
+    Buffers follow the rules of `federated.buffers`. With an `aggregator` every client's vector is
+    kept: 4 bytes per survivor, tail and buffer element, and client.
+
+    Args:
+        broadcast: what the updates answer.
+        landing: where their mean goes.
+        module: the model's buffers.
+        cap: the largest weight of one update; None: ten times the median of the first three.
+        aggregator: instead of the mean.
+    """
+
+    def __init__(
+        self,
+        broadcast: Message,
+        landing: Landing,
+        module: Mapping[str, Tensor],
+        cap: int | None,
+        aggregator: Aggregator | None,
+    ) -> None:
+        device = broadcast.mask.device
+        self._broadcast = broadcast
+        self._landing = landing
+        self._aggregator = aggregator
+        self._values = ops.Accumulator(broadcast.mask.nnz, device=device)
+        self._tail = ops.Accumulator(broadcast.layout.tail_numel, device=device)
+        self._buffers = BufferMeans(broadcast.buffers, module)
+        self._vectors: list[Tensor] = []
+        self._weights: list[int] = []
         self._losses: list[tuple[float, int]] = []
+        self._cap = cap
+        self._lock = threading.Lock()
+        self.closed = False
+        self._waiting: list[tuple[ClientId, Admitted]] = []
+        self.claims: list[int] = []
         self.accepted: list[ClientId] = []
         self.refused: dict[ClientId, str] = {}
+        self.capped: dict[ClientId, int] = {}
         self.num_samples = 0
         self.uplink_bytes = 0
 
-    def add(self, client: ClientId, data: Bytes) -> str | None:
-        """Admit one update and add it; None, or the reason why it was refused."""
-        self.uplink_bytes += len(data)
-        try:
-            if client in self.accepted:
-                raise ValueError("expected one update, got a second one; the first one counts")
-            message = self._admit(data)
-        except ValueError as error:  # FormatError is one
-            self.refused[client] = str(error)
-            return str(error)
-        self.refused.pop(client, None)
-        weight = message.num_samples
-        message.add_to(self._values, weight)
-        self._tail.add(message.tail, weight)
-        for name, b in message.buffers.items():
-            self._buffers[name] = self._joined(name, b, weight)
-        self.accepted.append(client)
-        self.num_samples += weight
-        loss = message.meta.get("loss")
-        if isinstance(loss, float):
-            self._losses.append((loss, weight))
-        return None
+    def admit(self, data: object, weight: int | None = None) -> Admitted:
+        """Check one update whole; nothing is changed.
 
-    def _admit(self, data: Bytes) -> Message:
-        message = codec.decode(
-            data, self._layout, mask=self._body.mask, base=self._broadcast, materialize=False
-        )
-        if message.answers != self._body.digest:
-            raise ValueError(
-                f"expected an answer to the broadcast {self._body.digest.hex()} of round "
-                f"{self._body.header.round}, got one to {message.answers.hex()} of round "
-                f"{message.round}"
-            )
-        if message.num_samples < 1:
-            raise ValueError(f"expected at least 1 sample, got {message.num_samples}")
-        if not message.all_finite():
-            raise ValueError("expected finite values, got NaN or infinity")
-        for name, b in message.buffers.items():
-            held = self._buffers.get(name)
-            if b.dtype == torch.bool and held is not None and not torch.equal(held, b):
-                raise ValueError(f"{name}: expected the Boolean buffer of the others, got another")
-        return message
-
-    def _joined(self, name: str, b: Tensor, weight: int) -> Tensor:
-        held = self._buffers.get(name)
-        if b.is_floating_point():
-            product = b.to(torch.float64) * weight
-            return product if held is None else held + product
-        return b.clone() if held is None else torch.maximum(held, b)
-
-    def mean(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of values and tail, in one float32 vector, and the buffers; rounded once.
+        Args:
+            weight: the caller's, instead of the sender's claim.
 
         Raises:
-            ValueError: no update was admitted, or the mean is not finite.
+            ValueError: why it is refused; FormatError is one.
+            TypeError: it is no contiguous bytes.
         """
-        buffers = {
-            name: b / self.num_samples if b.is_floating_point() else b
-            for name, b in self._buffers.items()
-        }
-        for name, b in buffers.items():
-            if b.is_floating_point() and not torch.isfinite(b).all():
-                raise ValueError(f"{name}: expected a finite mean, got NaN or infinity")
-        return torch.cat([self._values.mean(), self._tail.mean()]), buffers
+        sent = self._broadcast
+        message = codec.decode(
+            data,  # type: ignore[arg-type]  # decode says what is wrong with it
+            sent.layout,
+            mask=sent.mask,
+            base=sent,
+            materialize=False,
+        )
+        if message.answers != sent.broadcast_digest:
+            raise ValueError(
+                f"expected an answer to the broadcast {sent.broadcast_digest.hex()} of round "
+                f"{sent.round}, got one to {message.answers.hex()} of round {message.round}"
+            )
+        claimed = message.num_samples if weight is None else weight
+        if claimed < 1:
+            raise ValueError(f"expected at least 1 sample, got {claimed}")
+        self._landing.check(message)
+        self._buffers.check(message.buffers)
+        loss = message.meta.get("loss")
+        good = isinstance(loss, float) and math.isfinite(loss)
+        return Admitted(message, claimed, loss if good and isinstance(loss, float) else None)
+
+    def refuse(self, client: ClientId, reason: str) -> str:
+        """Note why an update was refused, unless the client has another one in the mean."""
+        if client not in self.accepted:
+            self.refused[client] = reason
+        return reason
+
+    def offer(self, client: ClientId, data: object, weight: int | None = None) -> str | None:
+        """Check one update and add it: None, or the reason why it was refused.
+
+        Several threads may call it: they check at once and add one after another.
+        """
+        second = "expected one update, got a second one; the first one counts"
+        try:
+            if client in self.accepted:
+                return second
+            update = self.admit(held(data), weight)
+        except (ValueError, TypeError) as error:
+            with self._lock:
+                return self.refuse(client, str(error))
+        with self._lock:
+            if client in self.accepted:
+                return second
+            if self.closed:
+                return "expected an update before the round ended"
+            self.refused.pop(client, None)
+            self.accepted.append(client)
+            if weight is None:
+                self.claims.append(update.claimed)
+                self._waiting.append((client, update))
+                if self._cap is not None or len(self._waiting) == HELD:
+                    self._flush()
+            else:
+                self._add(update, weight)
+        return None
+
+    def close(self) -> None:
+        """Take no more updates."""
+        with self._lock:
+            self.closed = True
+
+    def _flush(self) -> None:
+        """Add what waited, in order of arrival, at weights of at most the cap."""
+        if self._cap is None:
+            self._cap = TIMES_MEDIAN * median(self.claims)
+        for client, update in self._waiting:
+            if update.claimed > self._cap:
+                self.capped[client] = update.claimed
+            self._add(update, min(update.claimed, self._cap))
+        self._waiting.clear()
+
+    def _add(self, update: Admitted, weight: int) -> None:
+        message = update.message
+        if self._aggregator is None:
+            message.add_to(self._values, weight)
+            self._tail.add(message.tail, weight)
+        else:
+            self._vectors.append(arrays.join(message.packed, message.tail, message.buffers))
+            self._weights.append(weight)
+        self._buffers.add(message.buffers, weight)
+        self.num_samples += weight
+        if update.loss is not None:
+            self._losses.append((update.loss, weight))
+
+    def mean(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The aggregate of values and tail, in one float32 vector, and the buffers.
+
+        Raises:
+            ValueError: the aggregator refused, or gave what is not finite.
+        """
+        if self._waiting:
+            self._flush()
+        if self._aggregator is None:
+            return torch.cat([self._values.mean(), self._tail.mean()]), self._buffers.result()
+        sent = self._broadcast
+        start = arrays.join(sent.packed, sent.tail, sent.buffers)
+        found = self._aggregator(self._vectors, self._weights, start)
+        if found.shape != start.shape or found.dtype != torch.float32:
+            raise ValueError(f"aggregator: expected float32{tuple(start.shape)}, got another")
+        vector, floats = arrays.split(found, sent.layout, sent.mask)
+        return vector, self._buffers.result(floats)
 
     def loss(self) -> float | None:
         """Mean of the reported losses by samples; None if none was reported."""
         weight = sum(w for _, w in self._losses)
-        return sum(loss * w for loss, w in self._losses) / weight if weight else None
+        # Divided first: a sum of large losses would overflow.
+        return sum(loss * (w / weight) for loss, w in self._losses) if weight else None

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmap_sparse import codec, ops
-from fedmap_sparse.codec import Message
-from fedmap_sparse.federated.aggregation import Bytes
-from fedmap_sparse.federated.global_model import write_buffers, write_model
+from fedmap_sparse.codec import Coding, Message
+from fedmap_sparse.codec.container import NO_DIGEST
+from fedmap_sparse.errors import FormatError, StateError
+from fedmap_sparse.federated import arrays
+from fedmap_sparse.federated import state as saved
+from fedmap_sparse.federated.global_model import (
+    check_buffers,
+    limit_of,
+    read_mask,
+    write_buffers,
+    write_model,
+)
+from fedmap_sparse.federated.updates import Bytes
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedOptimizer
@@ -33,7 +44,8 @@ class FedMapClient:
             client keeps the error of each update and makes it good in its next (error feedback).
         delta: send differences from the broadcast instead of values: smaller numbers, which lose
             less in few bits. float32 differences are rounded, so they are not lossless.
-        lossless: entropy-code the values where that is smaller; they stay the same.
+        coding: "entropy" codes the values where that is smaller; they stay the same. "raw" leaves
+            them as they are.
         prox_mu: FedProx (Li et al., arXiv 1812.06127): each step of `optimizer` adds
             `prox_mu * (w - w_received)` to the gradient. 0: off.
     """
@@ -46,12 +58,13 @@ class FedMapClient:
         keep_optimizer: bool = False,
         dtype: str = "float32",
         delta: bool = False,
-        lossless: bool = True,
+        coding: Coding = "entropy",
         prox_mu: float = 0.0,
     ) -> None:
         codec.check_dtype(dtype)
-        if not prox_mu >= 0:
-            raise ValueError(f"prox_mu: expected at least 0, got {prox_mu}")
+        codec.check_coding(coding)
+        if not 0 <= prox_mu < math.inf:
+            raise ValueError(f"prox_mu: expected a finite number of at least 0, got {prox_mu}")
         if prox_mu and optimizer is None:
             raise ValueError("prox_mu: expected an optimizer to add the term in, got None")
         params.check_bound()
@@ -59,14 +72,16 @@ class FedMapClient:
         self.layout = params.layout
         self.dtype = dtype
         self.delta = delta
-        self.lossless = lossless
+        self.coding = coding
         self.prox_mu = prox_mu
         self.keep_optimizer = keep_optimizer
         self.optimizer: MaskedOptimizer | None = None
         self._make_optimizer = optimizer
-        self._received: tuple[bytes, int, int] | None = None
+        self._received: bytes | None = None  # digest of the broadcast that `update` answers
+        self._seen = (0, 0)  # round and epoch of the last message
         self._base: Message | None = None
-        self._residual: Tensor | None = None
+        self._residual: Tensor | None = None  # the error that the next update makes good
+        self._spent: tuple[int, Tensor] | None = None  # an update's round, and what it left over
         self._mask: Mask | None = None
         self._anchor: Tensor | None = None
 
@@ -76,7 +91,7 @@ class FedMapClient:
         return None if self._mask is None else self._mask.digest()
 
     def receive(self, data: Bytes) -> Message:
-        """Take a broadcast: weights (+0.0 where pruned), tail, buffers and mask.
+        """Take a broadcast or a snapshot: weights (+0.0 where pruned), tail, buffers and mask.
 
         Returns:
             The decoded message; `.round` and `.meta` (with "lr") may be of use. Its tensors view
@@ -84,34 +99,69 @@ class FedMapClient:
 
         Raises:
             NeedsMask: it builds on a mask that this client lacks.
-            FormatError: it is not sound, or of another layout.
+            FormatError: it is not sound, of another layout, no broadcast, older than the last one
+                (a client that loads a fresh client's state takes it again), or holds a number that
+                this model cannot hold.
             RuntimeError: the module's parameters are no longer views (see `rebind`).
             In each case nothing is changed.
         """
-        self.params.check_bound()
-        message = codec.decode(data, self.layout, mask=self._mask, device=self.params.values.device)
-        lr = message.meta.get("lr")
+        params = self.params
+        params.check_bound()
+        message = codec.decode(data, self.layout, mask=self._mask, device=params.values.device)
+        lr = self._checked(message)
         mask = message.mask
-        write_model(self.params, mask, message.packed, message.tail)
-        write_buffers(self.params, message.buffers)
-        self._keep_residual(mask)
+        residual = self._followed(message)
+        write_model(params, mask, message.packed, message.tail)
+        write_buffers(params, message.buffers)
         self._mask = mask
-        self._received = (message.broadcast_digest, message.round, message.epoch)
+        self._residual, self._spent = residual, None
+        self._seen = (message.round, message.epoch)
+        if message.meta.get("snapshot"):
+            self._received = None
+            return message
+        self._received = message.broadcast_digest
         self._base = message if self.delta else None
         if self.prox_mu:
-            self._anchor = self.params.values.clone()
-        self._renew_optimizer(lr if isinstance(lr, float) else None)
+            self._anchor = params.values.clone()
+        self._renew_optimizer(lr)
         return message
 
-    def _keep_residual(self, mask: Mask) -> None:
-        """Let the error of earlier updates follow the mask."""
+    def _checked(self, message: Message) -> float | None:
+        """The learning rate of a message that may be received."""
+        if message.answers != NO_DIGEST or message.num_samples or message.base is not None:
+            raise FormatError("expected a broadcast, got an update", 48)
+        last_round, last_epoch = self._seen
+        if message.round < last_round:
+            raise FormatError(f"expected round {last_round} or later, got {message.round}", 80)
+        if message.epoch < last_epoch:
+            raise FormatError(f"expected epoch {last_epoch} or later, got {message.epoch}", 88)
+        limit = limit_of(self.params.values.dtype)
+        if not message.within(limit):
+            name = message.beyond(limit)
+            raise FormatError(f"{name}: expected finite values within {limit:.5g}, got others")
+        try:
+            check_buffers(self.params, message.buffers)
+        except ValueError as error:
+            raise FormatError(str(error)) from error
+        if not isinstance(message.meta.get("snapshot", False), bool):
+            raise FormatError("meta: expected a Boolean for snapshot, got another type")
+        if "lr" not in message.meta:
+            return None
+        lr = message.meta["lr"]
+        if not isinstance(lr, float) or not 0 <= lr < math.inf:
+            raise FormatError(f"meta: expected a finite lr of at least 0, got {lr!r}")
+        return lr
+
+    def _followed(self, message: Message) -> Tensor | None:
+        """The error of earlier updates under the message's mask."""
         if self.dtype != "int8":
-            return
-        old = self._mask
-        if self._residual is not None and old is not None and mask <= old:
-            self._residual = ops.pack(self._residual, ops.extract(mask, old))
-        else:
-            self._residual = torch.zeros(mask.nnz, device=mask.device)
+            return None
+        residual, old = self._residual, self._mask
+        if self._spent is not None and message.round > self._spent[0]:
+            residual = self._spent[1]  # the round went on: what was sent counts as used
+        if residual is not None and old is not None and message.mask <= old:
+            return ops.pack(residual, ops.extract(message.mask, old))
+        return torch.zeros(message.mask.nnz, device=message.mask.device)
 
     def _renew_optimizer(self, lr: float | None) -> None:
         if self._make_optimizer is None or self._mask is None:
@@ -121,9 +171,14 @@ class FedMapClient:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
             return
-        self.optimizer = self._make_optimizer(self.params, self._mask, lr)
+        self.optimizer = self._made_optimizer(self._mask, lr)
+
+    def _made_optimizer(self, mask: Mask, lr: float | None) -> MaskedOptimizer:
+        assert self._make_optimizer is not None
+        optimizer = self._make_optimizer(self.params, mask, lr)
         if self.prox_mu:
-            self.optimizer.register_step_pre_hook(self._add_proximal)
+            optimizer.register_step_pre_hook(self._add_proximal)
+        return optimizer
 
     @torch.no_grad()
     def _add_proximal(self, *_: Any) -> None:
@@ -133,69 +188,139 @@ class FedMapClient:
                 start = self._anchor[e.offset : e.offset + e.numel].view(e.shape)
                 p.grad.add_(p - start, alpha=self.prox_mu)
 
+    def _answering(self, what: str) -> tuple[Mask, bytes]:
+        if self._received is None or self._mask is None:
+            raise RuntimeError(f"{what}: expected receive() first, of a broadcast")
+        self.params.check_bound()
+        return self._mask, self._received
+
     def update(self, num_samples: int, loss: float | None = None) -> bytes:
         """The answer to the last broadcast: survivors' values, tail and buffers; no mask.
 
+        Called twice with the same weights it gives the same bytes. The error of an int8 update
+        counts as sent when a broadcast of a later round comes.
+
         Args:
             num_samples: this client's weight in the mean, at least 1.
-            loss: its mean training loss, for the round's result.
+            loss: its mean training loss, for the round's result; left out if it is not finite.
 
         Raises:
-            RuntimeError: nothing was received yet, or the parameters are no longer views.
+            RuntimeError: no broadcast was received yet, or the parameters are no longer views.
             ValueError: `num_samples` below 1, or values beyond the wire dtype's range.
         """
-        if self._received is None or self._mask is None:
-            raise RuntimeError("update: expected receive() first")
+        mask, answers = self._answering("update")
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-        self.params.check_bound()
-        digest, round, epoch = self._received
+        at_round, epoch = self._seen
         residual = None if self._residual is None else self._residual.clone()
+        reported = loss is not None and math.isfinite(loss)
         data = codec.encode(
             self.params,
-            self._mask,
+            mask,
             dtype=self.dtype,
             base=self._base,
-            lossless=self.lossless,
+            coding=self.coding,
             residual=residual,
-            round=round,
+            round=at_round,
             epoch=epoch,
             num_samples=num_samples,
-            answers=digest,
-            meta=None if loss is None else {"loss": float(loss)},
+            answers=answers,
+            meta={"loss": float(loss)} if loss is not None and reported else None,
         )
-        self._residual = residual
+        self._spent = None if residual is None else (at_round, residual)
         return data
+
+    def update_array(self) -> Tensor:
+        """What `update` would send, as one float32 vector; `array_sections` lists its parts.
+
+        For sums in which nobody sees one client's values (secure aggregation), with
+        `FedMapServer.apply_mean` on the other side. Integer and bool buffers are no part of it.
+
+        Returns:
+            float32[survivors + tail + elements of float buffers], a copy.
+
+        Raises:
+            RuntimeError: as `update`.
+            ValueError: a value that is not finite.
+        """
+        mask, _ = self._answering("update_array")
+        packed = ops.pack(self.params.prunable.detach(), mask)
+        array = arrays.join(packed, self.params.tail, self.params.buffers)
+        if not ops.all_finite(array):
+            raise ValueError("update_array: expected finite values, got NaN or infinity")
+        return array
 
     def state_dict(self) -> dict[str, Any]:
         """What a client keeps between rounds beside its data: its mask, the error of its last int8
         update, and a kept optimizer."""
+        last = self._residual if self._spent is None else self._spent[1]
+        unspent = None
+        if self._spent is not None and self._residual is not None:
+            unspent = {"round": self._spent[0], "residual": self._residual.clone()}
+        kept = self.optimizer if self.keep_optimizer else None
         return {
             "mask": None if self._mask is None else self._mask.words.clone(),
-            "residual": None if self._residual is None else self._residual.clone(),
-            "optimizer": self.optimizer.state_dict()
-            if self.optimizer is not None and self.keep_optimizer
-            else None,
+            "round": self._seen[0],
+            "epoch": self._seen[1],
+            "residual": None if last is None else last.clone(),
+            "unspent": unspent,
+            "optimizer": None if kept is None else kept.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`: the next `receive` may bring a delta over the mask.
 
         Raises:
-            ValueError: a mask of another layout.
+            StateError: a state that is damaged, of another layout, or whose parts disagree; the
+                message names the field, and nothing is changed.
         """
-        if state["mask"] is None:
-            self._mask = None
-            return
-        words = state["mask"].to(self.params.values.device, copy=True)
-        mask = Mask.from_words(words, self.layout.prunable_numel)
-        residual = state["residual"]
-        if residual is not None and residual.numel() != mask.nnz:
-            raise ValueError(f"residual: expected {mask.nnz} elements, got {residual.numel()}")
-        self.params.mask = mask
-        self._mask = mask
-        self._residual = None if residual is None else residual.to(mask.device, copy=True)
-        if state["optimizer"] is not None and self._make_optimizer is not None:
-            self._renew_optimizer(state["optimizer"]["param_groups"][0]["lr"])
-            assert self.optimizer is not None
-            self.optimizer.load_state_dict(state["optimizer"])
+        defaults = {"round": 0, "epoch": 0, "residual": None, "unspent": None, "optimizer": None}
+        given = {**defaults, **state}
+        seen = saved.count(given, "round"), saved.count(given, "epoch")
+        mask = None
+        if saved.field(given, "mask", (Tensor, type(None))) is not None:
+            mask = read_mask(given, self.layout, self.params.values.device)
+        residual = self._read_residual(given, mask)
+        spent = None
+        unspent = saved.field(given, "unspent", (dict, type(None)))
+        if unspent is not None and residual is not None:
+            spent = (saved.count(unspent, "round"), residual)
+            residual = self._read_residual(unspent, mask)
+        optimizer = self._read_optimizer(saved.field(given, "optimizer", (dict, type(None))), mask)
+        if mask is not None:
+            self.params.mask = mask
+        self._mask, self._seen = mask, seen
+        self._residual, self._spent = residual, spent
+        self.optimizer = optimizer
+        self._received = self._base = self._anchor = None
+
+    def _read_residual(self, state: Any, mask: Mask | None) -> Tensor | None:
+        value: Tensor | None = saved.field(state, "residual", (Tensor, type(None)))
+        if value is None or mask is None:
+            return None
+        largest = torch.finfo(torch.float32).max
+        saved.tensor("residual", value, (torch.float32,), mask.nnz, largest)
+        return value.to(mask.device, copy=True)
+
+    def _read_optimizer(
+        self, state: dict[str, Any] | None, mask: Mask | None
+    ) -> MaskedOptimizer | None:
+        """An optimizer with a saved state; the parameters' mask is as before if it does not fit."""
+        if state is None or mask is None or self._make_optimizer is None:
+            return None
+        before = self.params.mask
+        try:
+            optimizer = self._made_optimizer(mask, state["param_groups"][0]["lr"])
+            optimizer.load_state_dict(state)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            self.params.mask = before
+            raise StateError(f"optimizer: {error}") from error
+        return optimizer
+
+    def to_bytes(self) -> bytes:
+        """`state_dict` as bytes with a checksum, without pickle; docs/format.md, 10."""
+        return saved.dump("client", self.state_dict())
+
+    def from_bytes(self, data: Bytes) -> None:
+        """Continue from `to_bytes`. Raises as `load_state_dict`, for damaged bytes too."""
+        self.load_state_dict(saved.load("client", data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,30 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import ops
+from fedmap_sparse.codec.values import peak
+from fedmap_sparse.errors import StateError
+from fedmap_sparse.federated import state as saved
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
+
+#: `(survivors, mask, layout) -> scores`: float32[mask.nnz] in, as many scores out; the largest
+#: stay. `layout.prunable_entries` says which tensor each of the mask's elements belongs to.
+Criterion = Callable[[Tensor, Mask, FlatLayout], Tensor]
+
+
+def limit_of(*dtypes: str | torch.dtype) -> float:
+    """The largest magnitude that is finite in each of `dtypes`; "int8" is a wire's.
+
+    An int8 block decodes to its largest value give or take a rounding, which must be finite too.
+    """
+    limits = [
+        torch.finfo(torch.float32).max * (1 - 2.0**-20)
+        if dtype == "int8"
+        else torch.finfo(getattr(torch, dtype) if isinstance(dtype, str) else dtype).max
+        for dtype in dtypes
+    ]
+    return min(limits)
 
 
 @dataclass(frozen=True)
@@ -30,9 +51,23 @@ class GlobalModel:
     def epoch(self) -> int:
         return len(self.digests) - 1
 
-    def pruned(self, keep: int) -> GlobalModel:
-        """With only the `keep` largest survivors; selection and packing cost O(survivors)."""
-        kept = ops.magnitude_mask(self.values, keep)
+    @property
+    def vector(self) -> Tensor:
+        """Survivors and tail side by side."""
+        return torch.cat([self.values, self.tail])
+
+    def pruned(self, keep: int, criterion: Criterion | None, layout: FlatLayout) -> GlobalModel:
+        """With only the `keep` best survivors; selection and packing cost O(survivors)."""
+        if criterion is None:
+            return self._kept(ops.magnitude_mask(self.values, keep))
+        scores = criterion(self.values.clone(), self.mask, layout)
+        return self._kept(_best(scores, keep, self.values))
+
+    def restricted(self, mask: Mask) -> GlobalModel:
+        """With only the survivors of a mask that is a subset of this one."""
+        return self._kept(ops.extract(mask, self.mask))
+
+    def _kept(self, kept: Mask) -> GlobalModel:
         mask = ops.deposit(kept, self.mask)
         nnz = self.mask.nnz
         state = {
@@ -65,34 +100,101 @@ class GlobalModel:
 
     @staticmethod
     def from_state_dict(
-        state: dict[str, Any], layout: FlatLayout, names: Sequence[str], device: torch.device
+        state: Any, layout: FlatLayout, names: Sequence[str], device: torch.device, limit: float
     ) -> GlobalModel:
-        """What `state_dict` gave, on `device`; ValueError if its parts disagree.
+        """What `state_dict` gave, on `device`.
 
         Args:
             names: of the server optimizer's state.
+            limit: the largest magnitude of a weight.
+
+        Raises:
+            StateError: a part that is missing, of another type or size, not finite, or that
+                contradicts another; the message names it.
         """
-        mask = Mask.from_words(state["mask"].to(device, copy=True), layout.prunable_numel)
-        layout.check_mask(mask)
-        digests = tuple(bytes.fromhex(d) for d in state["digests"])
-        if not digests or digests[-1] != mask.digest():
-            raise ValueError(f"state: expected the mask {state['digests'][-1:]}, got another")
-        if set(state["optimizer"]) != set(names):
-            raise ValueError(f"optimizer: expected {names}, got {sorted(state['optimizer'])}")
-        sizes = {"values": mask.nnz, "tail": layout.tail_numel, "pruned_at": mask.numel}
-        tensors = {name: state[name] for name in sizes} | state["optimizer"]
-        for name, t in tensors.items():
-            numel = sizes.get(name, mask.nnz + layout.tail_numel)
-            if t.numel() != numel:
-                raise ValueError(f"{name}: expected {numel} elements, got {t.numel()}")
-        return GlobalModel(
+        mask = read_mask(state, layout, device)
+        digests = _digests(saved.field(state, "digests", list))
+        if digests[-1] != mask.digest():
+            raise StateError("mask: expected the one of the last digest, got another")
+        epochs = torch.iinfo(torch.uint8 if len(digests) <= 256 else torch.int16).max
+        if len(digests) > epochs + 1:
+            raise StateError(f"digests: expected at most {epochs + 1}, got {len(digests)}")
+        values = saved.field(state, "values", Tensor)
+        tail = saved.field(state, "tail", Tensor)
+        pruned_at = saved.field(state, "pruned_at", Tensor)
+        optimizer = saved.field(state, "optimizer", dict)
+        floats = (torch.float32,)
+        saved.tensor("values", values, floats, mask.nnz, limit)
+        saved.tensor("tail", tail, floats, layout.tail_numel, limit)
+        saved.tensor("pruned_at", pruned_at, (torch.uint8, torch.int16), mask.numel)
+        if set(optimizer) != set(names):
+            raise StateError(f"optimizer: expected {sorted(names)}, got {sorted(optimizer)}")
+        largest = torch.finfo(torch.float32).max
+        for name, t in optimizer.items():
+            saved.tensor(f"optimizer.{name}", t, floats, values.numel() + tail.numel(), largest)
+        model = GlobalModel(
             mask,
-            state["values"].to(device, torch.float32, copy=True),
-            state["tail"].to(device, torch.float32, copy=True),
-            state["pruned_at"].to(device, copy=True),
+            values.to(device, copy=True),
+            tail.to(device, copy=True),
+            pruned_at.to(device, copy=True),
             digests,
-            {name: t.to(device, copy=True) for name, t in state["optimizer"].items()},
+            {name: t.to(device, copy=True) for name, t in optimizer.items()},
         )
+        model._check_epochs(layout)
+        return model
+
+    def _check_epochs(self, layout: FlatLayout) -> None:
+        gone = self.pruned_at != 0
+        if self.pruned_at.numel() and not int(self.pruned_at.min()) >= 0:
+            raise StateError("pruned_at: expected epochs of at least 0, got one below")
+        if self.pruned_at.numel() and int(self.pruned_at.max()) > self.epoch:
+            raise StateError(f"pruned_at: expected epochs up to {self.epoch}, got one beyond")
+        if bool((gone & (self.mask | ~layout.initial_mask(self.mask.device)).to_bool()).any()):
+            raise StateError("pruned_at: expected 0 for survivors and padding, got an epoch")
+        for epoch, digest in enumerate(self.digests):
+            if self.mask_at(epoch).digest() != digest:
+                raise StateError(f"digests: expected that of the mask of epoch {epoch}")
+
+
+def read_mask(state: Any, layout: FlatLayout, device: torch.device) -> Mask:
+    """The mask whose words a state holds. Raises StateError."""
+    words = saved.field(state, "mask", Tensor)
+    saved.tensor("mask", words, (torch.int32,), -(-layout.prunable_numel // 32))
+    try:
+        mask = Mask.from_words(words.to(device, copy=True).contiguous(), layout.prunable_numel)
+        layout.check_mask(mask)
+    except ValueError as error:
+        raise StateError(f"mask: {error}") from error
+    return mask
+
+
+def _digests(texts: list[Any]) -> tuple[bytes, ...]:
+    try:
+        digests = tuple(bytes.fromhex(text) for text in texts)
+    except (TypeError, ValueError) as error:
+        raise StateError(f"digests: expected hexadecimal text, got {error}") from error
+    if not digests or any(len(d) != 16 for d in digests):
+        raise StateError("digests: expected at least one, of 16 bytes each")
+    return digests
+
+
+def _best(scores: Tensor, keep: int, values: Tensor) -> Mask:
+    """The `keep` largest of a criterion's scores; ties keep the lowest index."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"criterion: expected a tensor of scores, got {type(scores).__name__}")
+    if scores.shape != values.shape or scores.device != values.device:
+        raise ValueError(
+            f"criterion: expected {values.numel()} scores on {values.device}, got shape "
+            f"{tuple(scores.shape)} on {scores.device}"
+        )
+    scores = scores.detach().to(torch.float32)
+    if bool(scores.isnan().any()):
+        raise ValueError("criterion: expected scores that are numbers, got NaN")
+    if not scores.numel() or bool((scores >= 0).all()):
+        return ops.magnitude_mask(scores.contiguous(), keep)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[scores.sort(descending=True, stable=True).indices[:keep]] = True
+    return Mask.from_bool(chosen)
 
 
 def write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor) -> None:
@@ -103,14 +205,33 @@ def write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor
     params.mark_written()
 
 
-def check_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
-    for b in params.layout.buffers:
-        if b.name not in buffers or tuple(buffers[b.name].shape) != b.shape:
-            got = tuple(buffers[b.name].shape) if b.name in buffers else "none"
-            raise ValueError(f"{b.name}: expected a buffer of shape {b.shape}, got {got}")
+def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the buffer, unless each fits the module's own.
+
+    Infinite elements are allowed (a causal mask has them), NaN is not. A finite element must be
+    finite in the module's dtype, an integer within its range.
+    """
+    for name, held in params.buffers.items():
+        b = buffers.get(name)
+        if not isinstance(b, Tensor) or b.shape != held.shape:
+            got = tuple(b.shape) if isinstance(b, Tensor) else "none"
+            raise ValueError(f"{name}: expected a buffer of shape {tuple(held.shape)}, got {got}")
+        if b.is_floating_point() is not held.is_floating_point() or (
+            (b.dtype == torch.bool) is not (held.dtype == torch.bool)
+        ):
+            raise ValueError(f"{name}: expected a buffer like {held.dtype}, got {b.dtype}")
+        if b.is_floating_point():
+            if bool(b.isnan().any()):
+                raise ValueError(f"{name}: expected numbers, got NaN")
+            if peak(b[b.isfinite()]) > torch.finfo(held.dtype).max:
+                raise ValueError(f"{name}: expected the range of {held.dtype}, got more")
+        elif b.dtype != torch.bool and b.numel():
+            info = torch.iinfo(held.dtype)
+            if int(b.min()) < info.min or int(b.max()) > info.max:
+                raise ValueError(f"{name}: expected the range of {held.dtype}, got more")
 
 
 @torch.no_grad()
-def write_buffers(params: FlatParameters, buffers: dict[str, Tensor]) -> None:
+def write_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
     for name, b in params.buffers.items():
         b.copy_(buffers[name].view(b.shape))

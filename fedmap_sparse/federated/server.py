@@ -13,56 +13,38 @@ no files, no clock: engines and experiments bring these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from fedmap_sparse import codec, ops
-from fedmap_sparse.codec import Body
-from fedmap_sparse.errors import RoundFailed
-from fedmap_sparse.federated.aggregation import Bytes, ClientId, Intake
-from fedmap_sparse.federated.global_model import (
-    GlobalModel,
-    check_buffers,
-    write_buffers,
-    write_model,
-)
-from fedmap_sparse.federated.server_optim import FedAvg, ServerOptimizer, fresh_state
+from fedmap_sparse import codec
+from fedmap_sparse.codec import Coding, Message
+from fedmap_sparse.codec.container import Buffer
+from fedmap_sparse.errors import RoundFailed, StateError
+from fedmap_sparse.federated import state as saved
+from fedmap_sparse.federated import updates as arrived
+from fedmap_sparse.federated.aggregation import Aggregation, Aggregator, Landing
+from fedmap_sparse.federated.global_model import Criterion, GlobalModel, write_buffers
+from fedmap_sparse.federated.held import HeldModel
+from fedmap_sparse.federated.rounds import Lock, OpenRound, RoundResult, encoded
+from fedmap_sparse.federated.server_optim import FedAvg, ServerOptimizer
+from fedmap_sparse.federated.updates import TIMES_MEDIAN, Bytes, ClientId, median
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.schedule import Schedule
 
 
-@dataclass(frozen=True)
-class RoundResult:
-    """What a round did.
-
-    Attributes:
-        round, epoch: which round, and how many prunings its mask has behind it.
-        accepted: the clients in the mean, in the order they were added.
-        refused: client id to reason.
-        num_samples: of the accepted updates together.
-        loss: mean of the losses that updates reported, by samples; None if none did.
-        uplink_bytes: `len` of every message that came, refused ones too.
-    """
-
-    round: int
-    epoch: int
-    accepted: tuple[ClientId, ...]
-    refused: dict[ClientId, str]
-    num_samples: int
-    loss: float | None
-    uplink_bytes: int
-
-
 class FedMapServer:
     """Holds the global model: its survivors packed, its mask, and when each weight was pruned.
 
+    `broadcast`, `add` and `close_round` may be called from several threads.
+
     Args:
         params: the flattened global model, which also serves evaluation: after `begin_round` and
-            `aggregate` its parameters are the global model's.
+            `aggregate` its parameters are the global model's. What a caller writes into them
+            between rounds (pretrained weights, say) is taken up by the next `begin_round`.
         schedule: how many weights survive which round.
         dtype: of the values in a broadcast: "float32", "float16", "bfloat16" or "int8". With all
             but the first the server adopts what the receivers decode, so that all hold the same
@@ -71,10 +53,18 @@ class FedMapServer:
             round, or None to leave it to the clients.
         min_updates: a round with fewer accepted updates fails.
         server_optimizer: what to do with the mean; FedAvg takes it as the model.
-        lossless: entropy-code mask and values where that is smaller; the values stay the same.
+        coding: "entropy" codes mask and values where that is smaller; the values stay the same.
+            "raw" leaves them as they are.
+        criterion: `(survivors, mask, layout) -> scores`, what pruning ranks by; None: magnitude,
+            which costs nothing more.
+        aggregator: instead of the mean by samples; see `federated.robust`.
+        max_samples: the most that an update's claim of samples counts. None: ten times the median
+            of the round's claims (of the last round's in a stream; of the first three updates'
+            in a server's first stream).
 
     Raises:
-        ValueError: `min_updates` below 1, an unknown dtype.
+        ValueError: `min_updates` or `max_samples` below 1, an unknown dtype or coding, a weight
+            that is not finite or beyond the range of `dtype`.
     """
 
     def __init__(
@@ -86,12 +76,15 @@ class FedMapServer:
         lr: float | Callable[[int], float] | None = None,
         min_updates: int = 1,
         server_optimizer: ServerOptimizer | None = None,
-        lossless: bool = True,
+        coding: Coding = "entropy",
+        criterion: Criterion | None = None,
+        aggregator: Aggregator | None = None,
+        max_samples: int | None = None,
     ) -> None:
-        if min_updates < 1:
-            raise ValueError(f"min_updates: expected at least 1, got {min_updates}")
+        _check_least("min_updates", min_updates)
+        _check_least("max_samples", 1 if max_samples is None else max_samples)
         codec.check_dtype(dtype)
-        params.check_bound()
+        codec.check_coding(coding)
         self.params = params
         self.layout = params.layout
         self.schedule = schedule
@@ -99,32 +92,25 @@ class FedMapServer:
         self.lr = lr
         self.min_updates = min_updates
         self.server_optimizer = server_optimizer or FedAvg()
-        self.lossless = lossless
+        self.coding = coding
+        self.criterion = criterion
+        self.aggregator = aggregator
+        self.max_samples = max_samples
         self.round = 0
-        self._body: Body | None = None
-        self._messages: dict[bytes | None, bytes] = {}
-        self._intake: Intake | None = None
-        mask, device = params.mask, params.values.device
-        values = ops.pack(params.prunable, mask, out=torch.empty(mask.nnz, device=device))
-        size = mask.nnz + self.layout.tail_numel
-        self._model = GlobalModel(
-            mask,
-            values,
-            params.tail.detach().to(torch.float32, copy=True),
-            torch.zeros(mask.numel, dtype=torch.uint8, device=device),
-            (mask.digest(),),
-            fresh_state(self.server_optimizer, size, device),
-        )
+        self._held = HeldModel(params, dtype, self.server_optimizer)
+        self._typical: int | None = None  # the median claim of the last round
+        self._open: OpenRound | None = None
+        self._lock = Lock()
 
     @property
     def mask(self) -> Mask:
         """The mask of the global model; all parties' after `begin_round`."""
-        return self._model.mask
+        return self._held.model.mask
 
     @property
     def epoch(self) -> int:
         """How many times the mask has been pruned."""
-        return self._model.epoch
+        return self._held.model.epoch
 
     def begin_round(self) -> None:
         """Prune if the schedule's count for this round is below nnz, and encode the broadcast.
@@ -132,35 +118,39 @@ class FedMapServer:
         Idempotent within a round.
 
         Raises:
-            ValueError: a weight beyond the range of the broadcast's dtype; nothing is changed.
+            ValueError: a weight that the caller wrote and that cannot be sent, a learning rate or
+                a criterion's scores that are no numbers; nothing is changed.
+            RuntimeError: the parameters are no longer views (see `FlatParameters.rebind`).
         """
-        if self._body is not None:
-            return
-        model = self._model
-        keep = self.schedule.keep(self.round, self.layout.eligible)
-        if keep < model.mask.nnz:
-            model = model.pruned(keep)
-        values, tail = codec.wire_parts(model.values, model.tail, self.dtype)
-        lr = self.lr(self.round) if callable(self.lr) else self.lr
-        self._body = codec.encode_body(
+        with self._lock:
+            if self._open is not None:
+                return
+            before = model = self._held.current()
+            keep = self.schedule.keep(self.round, self.layout.eligible)
+            if keep < model.mask.nnz:
+                model = model.pruned(keep, self.criterion, self.layout)
+            lr = self.lr(self.round) if callable(self.lr) else self.lr
+            message = self._composed(model, {} if lr is None else {"lr": float(lr)})
+            if self.dtype != "float32":  # the model is what the receivers decode
+                model = replace(model, values=message.packed.float(), tail=message.tail.float())
+            landing = Landing.of(model, self.server_optimizer, self._held.limit)
+            if model is not self._held.model:
+                self._held.commit(model)
+            self._open = OpenRound(message, before, landing)
+
+    def _composed(self, model: GlobalModel, meta: dict[str, Any]) -> Message:
+        return codec.compose(
             self.layout,
             model.mask,
-            values,
-            tail,
+            model.values,
+            model.tail,
             self.params.buffers,
-            lossless=self.lossless,
+            dtype=self.dtype,
+            coding=self.coding,
             round=self.round,
             epoch=model.epoch,
-            meta=None if lr is None else {"lr": float(lr)},
+            meta=meta,
         )
-        if self.dtype != "float32":  # the model is what the receivers decode
-            model = replace(model, values=values.float(), tail=tail.float())
-        if model is not self._model:
-            self._commit(model)
-
-    def _commit(self, model: GlobalModel) -> None:
-        self._model = model
-        write_model(self.params, model.mask, model.values, model.tail)
 
     def broadcast(self, have: bytes | None = None) -> bytes:
         """This round's message for a client that holds the mask of digest `have`. Pure.
@@ -173,66 +163,119 @@ class FedMapServer:
         Raises:
             RuntimeError: before `begin_round`.
         """
-        body = self._require_body("broadcast")
-        known = have if have in self._model.digests else None
-        if known not in self._messages:
-            if known is None:
-                message = body.message("full")
-            elif known == self.mask.digest():
-                message = body.message("none")
-            else:
-                parent = self._model.mask_at(self._model.digests.index(known))
-                message = body.message("delta", parent)
-            self._messages[known] = message
-        return self._messages[known]
+        with self._lock:
+            return self._require("broadcast").broadcast(have, self._held.model)
 
-    def _require_body(self, what: str) -> Body:
-        if self._body is None:
+    def snapshot(self, have: bytes | None = None) -> bytes:
+        """The model as it is, as a message for evaluation: nothing is pruned, no round begins.
+
+        A client `receive`s it like a broadcast; `update` then raises, as it answers no round.
+
+        Args:
+            have: as in `broadcast`.
+
+        Raises:
+            ValueError: a weight that the caller wrote and that cannot be sent.
+        """
+        with self._lock:
+            model = self._held.model if self._open is not None else self._held.current()
+            message = self._composed(model, {"snapshot": True})
+            return encoded(message, have, model)
+
+    def set_mask(self, mask: Mask) -> None:
+        """Prune to a mask of the caller's, between rounds. It counts as a pruning.
+
+        Args:
+            mask: a subset of the server's mask, over `layout.prunable_numel` elements.
+
+        Raises:
+            RuntimeError: a round is under way.
+            ValueError: a mask that is not a subset; nothing is changed.
+        """
+        with self._lock:
+            if self._open is not None:
+                raise RuntimeError("set_mask: expected no round under way; abort_round() ends it")
+            model = self._held.current()
+            self.layout.check_mask(mask)
+            if not mask <= model.mask:
+                raise ValueError("mask: expected a subset of the server's mask, got another")
+            self._held.commit(model if mask == model.mask else model.restricted(mask))
+
+    def abort_round(self) -> None:
+        """Leave the round under way: the server is as before `begin_round`, updates are dropped.
+
+        Nothing happens if no round is under way.
+        """
+        with self._lock:
+            if self._open is not None:
+                if self._open.before is not self._held.model:
+                    self._held.commit(self._open.before)
+                self._open = None
+
+    def _require(self, what: str) -> OpenRound:
+        if self._open is None:
             raise RuntimeError(f"{what}: expected begin_round() first in round {self.round}")
-        return self._body
+        return self._open
 
-    def aggregate(self, updates: Iterable[tuple[ClientId, Bytes]]) -> RoundResult:
+    def aggregate(
+        self,
+        updates: Iterable[tuple[ClientId, Bytes]],
+        *,
+        order: Sequence[ClientId] | None = None,
+        weights: Mapping[ClientId, int] | None = None,
+    ) -> RoundResult:
         """Admit each update whole or refuse it, then take the weighted mean of the admitted.
 
         Args:
-            updates: (client id, message), in any order: they are added in order of client id, so
-                the same updates give the same bits. Ids are all ints or all strings. A client that
-                sends two different messages has both refused.
+            updates: (client id, message), in any order. A client that sends two different messages
+                has both refused.
+            order: client ids in the order of the sum; every sender is in it. None: ascending, so
+                that the same updates give the same bits; ids are then all ints or all strings.
+            weights: samples of each client, instead of what it claims; not capped.
 
         Returns:
             What was done; the model has moved, and the next round can begin.
 
         Raises:
-            RoundFailed: fewer than `min_updates` were admitted, or their mean is not finite. The
-                server is as it was and takes the same bytes again.
+            RoundFailed: fewer than `min_updates` were admitted, or no mean could be made of them.
+                The server is as it was and takes the same bytes again.
             RuntimeError: before `begin_round`, or while a stream (`add`) is under way.
+            ValueError: a sender that `order` or `weights` lacks.
         """
-        self._require_body("aggregate")
-        if self._intake is not None:
-            raise RuntimeError("aggregate: expected no stream under way; close_round() ends it")
-        received: dict[ClientId, set[bytes]] = {}
-        total = 0
-        for client, data in updates:
-            total += len(data)
-            received.setdefault(client, set()).add(bytes(data))
-        try:
-            intake = self._opened("aggregate")
-            for client in _in_order(received):
-                messages = received[client]
-                if len(messages) == 1:
-                    intake.add(client, messages.pop())
-                else:
-                    intake.refused[client] = f"expected one update, got {len(messages)} that differ"
-            intake.uplink_bytes = total
-            return self.close_round()
-        finally:
-            self._intake = None
+        with self._lock:
+            under_way = self._require("aggregate")
+            if under_way.aggregation is not None:
+                raise RuntimeError("aggregate: expected no stream under way; close_round() ends it")
+            received, total = arrived.collected(updates)
+            ids = arrived.ordered(received, order)
+            trusted = arrived.trusted(received, weights)
+            single = {c: m[0] for c, m in received.items() if len(m) == 1}
+            cap = self.max_samples
+            if cap is None and trusted is None:
+                cap = arrived.cap(single.values(), under_way.message.broadcast_digest)
+            aggregation = self._opened(under_way, cap)
+            try:
+                for client in ids:
+                    if client in single:
+                        weight = None if trusted is None else trusted[client]
+                        aggregation.offer(client, single[client], weight)
+                    else:
+                        came = len(received[client])
+                        aggregation.refuse(client, f"expected one update, got {came} that differ")
+                aggregation.uplink_bytes = total
+                return self.close_round()
+            finally:
+                under_way.aggregation = None
 
-    def add(self, client: ClientId, data: Bytes) -> str | None:
+    def add(self, client: ClientId, data: Bytes, *, weight: int | None = None) -> str | None:
         """The streaming form: admit one update and add it at once; `close_round` ends the round.
 
-        Memory is one accumulator, whatever the number of clients. The order of the calls is the
-        order of the sum.
+        Memory is one accumulator, whatever the number of clients (see `Aggregator` for others).
+        The order of the calls is the order of the sum. Threads check their updates at once and add
+        them one after another.
+
+        Args:
+            weight: samples, instead of what the client claims; not capped.
 
         Returns:
             None if it was admitted, else the reason why it was refused. A client's second message
@@ -240,85 +283,110 @@ class FedMapServer:
 
         Raises:
             RuntimeError: before `begin_round`.
+            ValueError: a `weight` below 1.
         """
-        return self._opened("add").add(client, data)
+        if weight is not None:
+            arrived.trusted([client], {client: weight})
+        with self._lock:
+            aggregation = self._streaming("add")
+            aggregation.uplink_bytes += arrived.size(data)
+        return aggregation.offer(client, data, weight)
 
-    def _opened(self, what: str) -> Intake:
-        body = self._require_body(what)
-        if self._intake is None:
-            self._intake = Intake(self.layout, body, self.mask.device)
-        return self._intake
+    def _streaming(self, what: str) -> Aggregation:
+        under_way = self._require(what)
+        if under_way.aggregation is not None:
+            return under_way.aggregation
+        last = self._typical
+        known = self.max_samples or (None if last is None else TIMES_MEDIAN * last)
+        return self._opened(under_way, known)
+
+    def _opened(self, under_way: OpenRound, cap: int | None) -> Aggregation:
+        under_way.aggregation = Aggregation(
+            under_way.message, under_way.landing, self.params.buffers, cap, self.aggregator
+        )
+        return under_way.aggregation
 
     def close_round(self) -> RoundResult:
         """End a stream of `add`: the mean becomes the model. Raises as `aggregate`."""
-        intake, old = self._opened("close_round"), self._model
-        self._intake = None
-        if len(intake.accepted) < self.min_updates:
-            raise RoundFailed(
-                f"round {self.round}: expected at least {self.min_updates} usable updates, got "
-                f"{len(intake.accepted)}",
-                intake.refused,
+        with self._lock:
+            aggregation = self._streaming("close_round")
+            under_way = self._require("close_round")
+            under_way.aggregation = None
+            aggregation.close()
+            came = len(aggregation.accepted)
+            least = max(self.min_updates, self.aggregator.least if self.aggregator else 1)
+            if came < least:
+                reason = f"expected at least {least} usable updates, got {came}"
+                raise RoundFailed(f"round {self.round}: {reason}", aggregation.refused)
+            try:
+                mean, buffers = aggregation.mean()
+                stepped, state = under_way.landing.step(mean)
+            except ValueError as error:
+                raise RoundFailed(f"round {self.round}: {error}", aggregation.refused) from error
+            result = RoundResult(
+                self.round,
+                self.epoch,
+                tuple(aggregation.accepted),
+                aggregation.refused,
+                aggregation.num_samples,
+                aggregation.loss(),
+                aggregation.uplink_bytes,
+                aggregation.capped,
             )
-        try:
-            mean, buffers = intake.mean()
-            state = {name: t.clone() for name, t in old.state.items()}
-            stepped = self.server_optimizer.step(torch.cat([old.values, old.tail]), mean, state)
-            if not ops.all_finite(stepped):
-                raise ValueError("expected a finite model after the server's step")
-        except ValueError as error:
-            raise RoundFailed(f"round {self.round}: {error}", intake.refused) from error
-        values, tail = (t.contiguous() for t in stepped.split([old.mask.nnz, old.tail.numel()]))
-        self._commit(replace(old, values=values, tail=tail, state=state))
+            if aggregation.claims:
+                self._typical = median(aggregation.claims)
+            self._end(stepped, state, buffers)
+            return result
+
+    def _end(
+        self, stepped: Tensor, state: dict[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        model = self._held.model
+        nnz = model.mask.nnz
+        values, tail = (t.contiguous() for t in stepped.split([nnz, model.tail.numel()]))
+        self._held.commit(replace(model, values=values, tail=tail, state=state))
         write_buffers(self.params, buffers)
-        result = RoundResult(
-            self.round,
-            self.epoch,
-            tuple(intake.accepted),
-            intake.refused,
-            intake.num_samples,
-            intake.loss(),
-            intake.uplink_bytes,
-        )
         self.round += 1
-        self._body = None
-        self._messages = {}
-        return result
+        self._open = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` wants, as tensors and plain values, taken between rounds.
+        """All that `load_state_dict` wants, as tensors and plain values.
 
-        Raises:
-            RuntimeError: between `begin_round` and the end of `aggregate`; take it before or after.
+        In a round, after a `RoundFailed` too, it is the state before `begin_round`: that call
+        then gives the same broadcast, and the same updates are taken. Updates that a stream has
+        added are not in it.
         """
-        if self._body is not None:
-            raise RuntimeError("state_dict: expected no round in progress")
-        return {
-            "round": self.round,
-            "layout": self.layout.digest().hex(),
-            "buffers": {name: b.clone() for name, b in self.params.buffers.items()},
-            **self._model.state_dict(),
-        }
+        with self._lock:
+            model = self._held.model if self._open is None else self._open.before
+            state = {"round": self.round, "samples": self._typical}
+            return {**state, **self._held.state_dict(model)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; schedule and options are the constructor's.
 
         Raises:
-            ValueError: a state of another layout, or one whose parts disagree; nothing is changed.
+            StateError: a state that is damaged, of another layout, or whose parts disagree; the
+                message names the field, and nothing is changed.
         """
-        if state["layout"] != self.layout.digest().hex():
-            wanted = self.layout.digest().hex()
-            raise ValueError(f"state: expected layout {wanted}, got {state['layout']}")
-        names = self.server_optimizer.state_names
-        model = GlobalModel.from_state_dict(state, self.layout, names, self.mask.device)
-        check_buffers(self.params, state["buffers"])
-        self.round = state["round"]
-        self._body, self._messages, self._intake = None, {}, None
-        self._commit(model)
-        write_buffers(self.params, state["buffers"])
+        with self._lock:
+            at_round = saved.count(state, "round")
+            typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
+            if typical is not None and typical < 1:
+                raise StateError(f"samples: expected at least 1, got {typical}")
+            self._held.load_state_dict(state)
+            self.round, self._typical, self._open = at_round, typical, None
+
+    def to_bytes(self) -> bytes:
+        """`state_dict` as bytes with a checksum, without pickle; docs/format.md, 10."""
+        return saved.dump("server", self.state_dict())
+
+    def from_bytes(self, data: Buffer) -> None:
+        """Continue from `to_bytes`. Raises as `load_state_dict`, for damaged bytes too."""
+        self.load_state_dict(saved.load("server", data))
 
 
-def _in_order(clients: Iterable[ClientId]) -> list[ClientId]:
-    ids = list(clients)
-    if len({type(c) for c in ids}) > 1:
-        raise TypeError("updates: expected client ids that are all ints or all strings, got both")
-    return sorted(ids)
+def _check_least(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")

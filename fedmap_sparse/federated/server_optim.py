@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class ServerOptimizer(ABC):
     """A rule for the pseudo-gradient `mean - model`, in packed space (Reddi et al., 2003.00295).
 
-    State is one float32 vector a name, over survivors and tail; the server packs it when the mask
+    State is one float32 vector per name, over survivors and tail; the server packs it when the mask
     shrinks. Plain torch: it runs once a round over survivors alone.
     """
 
@@ -25,8 +28,21 @@ class ServerOptimizer(ABC):
     def step(self, model: Tensor, mean: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The new model; `state` is updated in place."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self)}
+    def safe(self, model: float, state: dict[str, float], limit: float) -> float:
+        """A magnitude of the mean below which no step leaves its range.
+
+        Updates above it are tried one by one, so a low answer costs time and nothing else.
+
+        Args:
+            model: the largest magnitude in the model.
+            state: likewise of each state vector.
+            limit: the largest magnitude that the new model may have.
+        """
+        return -math.inf
+
+    def bad_state(self, state: dict[str, Tensor]) -> str | None:
+        """What is wrong with finite state that came from outside, if anything is."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,9 @@ class FedAvg(ServerOptimizer):
 
     def step(self, model: Tensor, mean: Tensor, state: dict[str, Tensor]) -> Tensor:
         return mean
+
+    def safe(self, model: float, state: dict[str, float], limit: float) -> float:
+        return limit
 
 
 @dataclass(frozen=True)
@@ -49,12 +68,16 @@ class FedAvgM(ServerOptimizer):
     state_names: ClassVar[tuple[str, ...]] = ("velocity",)
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, self.lr > 0, "a number above 0")
+        _check("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
         _check("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1")
 
     def step(self, model: Tensor, mean: Tensor, state: dict[str, Tensor]) -> Tensor:
         velocity = state["velocity"].mul_(self.momentum).add_(mean - model)
         return model + self.lr * velocity
+
+    def safe(self, model: float, state: dict[str, float], limit: float) -> float:
+        velocity = min(0.9 * _LARGEST, 0.9 * (limit - model) / self.lr)
+        return velocity - self.momentum * state["velocity"] - model
 
 
 @dataclass(frozen=True)
@@ -73,8 +96,8 @@ class FedAdam(ServerOptimizer):
     state_names: ClassVar[tuple[str, ...]] = ("first", "second")
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, self.lr > 0, "a number above 0")
-        _check("tau", self.tau, self.tau > 0, "a number above 0")
+        _check("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
+        _check("tau", self.tau, 0 < self.tau < math.inf, "a finite number above 0")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             _check(name, beta, 0 <= beta < 1, f"0 <= {name} < 1")
 
@@ -83,6 +106,19 @@ class FedAdam(ServerOptimizer):
         first = state["first"].lerp_(delta, 1 - self.beta1)
         second = state["second"].lerp_(delta.square(), 1 - self.beta2)
         return model + self.lr * first / (second.sqrt() + self.tau)
+
+    def safe(self, model: float, state: dict[str, float], limit: float) -> float:
+        # |first| <= largest of its old self and delta; the root of `second` is left out.
+        first = 0.9 * (limit - model) * self.tau / self.lr
+        if state["first"] > first or state["second"] > 0.9 * _LARGEST:
+            return -math.inf
+        return min(first, 0.9 * math.sqrt(_LARGEST)) - model
+
+    def bad_state(self, state: dict[str, Tensor]) -> str | None:
+        second = state["second"]
+        if second.numel() and float(second.min()) < 0:
+            return "second: expected squares of at least 0, got one below"
+        return None
 
 
 KINDS: dict[str, type[ServerOptimizer]] = {c.kind: c for c in (FedAvg, FedAvgM, FedAdam)}

@@ -47,6 +47,7 @@ __all__ = [
     "decode_values",
     "encode_mask",
     "encode_values",
+    "largest_exponent",
     "ranks_at",
 ]
 
@@ -248,6 +249,15 @@ def check_values(
     )
     _raise(fault)
     return bool(finite)
+
+
+def largest_exponent(payload: Tensor, numel: int, dtype: torch.dtype) -> int:
+    """The largest biased exponent of values that `check_values` accepted. O(chunks + escapes)."""
+    opened = open_values(payload.cpu(), numel, dtype)
+    occur = opened.entries["frequency"] > 0
+    first = opened.entries["top"].astype(np.int64) - occur.argmax(1)  # the first symbol in use
+    escapes = payload[opened.escapes_at :].cpu().numpy()  # with up to 3 zeros of padding
+    return max(int(first.max(initial=0)), int(escapes.max(initial=0)))
 
 
 def add_values_(

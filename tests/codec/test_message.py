@@ -7,6 +7,7 @@ import struct
 import time
 import tracemalloc
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,20 +79,21 @@ def test_round_trip(params: fs.FlatParameters, dtype: str, kind: str) -> None:
 def reencoded(m: codec.Message) -> bytes:
     """The message written anew from its decoded contents."""
     h = m.header
-    body = codec.encode_body(
+    body = codec.compose(
         m.layout,
         m.mask,
-        m.body.sections[0].tensor(),
+        m.sections[16].tensor(),
         m.tail,
         m.buffers,
         round=h.round,
         epoch=h.epoch,
         num_samples=h.samples,
         answers=h.answers,
-        base=h.base,
         meta=m.meta,
     )
-    return body.join(m.mask_section)
+    lead = [] if m.mask_section is None else [m.mask_section]
+    header = replace(body.header, base=h.base)
+    return container.join(header, (*lead, *body.sections.values()))
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
@@ -145,7 +147,7 @@ def test_nothing_kept_and_all_pruned_state(params: fs.FlatParameters) -> None:
 
 def test_one_broadcast_digest_for_all_receivers(params: fs.FlatParameters) -> None:
     parent, mask = masks(params)
-    body = codec.encode_body(
+    body = codec.compose(
         params.layout,
         mask,
         fs.ops.pack(params.prunable.detach(), mask),
@@ -154,11 +156,11 @@ def test_one_broadcast_digest_for_all_receivers(params: fs.FlatParameters) -> No
         round=5,
     )
     got = {
-        codec.decode(body.message(kind, p), params.layout, mask=have).broadcast_digest
+        codec.decode(body.encode(kind, p), params.layout, mask=have).broadcast_digest
         for kind, p, have in (("none", None, mask), ("full", None, None), ("delta", parent, parent))
     }
-    assert got == {body.digest}
-    other = codec.encode_body(
+    assert got == {body.broadcast_digest}
+    other = codec.compose(
         params.layout,
         mask,
         fs.ops.pack(params.prunable.detach(), mask).neg(),
@@ -166,7 +168,7 @@ def test_one_broadcast_digest_for_all_receivers(params: fs.FlatParameters) -> No
         params.buffers,
         round=5,
     )
-    assert other.digest != body.digest
+    assert other.broadcast_digest != body.broadcast_digest
 
 
 def test_message_needs_the_right_mask(params: fs.FlatParameters) -> None:
@@ -251,14 +253,14 @@ def test_encode_refuses(params: fs.FlatParameters) -> None:
             codec.encode(params, mask, **options)
     packed = fs.ops.pack(params.prunable.detach(), mask)
     with pytest.raises(ValueError, match="packed: expected 77 elements"):
-        codec.encode_body(params.layout, mask, packed[:-1], params.tail, params.buffers)
+        codec.compose(params.layout, mask, packed[:-1], params.tail, params.buffers)
     with pytest.raises(ValueError, match="tail: expected"):
-        codec.encode_body(params.layout, mask, packed, params.tail[:-1], params.buffers)
+        codec.compose(params.layout, mask, packed, params.tail[:-1], params.buffers)
     with pytest.raises(ValueError, match="buffers: expected"):
-        codec.encode_body(params.layout, mask, packed, params.tail, {})
+        codec.compose(params.layout, mask, packed, params.tail, {})
     wrong = {**params.buffers, "seen": torch.ones(4, dtype=torch.bool)}
     with pytest.raises(ValueError, match="seen: expected shape"):
-        codec.encode_body(params.layout, mask, packed, params.tail, wrong)
+        codec.compose(params.layout, mask, packed, params.tail, wrong)
 
 
 def test_huge_claims_fail_at_once(params: fs.FlatParameters) -> None:
@@ -343,7 +345,7 @@ def test_state_dict_door_deltas_bfloat16_and_partial_masks() -> None:
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="w: expected dtype"):
-        codec.encode_state_dict({"w": np.zeros((2, 2))})
+        codec.encode_state_dict({"w": torch.zeros(2, 2).to(torch.float8_e4m3fn)})
 
 
 def test_inspect_needs_no_layout(params: fs.FlatParameters) -> None:

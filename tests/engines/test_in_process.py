@@ -60,7 +60,7 @@ def make(
 ) -> InProcessEngine:
     # Uncoded, so that the size of a message does not depend on what is in it.
     server = fs.FedMapServer(
-        fs.flatten(network()), schedule, lr=0.05, min_updates=min_updates, lossless=False
+        fs.flatten(network()), schedule, lr=0.05, min_updates=min_updates, coding="raw"
     )
     one = fs.flatten(network())
     members = {
@@ -68,7 +68,7 @@ def make(
             one if shared else fs.flatten(network()),
             optimizer=sgd,
             keep_optimizer=keep,
-            lossless=False,
+            coding="raw",
         )
         for i in range(clients)
     }

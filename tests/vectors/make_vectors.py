@@ -101,9 +101,7 @@ class Model:
 
     def encode(self, mask: fs.Mask, **options: Any) -> bytes:
         options = {"dtype": "float32", "mask_section": "none", **options}
-        return codec.encode_flat(
-            self.layout, self.prunable, self.tail, self.buffers, mask, **options
-        )
+        return codec.encode(self, mask, **options)
 
 
 def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
@@ -115,7 +113,7 @@ def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
     dense = lay["net"].initial_mask()
     out: dict[str, tuple[str, bytes, fs.Mask | None, str | None]] = {}
     for dtype in ("float32", "float16", "bfloat16"):
-        common = {"dtype": dtype, "lossless": False, "round": 7, "epoch": 2}
+        common = {"dtype": dtype, "coding": "raw", "round": 7, "epoch": 2}
         meta = {"lr": 0.1}
         for kind, have in (("none", mask), ("full", None), ("delta", parent)):
             data = net.encode(
@@ -126,7 +124,7 @@ def golden() -> dict[str, tuple[str, bytes, fs.Mask | None, str | None]]:
                 **common,
             )
             out[f"{dtype}-{kind}"] = ("net", data, have, None)
-    raw = {"lossless": False}
+    raw = {"coding": "raw"}
     out["dense"] = ("net", net.encode(dense, **raw), None, None)
     out["nothing-kept"] = ("net", net.encode(net.mask(0), mask_section="full", **raw), None, None)
     out["one-tensor"] = ("one", one.encode(one.mask(100), mask_section="full", **raw), None, None)

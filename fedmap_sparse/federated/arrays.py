@@ -1,0 +1,58 @@
+"""An update as one float32 vector: survivors, tail, float buffers. For secure and robust sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse.layout import FlatLayout
+from fedmap_sparse.mask import Mask
+
+
+@dataclass(frozen=True)
+class ArraySection:
+    """Elements `start` to `stop` of the vector are `name`: "survivors", "tail", or a buffer."""
+
+    name: str
+    kind: str
+    start: int
+    stop: int
+
+
+def array_sections(layout: FlatLayout, mask: Mask) -> tuple[ArraySection, ...]:
+    """The table of an update's vector under a mask.
+
+    First the `mask.nnz` survivors in index order, then the tail with its gaps (which are 0), then
+    each float buffer in the layout's order, row-major. Integer and bool buffers are no part of it.
+    """
+    end = mask.nnz + layout.tail_numel
+    found = [
+        ArraySection("survivors", "survivors", 0, mask.nnz),
+        ArraySection("tail", "tail", mask.nnz, end),
+    ]
+    for b in layout.buffers:
+        if b.kind == "float":
+            start, end = end, end + torch.Size(b.shape).numel()
+            found.append(ArraySection(b.name, "buffer", start, end))
+    return tuple(found)
+
+
+def join(packed: Tensor, tail: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+    """The vector: float32, on the device of `packed`. Buffers that are not float are left out."""
+    parts = [packed, tail, *(b for b in buffers.values() if b.is_floating_point())]
+    return torch.cat([p.detach().reshape(-1).to(packed.device, torch.float32) for p in parts])
+
+
+def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
+    """(survivors and tail, float buffers by name in their shapes, on the CPU) of a vector."""
+    shapes = {b.name: b.shape for b in layout.buffers}
+    sections = array_sections(layout, mask)
+    buffers = {
+        s.name: array[s.start : s.stop].view(shapes[s.name]).cpu()
+        for s in sections
+        if s.kind == "buffer"
+    }
+    return array[: sections[1].stop], buffers

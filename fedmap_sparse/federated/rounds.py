@@ -1,0 +1,92 @@
+"""What a round has beside the model while it is under way, and what it leaves behind."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from fedmap_sparse.codec import Message
+from fedmap_sparse.federated.aggregation import Aggregation, Landing
+from fedmap_sparse.federated.global_model import GlobalModel
+from fedmap_sparse.federated.updates import ClientId
+
+#: How many encoded messages of a round a server keeps for further receivers.
+CACHED = 4
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round did.
+
+    Attributes:
+        round, epoch: which round, and how many prunings its mask has behind it.
+        accepted: the clients in the mean, in the order they were added.
+        refused: client id to reason; no client is in both.
+        num_samples: of the accepted updates together, as they were weighted.
+        loss: mean of the finite losses that updates reported, by samples; None if none did.
+        uplink_bytes: `len` of every message that came, refused ones too.
+        capped: client id to the samples that it claimed, where they counted as fewer.
+    """
+
+    round: int
+    epoch: int
+    accepted: tuple[ClientId, ...]
+    refused: dict[ClientId, str]
+    num_samples: int
+    loss: float | None
+    uplink_bytes: int
+    capped: dict[ClientId, int] = field(default_factory=dict)
+
+
+class Lock:
+    """A re-entrant lock that a copied or unpickled owner makes anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+@dataclass
+class OpenRound:
+    """A round under way.
+
+    Attributes:
+        message: the broadcast, but for its mask section.
+        before: the model before `begin_round`.
+        landing: where the mean of the updates goes.
+        aggregation: the stream under way, if any.
+    """
+
+    message: Message
+    before: GlobalModel
+    landing: Landing
+    aggregation: Aggregation | None = None
+    _sent: OrderedDict[bytes | None, bytes] = field(default_factory=OrderedDict)
+
+    def broadcast(self, have: bytes | None, model: GlobalModel) -> bytes:
+        """The broadcast's bytes for a receiver; the last few are kept."""
+        known = have if have in model.digests else None
+        if known not in self._sent:
+            if len(self._sent) == CACHED:
+                self._sent.popitem(last=False)
+            self._sent[known] = encoded(self.message, known, model)
+        self._sent.move_to_end(known)
+        return self._sent[known]
+
+
+def encoded(message: Message, have: bytes | None, model: GlobalModel) -> bytes:
+    """`message` for a receiver that has the mask of digest `have`; None, or unknown: no mask."""
+    if have not in model.digests:
+        return message.encode("full")
+    if have == model.mask.digest():
+        return message.encode("none")
+    return message.encode("delta", model.mask_at(model.digests.index(have)))

@@ -1,0 +1,109 @@
+"""A round's updates as they come from outside: ids, bytes, claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedmap_sparse.codec.container import MAX_INTEGER, NO_DIGEST, as_bytes, parse_header
+
+ClientId = int | str
+Bytes = bytes | bytearray | memoryview
+
+#: Without `max_samples` a claim counts at most this many times the median claim.
+TIMES_MEDIAN = 10
+
+
+def collected(
+    updates: Iterable[tuple[ClientId, Bytes]],
+) -> tuple[dict[ClientId, list[object]], int]:
+    """(each client's messages that differ, the bytes of all)."""
+    found: dict[ClientId, list[object]] = {}
+    total = 0
+    for client, data in updates:
+        total += size(data)
+        own = found.setdefault(client, [])
+        if not any(_equal(data, other) for other in own):
+            own.append(data)
+    return found, total
+
+
+def size(data: object) -> int:
+    """`len` of a message; 0 for what is none."""
+    if isinstance(data, memoryview):
+        return data.nbytes
+    return len(data) if isinstance(data, bytes | bytearray) else 0
+
+
+def held(data: object) -> bytes:
+    """The message as bytes, which nobody can change after they were checked.
+
+    Raises:
+        TypeError: it is not bytes, bytearray or a contiguous memoryview.
+    """
+    return data if isinstance(data, bytes) else bytes(as_bytes(data))
+
+
+def _equal(a: object, b: object) -> bool:
+    if a is b:
+        return True
+    try:
+        return size(a) == size(b) and held(a) == held(b)
+    except TypeError:
+        return False
+
+
+def cap(messages: Iterable[object], answers: bytes) -> int | None:
+    """Ten times the median of the samples that answers to a broadcast claim; None for none."""
+    claims = []
+    for data in messages:
+        try:
+            header, _, _ = parse_header(held(data)[:128])
+        except (ValueError, TypeError):
+            continue  # it will be refused
+        if header.samples and header.answers == answers != NO_DIGEST:
+            claims.append(header.samples)
+    return TIMES_MEDIAN * median(claims) if claims else None
+
+
+def median(claims: Sequence[int]) -> int:
+    """The lower median: with two claims, the smaller."""
+    return sorted(claims)[(len(claims) - 1) // 2]
+
+
+def ordered(clients: Iterable[ClientId], order: Sequence[ClientId] | None) -> list[ClientId]:
+    """The clients in the order of the sum.
+
+    Raises:
+        TypeError: ids of two types, and no order.
+        ValueError: a client that `order` lacks, or has twice.
+    """
+    ids = list(clients)
+    if order is None:
+        if len({type(c) for c in ids}) > 1:
+            raise TypeError(
+                "updates: expected client ids that are all ints or all strings, got both"
+            )
+        return sorted(ids)
+    places = {client: place for place, client in enumerate(order)}
+    if len(places) != len(order):
+        raise ValueError("order: expected each client once, got one twice")
+    if missing := [c for c in ids if c not in places]:
+        raise ValueError(f"order: expected client {missing[0]!r} in it, got none")
+    return sorted(ids, key=places.__getitem__)
+
+
+def trusted(
+    clients: Iterable[ClientId], weights: Mapping[ClientId, int] | None
+) -> dict[ClientId, int] | None:
+    """The caller's weights of these clients, checked."""
+    if weights is None:
+        return None
+    found = {}
+    for client in clients:
+        weight = weights.get(client)
+        if isinstance(weight, bool) or not isinstance(weight, int):
+            raise ValueError(f"weights: expected an int for client {client!r}, got {weight!r}")
+        if not 1 <= weight <= MAX_INTEGER:
+            raise ValueError(f"weights: expected 1 to 2^53 for client {client!r}, got {weight}")
+        found[client] = weight
+    return found
