@@ -219,11 +219,11 @@ def parse(data: Buffer) -> tuple[Header, list[Section]]:
     header, length, count = parse_header(view)
     if length != len(view):
         raise FormatError(f"expected a message of {length} bytes, got {len(view)}", 112)
-    if count > MAX_SECTIONS:
-        raise FormatError(f"expected at most {MAX_SECTIONS} sections, got {count}", 120)
     sections: list[Section] = []
     offset, last = HEADER_BYTES, 0
-    for _ in range(count):
+    for index in range(count):
+        if index == MAX_SECTIONS:
+            raise FormatError(f"expected at most {MAX_SECTIONS} sections, got {count}", 120)
         section = _parse_section(view, offset)
         if section.id <= last:
             raise FormatError(f"expected a section id above {last}, got {section.id}", offset)
