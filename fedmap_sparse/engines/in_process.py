@@ -12,7 +12,7 @@ Every message is encoded, held as bytes, and decoded; traffic is the `len` of ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,29 +83,17 @@ class InProcessEngine:
         seed: int = 0,
         phases: Phases | None = None,
     ) -> None:
-        if not clients:
-            raise ValueError("clients: expected at least one, got none")
-        size = len(clients) if cohort is None else cohort
-        if not 1 <= size <= len(clients):
-            raise ValueError(f"cohort: expected 1 to {len(clients)} clients, got {size}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        self.cohort = check_draw(len(clients), cohort, dropout)
         self.server = server
         self.clients = dict(clients)
         self.train = train
-        self.cohort = size
         self.dropout = dropout
         self.seed = seed
         self.phases = Phases() if phases is None else phases
 
     def draw(self, round: int) -> tuple[list[ClientId], set[ClientId]]:
         """The cohort of a round, ascending, and those of it that will not answer."""
-        rng = generator(self.seed, 0, round)
-        ids = sorted(self.clients)
-        chosen = np.sort(rng.permutation(len(ids))[: self.cohort])
-        silent = rng.random(self.cohort) < self.dropout
-        cohort = [ids[i] for i in chosen]
-        return cohort, {c for c, lost in zip(cohort, silent, strict=True) if lost}
+        return draw(self.clients, round, self.cohort, self.dropout, self.seed)
 
     def round(self) -> Round:
         """One round, from `begin_round` to `aggregate`.
@@ -172,6 +160,32 @@ class InProcessEngine:
         for name, own in saved:
             self.clients[name].load_state_dict(own)
         self.server.load_state_dict(state["server"])
+
+
+def check_draw(clients: int, cohort: int | None, dropout: float) -> int:
+    """The size of a cohort, None being all; ValueError as in `InProcessEngine`."""
+    if not clients:
+        raise ValueError("clients: expected at least one, got none")
+    size = clients if cohort is None else cohort
+    if not 1 <= size <= clients:
+        raise ValueError(f"cohort: expected 1 to {clients} clients, got {size}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+    return size
+
+
+def draw(
+    clients: Iterable[ClientId], round: int, cohort: int, dropout: float, seed: int
+) -> tuple[list[ClientId], set[ClientId]]:
+    """The cohort of a round, ascending, and those of it that will not answer.
+
+    It depends on the arguments alone, so that every process of a run can draw it.
+    """
+    rng = generator(seed, 0, round)
+    ids = sorted(clients)
+    chosen = [ids[i] for i in np.sort(rng.permutation(len(ids))[:cohort])]
+    silent = rng.random(cohort) < dropout
+    return chosen, {c for c, lost in zip(chosen, silent, strict=True) if lost}
 
 
 def generator(*key: int) -> Generator:
