@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
-.PHONY: help run test test-gpu-free lint bench vectors sanitize fuzz package clean
+.PHONY: help run test test-gpu-free lint docs bench vectors sanitize fuzz package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h)
 	$(BIN)/typos
+
+docs: $(VENV)/dev.stamp ## the site, in build/docs; a warning or a broken link is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b dirhtml docs build/docs
 
 bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
 	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)

@@ -27,6 +27,7 @@ from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedOptimizer
 
+#: `(params, mask, lr) -> optimizer`; `lr` is the broadcast's, or None if it has none.
 MakeOptimizer = Callable[[FlatParameters, Mask, float | None], MaskedOptimizer]
 
 
