@@ -217,7 +217,8 @@ def build(
 
 
 def _kind(name: str, t: Any) -> str:
-    dtype = str(t.dtype).removeprefix("torch.")
+    # A NumPy dtype has a name without its byte order.
+    dtype = getattr(t.dtype, "name", str(t.dtype).removeprefix("torch."))
     if dtype == "bool":
         return "bool"
     if dtype.startswith(("float", "bfloat")):

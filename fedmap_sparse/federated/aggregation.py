@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedmap_sparse import codec, ops
+from fedmap_sparse import _checks, codec, ops
 from fedmap_sparse.codec import Message
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.federated import arrays
@@ -42,6 +42,30 @@ class Aggregator(Protocol):
             weights: samples, at least 1 each.
             start: the same of the broadcast.
         """
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round did.
+
+    Attributes:
+        round, epoch: which round, and how many prunings its mask has behind it.
+        accepted: the clients in the mean, in the order they were added.
+        refused: client id to reason; no client is in both.
+        num_samples: of the accepted updates together, as they were weighted.
+        loss: mean of the finite losses that updates reported, by samples; None if none did.
+        uplink_bytes: `len` of every message that came, refused ones too.
+        capped: client id to the samples that it claimed, where they counted as fewer.
+    """
+
+    round: int
+    epoch: int
+    accepted: tuple[ClientId, ...]
+    refused: dict[ClientId, str]
+    num_samples: int
+    loss: float | None
+    uplink_bytes: int
+    capped: dict[ClientId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -287,8 +311,52 @@ class Aggregation:
         vector, floats = arrays.split(found, sent.layout, sent.mask)
         return vector, self._buffers.result(floats)
 
+    def result(self, at_round: int, epoch: int) -> RoundResult:
+        return RoundResult(
+            at_round,
+            epoch,
+            tuple(self.accepted),
+            self.refused,
+            self.num_samples,
+            self.loss(),
+            self.uplink_bytes,
+            self.capped,
+        )
+
     def loss(self) -> float | None:
         """Mean of the reported losses by samples; None if none was reported."""
         weight = sum(w for _, w in self._losses)
         # Divided first: a sum of large losses would overflow.
         return sum(loss * (w / weight) for loss, w in self._losses) if weight else None
+
+
+def from_outside(
+    array: object, broadcast: Message, landing: Landing, module: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the mean of survivors and tail, every buffer) of a vector that was averaged elsewhere.
+
+    The rules are those of a message.
+
+    Raises:
+        TypeError, ValueError: see `FedMapServer.apply_mean`.
+    """
+    _checks.check_tensor("array", array, (torch.float32,))
+    assert isinstance(array, Tensor)
+    wanted = arrays.array_sections(broadcast.layout, broadcast.mask)[-1].stop
+    if array.shape != (wanted,):
+        raise ValueError(f"array: expected shape ({wanted},), got {tuple(array.shape)}")
+    placed = array.detach().to(broadcast.mask.device)
+    mean, floats = arrays.split(placed, broadcast.layout, broadcast.mask)
+    # As a message of these values, so that there is one set of rules.
+    nnz = broadcast.mask.nnz
+    message = replace(broadcast, tail=mean[nnz:], base=None)
+    message.__dict__.update(packed=mean[:nnz], _bound=peak(mean[:nnz]))
+    landing.check(message)
+    buffers = dict(broadcast.buffers)
+    for name, b in floats.items():
+        sent = buffers[name]
+        buffers[name] = torch.where(sent.isfinite(), b.to(sent.dtype), sent)
+    means = BufferMeans(broadcast.buffers, module)
+    means.check(buffers)
+    means.add(buffers, 1)
+    return mean, means.result()

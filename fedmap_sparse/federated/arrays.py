@@ -41,9 +41,15 @@ def array_sections(layout: FlatLayout, mask: Mask) -> tuple[ArraySection, ...]:
 
 
 def join(packed: Tensor, tail: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
-    """The vector: float32, on the device of `packed`. Buffers that are not float are left out."""
-    parts = [packed, tail, *(b for b in buffers.values() if b.is_floating_point())]
-    return torch.cat([p.detach().reshape(-1).to(packed.device, torch.float32) for p in parts])
+    """The vector: float32, on the device of `packed`. Buffers that are not float are left out.
+
+    An infinite or NaN element of a buffer is a constant of the model (a causal mask of -inf, say)
+    and travels as 0: no sum can carry it, and the server keeps its own.
+    """
+    floats = [b.detach().to(torch.float32) for b in buffers.values() if b.is_floating_point()]
+    finite = [b.nan_to_num(0.0, 0.0, 0.0) for b in floats]
+    parts = [packed.detach(), tail.detach(), *finite]
+    return torch.cat([p.reshape(-1).to(packed.device, torch.float32) for p in parts])
 
 
 def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:

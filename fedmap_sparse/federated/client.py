@@ -31,7 +31,7 @@ from fedmap_sparse.optim import MaskedOptimizer
 MakeOptimizer = Callable[[FlatParameters, Mask, float | None], MaskedOptimizer]
 
 
-class FedMapClient:
+class FedMapClient(saved.BytesState):
     """Receives the global model into its own module, and answers with what it trained.
 
     Args:
@@ -50,6 +50,8 @@ class FedMapClient:
         prox_mu: FedProx (Li et al., arXiv 1812.06127): each step of `optimizer` adds
             `prox_mu * (w - w_received)` to the gradient. 0: off.
     """
+
+    _kind = "client"
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class FedMapClient:
         self._spent: tuple[int, Tensor] | None = None  # an update's round, and what it left over
         self._mask: Mask | None = None
         self._anchor: Tensor | None = None
+        self._constants: dict[str, int] = {}  # infinite elements of the broadcast's buffers
 
     @property
     def have(self) -> bytes | None:
@@ -122,6 +125,11 @@ class FedMapClient:
             return message
         self._received = message.broadcast_digest
         self._base = message if self.delta else None
+        self._constants = {
+            name: int((~b.isfinite()).sum())
+            for name, b in message.buffers.items()
+            if b.is_floating_point()
+        }
         if self.prox_mu:
             self._anchor = params.values.clone()
         self._renew_optimizer(lr)
@@ -248,7 +256,10 @@ class FedMapClient:
         packed = ops.pack(self.params.prunable.detach(), mask)
         array = arrays.join(packed, self.params.tail, self.params.buffers)
         if not ops.all_finite(array):
-            raise ValueError("update_array: expected finite values, got NaN or infinity")
+            raise ValueError("update_array: expected finite weights, got NaN or infinity")
+        for name, b in self.params.buffers.items():
+            if b.is_floating_point() and int((~b.isfinite()).sum()) != self._constants.get(name, 0):
+                raise ValueError(f"{name}: expected the broadcast's finite elements to be finite")
         return array
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,11 +328,3 @@ class FedMapClient:
             self.params.mask = before
             raise StateError(f"optimizer: {error}") from error
         return optimizer
-
-    def to_bytes(self) -> bytes:
-        """`state_dict` as bytes with a checksum, without pickle; docs/format.md, 10."""
-        return saved.dump("client", self.state_dict())
-
-    def from_bytes(self, data: Bytes) -> None:
-        """Continue from `to_bytes`. Raises as `load_state_dict`, for damaged bytes too."""
-        self.load_state_dict(saved.load("client", data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedmap_sparse.federated.global_model import (
     write_buffers,
     write_model,
 )
+from fedmap_sparse.federated.rounds import Lock, OpenRound
 from fedmap_sparse.federated.server_optim import ServerOptimizer, fresh_state
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
@@ -118,3 +120,91 @@ class HeldModel:
         self.params.check_bound()
         self.commit(model)
         write_buffers(self.params, buffers)
+
+
+class ModelServer(saved.BytesState):
+    """A server's model, its round under way, and its state; FedMapServer adds the round's steps.
+
+    Attributes:
+        params: the flattened global model, which shows the model's weights.
+        layout: of `params`.
+        round: the round that is under way or comes next, counted from 0.
+    """
+
+    _kind = "server"
+
+    def __init__(self, params: FlatParameters, dtype: str, optimizer: ServerOptimizer) -> None:
+        self.params = params
+        self.layout = params.layout
+        self.round = 0
+        self._held = HeldModel(params, dtype, optimizer)
+        self._typical: int | None = None  # the median claim of the last round
+        self._open: OpenRound | None = None
+        self._lock = Lock()
+
+    @property
+    def mask(self) -> Mask:
+        """The mask of the global model; all parties' after `begin_round`."""
+        return self._held.model.mask
+
+    @property
+    def epoch(self) -> int:
+        """How many times the mask has been pruned."""
+        return self._held.model.epoch
+
+    def set_mask(self, mask: Mask) -> None:
+        """Prune to a mask of the caller's, between rounds. It counts as a pruning.
+
+        Args:
+            mask: a subset of the server's mask, over `layout.prunable_numel` elements.
+
+        Raises:
+            RuntimeError: a round is under way.
+            ValueError: a mask that is not a subset; nothing is changed.
+        """
+        with self._lock:
+            if self._open is not None:
+                raise RuntimeError("set_mask: expected no round under way; abort_round() ends it")
+            model = self._held.current()
+            self.layout.check_mask(mask)
+            if not mask <= model.mask:
+                raise ValueError("mask: expected a subset of the server's mask, got another")
+            self._held.commit(model if mask == model.mask else model.restricted(mask))
+
+    def abort_round(self) -> None:
+        """Leave the round under way: the server is as before `begin_round`, updates are dropped.
+
+        Nothing happens if no round is under way.
+        """
+        with self._lock:
+            if self._open is not None:
+                if self._open.before is not self._held.model:
+                    self._held.commit(self._open.before)
+                self._open = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` wants, as tensors and plain values.
+
+        In a round, after a `RoundFailed` too, it is the state before `begin_round`: that call
+        then gives the same broadcast, and the same updates are taken. Updates that a stream has
+        added are not in it.
+        """
+        with self._lock:
+            model = self._held.model if self._open is None else self._open.before
+            state = {"round": self.round, "samples": self._typical}
+            return {**state, **self._held.state_dict(model)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; schedule and options are the constructor's.
+
+        Raises:
+            StateError: a state that is damaged, of another layout, or whose parts disagree; the
+                message names the field, and nothing is changed.
+        """
+        with self._lock:
+            at_round = saved.count(state, "round")
+            typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
+            if typical is not None and typical < 1:
+                raise StateError(f"samples: expected at least 1, got {typical}")
+            self._held.load_state_dict(state)
+            self.round, self._typical, self._open = at_round, typical, None

@@ -9,34 +9,9 @@ from dataclasses import dataclass, field
 from fedmap_sparse.codec import Message
 from fedmap_sparse.federated.aggregation import Aggregation, Landing
 from fedmap_sparse.federated.global_model import GlobalModel
-from fedmap_sparse.federated.updates import ClientId
 
 #: How many encoded messages of a round a server keeps for further receivers.
 CACHED = 4
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """What a round did.
-
-    Attributes:
-        round, epoch: which round, and how many prunings its mask has behind it.
-        accepted: the clients in the mean, in the order they were added.
-        refused: client id to reason; no client is in both.
-        num_samples: of the accepted updates together, as they were weighted.
-        loss: mean of the finite losses that updates reported, by samples; None if none did.
-        uplink_bytes: `len` of every message that came, refused ones too.
-        capped: client id to the samples that it claimed, where they counted as fewer.
-    """
-
-    round: int
-    epoch: int
-    accepted: tuple[ClientId, ...]
-    refused: dict[ClientId, str]
-    num_samples: int
-    loss: float | None
-    uplink_bytes: int
-    capped: dict[ClientId, int] = field(default_factory=dict)
 
 
 class Lock:

@@ -13,6 +13,7 @@ no files, no clock: engines and experiments bring these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,22 +22,25 @@ from torch import Tensor
 
 from fedmap_sparse import codec
 from fedmap_sparse.codec import Coding, Message
-from fedmap_sparse.codec.container import Buffer
-from fedmap_sparse.errors import RoundFailed, StateError
-from fedmap_sparse.federated import state as saved
+from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated import updates as arrived
-from fedmap_sparse.federated.aggregation import Aggregation, Aggregator, Landing
+from fedmap_sparse.federated.aggregation import (
+    Aggregation,
+    Aggregator,
+    Landing,
+    RoundResult,
+    from_outside,
+)
 from fedmap_sparse.federated.global_model import Criterion, GlobalModel, write_buffers
-from fedmap_sparse.federated.held import HeldModel
-from fedmap_sparse.federated.rounds import Lock, OpenRound, RoundResult, encoded
+from fedmap_sparse.federated.held import ModelServer
+from fedmap_sparse.federated.rounds import OpenRound, encoded
 from fedmap_sparse.federated.server_optim import FedAvg, ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, Bytes, ClientId, median
 from fedmap_sparse.flat import FlatParameters
-from fedmap_sparse.mask import Mask
 from fedmap_sparse.schedule import Schedule
 
 
-class FedMapServer:
+class FedMapServer(ModelServer):
     """Holds the global model: its survivors packed, its mask, and when each weight was pruned.
 
     `broadcast`, `add` and `close_round` may be called from several threads.
@@ -81,12 +85,10 @@ class FedMapServer:
         aggregator: Aggregator | None = None,
         max_samples: int | None = None,
     ) -> None:
-        _check_least("min_updates", min_updates)
-        _check_least("max_samples", 1 if max_samples is None else max_samples)
+        arrived.check_least("min_updates", min_updates)
+        arrived.check_least("max_samples", 1 if max_samples is None else max_samples)
         codec.check_dtype(dtype)
         codec.check_coding(coding)
-        self.params = params
-        self.layout = params.layout
         self.schedule = schedule
         self.dtype = dtype
         self.lr = lr
@@ -96,21 +98,7 @@ class FedMapServer:
         self.criterion = criterion
         self.aggregator = aggregator
         self.max_samples = max_samples
-        self.round = 0
-        self._held = HeldModel(params, dtype, self.server_optimizer)
-        self._typical: int | None = None  # the median claim of the last round
-        self._open: OpenRound | None = None
-        self._lock = Lock()
-
-    @property
-    def mask(self) -> Mask:
-        """The mask of the global model; all parties' after `begin_round`."""
-        return self._held.model.mask
-
-    @property
-    def epoch(self) -> int:
-        """How many times the mask has been pruned."""
-        return self._held.model.epoch
+        super().__init__(params, dtype, self.server_optimizer)
 
     def begin_round(self) -> None:
         """Prune if the schedule's count for this round is below nnz, and encode the broadcast.
@@ -130,6 +118,8 @@ class FedMapServer:
             if keep < model.mask.nnz:
                 model = model.pruned(keep, self.criterion, self.layout)
             lr = self.lr(self.round) if callable(self.lr) else self.lr
+            if lr is not None and not 0 <= lr < math.inf:
+                raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
             message = self._composed(model, {} if lr is None else {"lr": float(lr)})
             if self.dtype != "float32":  # the model is what the receivers decode
                 model = replace(model, values=message.packed.float(), tail=message.tail.float())
@@ -182,40 +172,16 @@ class FedMapServer:
             message = self._composed(model, {"snapshot": True})
             return encoded(message, have, model)
 
-    def set_mask(self, mask: Mask) -> None:
-        """Prune to a mask of the caller's, between rounds. It counts as a pruning.
-
-        Args:
-            mask: a subset of the server's mask, over `layout.prunable_numel` elements.
-
-        Raises:
-            RuntimeError: a round is under way.
-            ValueError: a mask that is not a subset; nothing is changed.
-        """
-        with self._lock:
-            if self._open is not None:
-                raise RuntimeError("set_mask: expected no round under way; abort_round() ends it")
-            model = self._held.current()
-            self.layout.check_mask(mask)
-            if not mask <= model.mask:
-                raise ValueError("mask: expected a subset of the server's mask, got another")
-            self._held.commit(model if mask == model.mask else model.restricted(mask))
-
-    def abort_round(self) -> None:
-        """Leave the round under way: the server is as before `begin_round`, updates are dropped.
-
-        Nothing happens if no round is under way.
-        """
-        with self._lock:
-            if self._open is not None:
-                if self._open.before is not self._held.model:
-                    self._held.commit(self._open.before)
-                self._open = None
-
     def _require(self, what: str) -> OpenRound:
         if self._open is None:
             raise RuntimeError(f"{what}: expected begin_round() first in round {self.round}")
         return self._open
+
+    def _idle(self, what: str) -> OpenRound:
+        under_way = self._require(what)
+        if under_way.aggregation is not None:
+            raise RuntimeError(f"{what}: expected no stream under way; close_round() ends it")
+        return under_way
 
     def aggregate(
         self,
@@ -243,9 +209,7 @@ class FedMapServer:
             ValueError: a sender that `order` or `weights` lacks.
         """
         with self._lock:
-            under_way = self._require("aggregate")
-            if under_way.aggregation is not None:
-                raise RuntimeError("aggregate: expected no stream under way; close_round() ends it")
+            under_way = self._idle("aggregate")
             received, total = arrived.collected(updates)
             ids = arrived.ordered(received, order)
             trusted = arrived.trusted(received, weights)
@@ -323,18 +287,45 @@ class FedMapServer:
                 stepped, state = under_way.landing.step(mean)
             except ValueError as error:
                 raise RoundFailed(f"round {self.round}: {error}", aggregation.refused) from error
-            result = RoundResult(
-                self.round,
-                self.epoch,
-                tuple(aggregation.accepted),
-                aggregation.refused,
-                aggregation.num_samples,
-                aggregation.loss(),
-                aggregation.uplink_bytes,
-                aggregation.capped,
-            )
+            result = aggregation.result(self.round, self.epoch)
             if aggregation.claims:
                 self._typical = median(aggregation.claims)
+            self._end(stepped, state, buffers)
+            return result
+
+    def apply_mean(
+        self, array: Tensor, num_samples: int, clients: int | Sequence[ClientId]
+    ) -> RoundResult:
+        """End the round with a mean that was made elsewhere, by secure aggregation say.
+
+        Args:
+            array: the mean by samples of the clients' `update_array`: float32, 1-D. Its parts are
+                those of `array_sections(server.layout, server.mask)`.
+            num_samples: of the clients together, at least 1.
+            clients: who took part, or how many.
+
+        Returns:
+            What was done. Integer and bool buffers stay as they are.
+
+        Raises:
+            RuntimeError: before `begin_round`, or while a stream (`add`) is under way.
+            RoundFailed: fewer clients than `min_updates`.
+            TypeError, ValueError: another dtype or length, counts below 1, a value that is not
+                finite or that the model cannot hold, named by its tensor. Nothing is changed.
+        """
+        arrived.check_least("num_samples", num_samples)
+        accepted = tuple(range(clients)) if isinstance(clients, int) else tuple(clients)
+        arrived.check_least("clients", len(accepted))
+        with self._lock:
+            under_way = self._idle("apply_mean")
+            if len(accepted) < self.min_updates:
+                reason = f"expected at least {self.min_updates} clients, got {len(accepted)}"
+                raise RoundFailed(f"round {self.round}: {reason}")
+            mean, buffers = from_outside(
+                array, under_way.message, under_way.landing, self.params.buffers
+            )
+            stepped, state = under_way.landing.step(mean)
+            result = RoundResult(self.round, self.epoch, accepted, {}, num_samples, None, 0)
             self._end(stepped, state, buffers)
             return result
 
@@ -348,45 +339,3 @@ class FedMapServer:
         write_buffers(self.params, buffers)
         self.round += 1
         self._open = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` wants, as tensors and plain values.
-
-        In a round, after a `RoundFailed` too, it is the state before `begin_round`: that call
-        then gives the same broadcast, and the same updates are taken. Updates that a stream has
-        added are not in it.
-        """
-        with self._lock:
-            model = self._held.model if self._open is None else self._open.before
-            state = {"round": self.round, "samples": self._typical}
-            return {**state, **self._held.state_dict(model)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; schedule and options are the constructor's.
-
-        Raises:
-            StateError: a state that is damaged, of another layout, or whose parts disagree; the
-                message names the field, and nothing is changed.
-        """
-        with self._lock:
-            at_round = saved.count(state, "round")
-            typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
-            if typical is not None and typical < 1:
-                raise StateError(f"samples: expected at least 1, got {typical}")
-            self._held.load_state_dict(state)
-            self.round, self._typical, self._open = at_round, typical, None
-
-    def to_bytes(self) -> bytes:
-        """`state_dict` as bytes with a checksum, without pickle; docs/format.md, 10."""
-        return saved.dump("server", self.state_dict())
-
-    def from_bytes(self, data: Buffer) -> None:
-        """Continue from `to_bytes`. Raises as `load_state_dict`, for damaged bytes too."""
-        self.load_state_dict(saved.load("server", data))
-
-
-def _check_least(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")

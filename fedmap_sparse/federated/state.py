@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,26 @@ _DTYPES = {
         torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
     )
 }  # fmt: skip
+
+
+class BytesState(ABC):
+    """The bytes form of an object that has `state_dict` and `load_state_dict`."""
+
+    _kind: ClassVar[str]
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def to_bytes(self) -> bytes:
+        """`state_dict` as bytes with a checksum, without pickle; docs/format.md, 10."""
+        return dump(self._kind, self.state_dict())
+
+    def from_bytes(self, data: Buffer) -> None:
+        """Continue from `to_bytes`. Raises as `load_state_dict`, for damaged bytes too."""
+        self.load_state_dict(load(self._kind, data))
 
 
 def dump(kind: str, tree: Any) -> bytes:

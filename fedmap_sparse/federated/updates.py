@@ -107,3 +107,11 @@ def trusted(
             raise ValueError(f"weights: expected 1 to 2^53 for client {client!r}, got {weight}")
         found[client] = weight
     return found
+
+
+def check_least(name: str, value: object) -> None:
+    """Raise unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
