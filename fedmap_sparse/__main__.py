@@ -1,3 +1,5 @@
+"""`python -m fedmap_sparse` is `fedmap-sparse`."""
+
 import sys
 
 from fedmap_sparse.cli import main

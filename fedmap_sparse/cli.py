@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedmap_sparse import __version__
+from fedmap_sparse import __version__, _command
+from fedmap_sparse._text import OutputClosed, printable, say, shown
 from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed
 
 if TYPE_CHECKING:
     from fedmap_sparse.experiments.config import Config
+    from fedmap_sparse.experiments.folder import RunFolder
 
 PROG = "fedmap-sparse"
 
@@ -29,16 +34,19 @@ Rounds are counted from 0. A key is shown with its default; <...> where that dep
 
 _FILES = """\
 files in the output folder:
-  config.toml             the options, complete; `fedmap-sparse run` takes it as CONFIG.toml
-  metrics.jsonl           a line a round: accuracy and loss on validation, density, bytes, seconds
+  config.toml             the options; `fedmap-sparse run` takes it as CONFIG.toml
+  metrics.jsonl           one line for each arm and round: accuracy, loss, density, bytes, seconds
   summary.json            accuracy and loss on test, bytes and seconds of each arm
   curves.png              accuracy, density and bytes over rounds
-  checkpoint.safetensors  what --resume goes on from
+  checkpoint.safetensors  what --resume goes on from; checkpoint.previous.safetensors is the one
+                          before it
   broadcast.fedmap        the last broadcast; `fedmap-sparse inspect` shows it
   model.safetensors       the final global model, dense, zeros where pruned
+  model-dense.safetensors the final model of the dense arm
 
-exit codes: 0 done; 1 a round failed; 2 an option, a file or an extra is wrong or missing;
-130 interrupted, --resume goes on
+exit codes: 0 done; 1 a round failed, --resume draws it again; 2 an option, a file or an extra is
+wrong or missing, or the folder is in use; 3 the disk, the memory or standard output gave out,
+--resume goes on; 130 interrupted, --resume goes on
 """
 
 
@@ -52,27 +60,93 @@ class _Fault(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{printable(f'{self.prog}: {message}')}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code, and raises nothing but argparse's SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        if (
+            isinstance(stream, io.TextIOWrapper) and stream.errors == "strict"
+        ):  # an ASCII locale has no accents, no ×
+            stream.reconfigure(errors="backslashreplace")
+    command, going_on = PROG, _command.again(argv)
+    try:
+        try:
+            args = _parsed(argv)
+            command = f"{PROG} {args.command}"
+            if args.command != "run":
+                _command.watch_run()
+                if "stdout" in _command.closed:
+                    raise OutputClosed("it was closed")
+            code = int(args.do(args))
+        finally:
+            _flush()
+        return code
+    except _Fault as fault:
+        text, code = str(fault), fault.code
+    except OutputClosed as error:
+        _silence()
+        text, code = f"standard output cannot be written: {error}", 3
+    except KeyboardInterrupt:
+        text, code = f"interrupted; start again with: {going_on}", 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _silence()
+        text, code = _said(error), 3
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        text, code = f"out of memory: {str(error) or 'no more to be had'}", 3
+    finally:
+        _command.watch_nothing()
+    _complain(f"{command}: {text}")
+    return code
+
+
+def _said(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _is_memory(error: Exception) -> bool:
+    import torch
+
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        raise OutputClosed(str(getattr(error, "strerror", None) or error)) from error
+
+
+def _silence() -> None:
+    """What standard output still buffers goes nowhere: Python would complain at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # there is nowhere else to say it
+        print(printable(" ".join(text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parser()
     args, rest = parser.parse_known_args(argv)
-    try:
-        if args.command == "run":
-            # argparse takes no positional word after an option, so those come back here.
-            args.words += [word for word in rest if not word.startswith("-")]
-            rest = [word for word in rest if word.startswith("-")]
-        if rest:
-            commands[args.command].error(f"unknown option {rest[0]}; --help lists them all")
-        return int(args.do(args))
-    except _Fault as fault:
-        print(f"{PROG} {args.command}: {fault}", file=sys.stderr)
-        return fault.code
-    except BrokenPipeError:  # the reader, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    args.argv = argv
+    if args.command == "run":
+        # argparse takes no positional word after an option, so those come back here.
+        args.words += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        commands[args.command].error(f"unknown option {rest[0]}; --help lists them all")
+    return args
 
 
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
@@ -123,17 +197,28 @@ def _run_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fedmap_sparse.experiments import config, options, progress, runner
+    from fedmap_sparse.experiments import config, progress, runner
+    from fedmap_sparse.experiments.folder import RunFolder
 
     if importlib.util.find_spec("safetensors") is None:
         raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")
+    importlib.import_module("safetensors.torch")
     watch = progress.observer()
-    folder: Path | None = None
+    _command.watch_run()
+    if "stdout" in _command.closed:
+        _complain(f"{PROG} run: standard output is closed; results go to the run's folder alone")
+    folder: RunFolder | None = None
+
+    def going_on() -> str:
+        if folder is None or not watch.begun or not folder.config.exists():
+            return _command.again(args.argv)
+        return shlex.join([PROG, "run", "--resume", "--out", str(folder.path)])
+
     try:
         given = _given(args)
-        folder = config.folder_of(given)
-        if args.resume and (folder / "config.toml").exists():
-            given = {**options.read_file(folder / "config.toml"), **given, "out": str(folder)}
+        folder = RunFolder(config.folder_of(given))
+        if args.resume and not args.overwrite:
+            given = _resumed(folder, given)
         chosen = config.build(given)
         if args.show_partition:
             _show_partition(chosen)
@@ -142,13 +227,35 @@ def _run(args: argparse.Namespace) -> int:
     except (ConfigError, DataError) as error:
         raise _Fault(str(error)) from error
     except RoundFailed as error:
-        raise _Fault(str(error), 1) from error
+        raise _Fault(f"{error}; draw it again with: {going_on()}", 1) from error
     except KeyboardInterrupt:
-        how = "" if folder is None else f"; go on with: {PROG} run --resume --out {folder}"
-        raise _Fault(f"interrupted{how}", 130) from None
+        how = "go on" if watch.begun else "nothing was written; start again"
+        raise _Fault(f"interrupted; {how} with: {going_on()}", 130) from None
+    except OutputClosed as error:
+        _silence()
+        text = f"standard output cannot be written: {error}; go on with: {going_on()}"
+        raise _Fault(text, 3) from error
+    except OSError as error:
+        raise _Fault(f"{_said(error)}; go on with: {going_on()}", 3) from error
     finally:
         watch.close()
     return 0
+
+
+def _resumed(folder: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run in a folder, with those of the command line on top."""
+    found = folder.find()
+    if found.python:
+        raise ConfigError(
+            f"{folder.path}: the run has {found.python} from Python; go on with it there, "
+            "by run(..., resume=True)"
+        )
+    if found.options is None and given.keys() <= {"name", "out"}:
+        raise ConfigError(
+            f"--resume: no run in {folder.path}; to start one, name its options too, "
+            "as key=value or CONFIG.toml"
+        )
+    return {**(found.options or {}), **given, "out": str(folder.path)}
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +266,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if words and "=" not in words[0]:
         path = Path(words.pop(0))
         if path.suffix != ".toml":
-            raise ConfigError(f"expected CONFIG.toml or key=value, got {str(path)!r}")
+            raise ConfigError(f"expected CONFIG.toml or key=value, got {shown(str(path))}")
         values = options.read_file(path)
     values |= options.read_words(config.Config, words)
     values |= {key: text for key in ("out", "data") if (text := getattr(args, key)) is not None}
@@ -174,18 +281,19 @@ def _show_partition(config: Config) -> None:
     dataset = load(config.dataset or "", config.data)
     parts = runner.partition(config, dataset)
     counts = partition.class_counts(parts, dataset.train.labels.numpy(), dataset.classes)
-    print(partition.format_class_counts(counts))
+    say(*partition.format_class_counts(counts).split("\n"))
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from fedmap_sparse import codec
 
     try:
-        print(codec.inspect(args.file.read_bytes()))
+        text = str(codec.inspect_file(args.file))
     except OSError as error:
         raise _Fault(f"{args.file}: cannot be read: {error.strerror}") from error
     except FormatError as error:
         raise _Fault(f"{args.file}: no message, or damaged: {error}") from error
+    say(*text.split("\n"))
     return 0
 
 
@@ -218,8 +326,7 @@ def _info(args: argparse.Namespace) -> int:
     else:
         rows["gpu"] = "none that torch can use"
     width = max(map(len, rows))
-    for name, text in rows.items():
-        print(f"{name:<{width}}  {text}")
+    say(*(f"{name:<{width}}  {text}" for name, text in rows.items()))
     return 0
 
 

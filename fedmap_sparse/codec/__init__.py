@@ -2,7 +2,7 @@
 
 from fedmap_sparse.codec.container import Header, Section, parse_header
 from fedmap_sparse.codec.encode import DTYPES, Source, Stamp, check_dtype, compose, encode
-from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect
+from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect, inspect_file
 from fedmap_sparse.codec.message import MaskSection, Message, decode
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
 from fedmap_sparse.codec.values import Coding, Quantized, check_coding
@@ -30,5 +30,6 @@ __all__ = [
     "encode",
     "encode_state_dict",
     "inspect",
+    "inspect_file",
     "parse_header",
 ]

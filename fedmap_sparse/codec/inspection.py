@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedmap_sparse import _files
 from fedmap_sparse.codec import container, meta
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Buffer, Header, Id, Section, Wire
+from fedmap_sparse.errors import FormatError
 
 _ENCODINGS = {container.RAW: "raw", container.RANS: "rans"}
 
@@ -64,7 +70,8 @@ class Inspection:
         if h.base != NO_DIGEST:
             lines.append(f"differences from {h.base.hex()}")
         if self.meta:
-            lines.append("meta          " + ", ".join(f"{k}={v!r}" for k, v in self.meta.items()))
+            pairs = (f"{_key(k)}={v!r}" for k, v in self.meta.items())
+            lines.append("meta          " + ", ".join(pairs))
         lines.append(
             f"{'section':<8} {'dtype':<9} {'encoding':<9} {'count':>13} {'bytes':>13} offset"
         )
@@ -75,6 +82,30 @@ class Inspection:
                 + (f"{share} of raw" if share else "")
             )
         return "\n".join(lines)
+
+
+def _key(key: str) -> str:
+    """A key of the record, which the sender chose: quoted where it could be taken for more."""
+    return key if re.fullmatch(r"[\w.-]+", key, re.ASCII) else repr(key)
+
+
+def inspect_file(path: Path) -> Inspection:
+    """`inspect` for a file of any size, in constant memory.
+
+    The header is checked before the rest is read, so that what is no message is refused at once.
+    The rest is mapped, not read into memory.
+
+    Raises:
+        FormatError: as `inspect`.
+        OSError: the file cannot be read, or is none: a folder, a pipe, a device.
+    """
+    descriptor, size = _files.open_regular(path)
+    with os.fdopen(descriptor, "rb") as stream:
+        _, length, _ = container.parse_header(stream.read(container.HEADER_BYTES))
+        if length != size:
+            raise FormatError(f"expected a message of {length} bytes, got {size}", 112)
+        # Unmapped when the last view of it is gone, which may be one that an error holds.
+        return inspect(memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)))
 
 
 def inspect(data: Buffer) -> Inspection:

@@ -21,7 +21,14 @@ from numpy.random import Generator
 
 from fedmap_sparse.codec import Message
 from fedmap_sparse.engines.phases import Phases
-from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer, NeedsMask, RoundResult
+from fedmap_sparse.federated import (
+    ClientId,
+    FedMapClient,
+    FedMapServer,
+    NeedsMask,
+    RoundFailed,
+    RoundResult,
+)
 
 #: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
 Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
@@ -35,18 +42,18 @@ class Round:
         result: what the server made of it: accepted and refused updates, loss, uplink bytes.
         cohort: the clients that were sent the broadcast, in ascending order.
         dropped: those of the cohort that never answered.
-        downlink_bytes: `len` of every message to a client, sent anew or not.
+        downlink_bytes: `len` of every message to a client, sent anew or not, in every attempt.
+        uplink_bytes: `len` of every update that was sent, refused ones and those of earlier
+            attempts too.
+        attempts: how often the cohort was drawn: 1 unless too few answered.
     """
 
     result: RoundResult
     cohort: tuple[ClientId, ...]
     dropped: tuple[ClientId, ...]
     downlink_bytes: int
-
-    @property
-    def uplink_bytes(self) -> int:
-        """`len` of every update that was sent, refused ones too."""
-        return self.result.uplink_bytes
+    uplink_bytes: int
+    attempts: int = 1
 
 
 class InProcessEngine:
@@ -62,14 +69,22 @@ class InProcessEngine:
         cohort: how many clients take part in a round, drawn at random; None: all.
         dropout: probability that a client of the cohort receives the broadcast and then never
             answers.
-        seed: the cohort and the dropouts of a round depend on this and the round alone, so an
-            engine that resumes needs no random state.
+        attempts: how often a round's cohort is drawn before the round fails for good. It is drawn
+            again where too few usable updates came and another draw can differ: a client dropped
+            out, or not every client was in the cohort.
+        seed: the cohort and the dropouts of a round depend on this, the round and the attempt
+            alone, so an engine that resumes needs no random state.
         phases: seconds are added to it: `select` (`begin_round`: selection, pruning, packing the
             broadcast's values), `encode` (`broadcast`, `update`), `decode` (`receive`) and
             `aggregate` (with decoding and checking every update). `train` may add its own.
 
     Raises:
-        ValueError: no clients, a cohort outside 1 to their number, a dropout outside 0 <= p < 1.
+        ValueError: no clients, a cohort outside 1 to their number, a dropout outside 0 <= p < 1,
+            no attempts.
+
+    Attributes:
+        attempt: draws of the round in progress that failed. It is part of `state_dict`, so that a
+            federation that goes on after `RoundFailed` draws anew.
     """
 
     def __init__(
@@ -80,33 +95,71 @@ class InProcessEngine:
         *,
         cohort: int | None = None,
         dropout: float = 0.0,
+        attempts: int = 5,
         seed: int = 0,
         phases: Phases | None = None,
     ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts: expected at least 1, got {attempts}")
         self.cohort = check_draw(len(clients), cohort, dropout)
         self.server = server
         self.clients = dict(clients)
         self.train = train
         self.dropout = dropout
+        self.attempts = attempts
+        self.attempt = 0
         self.seed = seed
         self.phases = Phases() if phases is None else phases
 
-    def draw(self, round: int) -> tuple[list[ClientId], set[ClientId]]:
+    def draw(self, round: int, attempt: int = 0) -> tuple[list[ClientId], set[ClientId]]:
         """The cohort of a round, ascending, and those of it that will not answer."""
-        return draw(self.clients, round, self.cohort, self.dropout, self.seed)
+        return draw(self.clients, round, self.cohort, self.dropout, self.seed, attempt)
 
     def round(self) -> Round:
-        """One round, from `begin_round` to `aggregate`.
+        """One round, from `begin_round` to `aggregate`, in at most `attempts` draws.
+
+        A client that answered in vain is as it was before: error feedback and kept optimizer are
+        put back.
 
         Raises:
-            RoundFailed: fewer usable updates than the server's `min_updates`; the model is as it
-                was, and another call repeats the round with the same cohort.
+            RoundFailed: fewer usable updates than the server's `min_updates` in every draw; model
+                and clients are as they were, and another call draws anew.
         """
-        phases = self.phases
-        with phases("select"):
+        with self.phases("select"):
             self.server.begin_round()
-        cohort, silent = self.draw(self.server.round)
-        updates: list[tuple[ClientId, bytes]] = []
+        downlink = uplink = 0
+        for left in reversed(range(self.attempts)):
+            cohort, silent = self.draw(self.server.round, self.attempt)
+            before = [(c, c.state_dict()) for c in self._stateful(cohort)]
+            updates, sent = self._exchange(cohort, silent)
+            downlink += sent
+            uplink += sum(len(data) for _, data in updates)
+            try:
+                with self.phases("aggregate"):
+                    result = self.server.aggregate(updates)
+            except RoundFailed:
+                self.attempt += 1
+                for client, state in before:
+                    client.optimizer = None
+                    client.load_state_dict(state)
+                if not left or not (silent or len(cohort) < len(self.clients)):
+                    raise
+                continue
+            break
+        attempts, self.attempt = self.attempt + 1, 0
+        dropped = tuple(c for c in cohort if c in silent)
+        return Round(result, tuple(cohort), dropped, downlink, uplink, attempts)
+
+    def _stateful(self, cohort: list[ClientId]) -> list[FedMapClient]:
+        """The clients whose answer changes what they carry into the next round."""
+        clients = (self.clients[name] for name in cohort)
+        return [c for c in clients if c.keep_optimizer or c.dtype == "int8"]
+
+    def _exchange(
+        self, cohort: list[ClientId], silent: set[ClientId]
+    ) -> tuple[list[tuple[ClientId, bytes]], int]:
+        """Send the broadcast to a cohort and gather its updates; those, and the bytes sent."""
+        updates = []
         downlink = 0
         for name in cohort:
             client = self.clients[name]
@@ -115,14 +168,11 @@ class InProcessEngine:
             if name in silent:
                 continue
             num_samples, loss = self.train(name, client, message)
-            with phases("encode"):
+            with self.phases("encode"):
                 updates.append((name, client.update(num_samples, loss)))
             if not client.keep_optimizer:
                 client.optimizer = None  # else its state would lie idle until the next receive
-        with phases("aggregate"):
-            result = self.server.aggregate(updates)
-        dropped = tuple(c for c in cohort if c in silent)
-        return Round(result, tuple(cohort), dropped, downlink)
+        return updates, downlink
 
     def _send(self, client: FedMapClient) -> tuple[Message, int]:
         """Send the broadcast until the client can use it; the message and the bytes it took."""
@@ -143,6 +193,7 @@ class InProcessEngine:
     def state_dict(self) -> dict[str, Any]:
         """Server and clients between rounds; see their own `state_dict`."""
         return {
+            "attempt": self.attempt,
             "server": self.server.state_dict(),
             "clients": [[name, self.clients[name].state_dict()] for name in sorted(self.clients)],
         }
@@ -160,6 +211,7 @@ class InProcessEngine:
         for name, own in saved:
             self.clients[name].load_state_dict(own)
         self.server.load_state_dict(state["server"])
+        self.attempt = state["attempt"]
 
 
 def check_draw(clients: int, cohort: int | None, dropout: float) -> int:
@@ -175,13 +227,19 @@ def check_draw(clients: int, cohort: int | None, dropout: float) -> int:
 
 
 def draw(
-    clients: Iterable[ClientId], round: int, cohort: int, dropout: float, seed: int
+    clients: Iterable[ClientId],
+    round: int,
+    cohort: int,
+    dropout: float,
+    seed: int,
+    attempt: int = 0,
 ) -> tuple[list[ClientId], set[ClientId]]:
     """The cohort of a round, ascending, and those of it that will not answer.
 
-    It depends on the arguments alone, so that every process of a run can draw it.
+    It depends on the arguments alone, so that every process of a run can draw it. The first draw
+    of a round is from (seed, 0, round), further ones from (seed, 0, round, attempt).
     """
-    rng = generator(seed, 0, round)
+    rng = generator(seed, 0, round, *([attempt] if attempt else []))
     ids = sorted(clients)
     chosen = [ids[i] for i in np.sort(rng.permutation(len(ids))[:cohort])]
     silent = rng.random(cohort) < dropout

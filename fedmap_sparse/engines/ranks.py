@@ -109,7 +109,8 @@ class RanksEngine:
                 self._hand_over(c, updates.get(c))
         result = self._on_server(lambda s: s.close_round())
         dropped = tuple(c for c in cohort if c in silent)
-        return Round(result, tuple(cohort), dropped, sum(len(messages[have[c]]) for c in cohort))
+        sent = sum(len(messages[have[c]]) for c in cohort)
+        return Round(result, tuple(cohort), dropped, sent, result.uplink_bytes)
 
     def _hand_over(self, client: ClientId, update: bytes | None) -> None:
         """One update from the rank that has it into rank 0's sum."""

@@ -1,7 +1,7 @@
 """Nested states as one safetensors file: tensors as such, the rest as JSON in its metadata.
 
-One file, because two could be of two different moments after a crash. It is written beside its
-name, flushed to the disk, and renamed: a reader finds the old one or the new one, whole.
+One file, because two could be of two different moments after a crash. Every byte of it is under
+one SHA-256, which stands in the metadata; it is computed with zeros in its own place.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedmap_sparse import _files
 from fedmap_sparse.errors import CheckpointError
+from fedmap_sparse.experiments.files import write_atomically
 
-VERSION = "1"
+VERSION = "2"
 _TENSOR = "$tensor"  # {"$tensor": "name in the file"} stands for a tensor
+_MARK = b'"sha256":"'
+_BLANK = b"0" * 64
 
 
-def save(path: Path, state: Any) -> None:
+def save(path: Path, state: Any, keep: Path | None = None) -> None:
     """Write dicts (of str), lists, numbers, text, None and tensors, atomically.
 
     Equal tensors are stored once: the masks of clients that stand at the same round are one.
+    With `keep` the file before goes there.
 
     Raises:
         TypeError: anything else in `state`.
@@ -37,53 +40,57 @@ def save(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     known: dict[bytes, str] = {}
     tree = json.dumps(_stored(state, "", tensors, known))
-    write_atomically(path, serialise(tensors, {"version": VERSION, "state": tree}))
+    header = {"version": VERSION, "state": tree, "sha256": _BLANK.decode()}
+    data = bytearray(serialise(tensors, header))
+    start = _place(data)
+    data[start : start + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
+    write_atomically(path, data, keep)
 
 
 def load(path: Path) -> Any:
     """What `save` wrote; tuples come back as lists, tensors on the CPU.
 
     Raises:
-        CheckpointError: not such a file, or damaged.
+        CheckpointError: not such a file, or damaged: a single bit that differs is noticed.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
 
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("version") != VERSION:
-                got = header.get("version", "none")
-                raise CheckpointError(f"{path}: expected a checkpoint of version 1, got {got}")
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-        return _restored(json.loads(header["state"]), tensors)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        data = _checked(path)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        return _restored(json.loads(header["state"]), deserialise(data))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {error}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`, or leave it as it was."""
-    with replacing(path) as beside:
-        beside.write_bytes(data)
+def _checked(path: Path) -> bytes:
+    """The bytes of a checkpoint whose checksum is right."""
+    descriptor, size = _files.open_regular(path)
+    with os.fdopen(descriptor, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= size - 8:  # before anything is read: the file may be of any size
+            raise ValueError("it does not start with a header of its size")
+        stream.seek(0)
+        data = bytearray(stream.read())
+    start = _place(data[: 8 + length])
+    wanted = bytes(data[start : start + len(_BLANK)])
+    data[start : start + len(_BLANK)] = _BLANK
+    if hashlib.sha256(data).hexdigest().encode() != wanted:
+        raise ValueError("its checksum is wrong")
+    if f'"version":"{VERSION}"'.encode() not in data[: 8 + length]:
+        raise ValueError(f"expected version {VERSION}")
+    return bytes(data)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path`, on the disk, when the block ends well."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        yield beside
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        beside.replace(path)
-        if os.name == "posix":  # the rename itself is on the disk once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        beside.unlink(missing_ok=True)
+def _place(data: bytearray) -> int:
+    """Where the checksum stands in a file's header."""
+    at = data.find(_MARK)
+    if at < 0:
+        raise ValueError("it has no checksum")
+    return at + len(_MARK)
 
 
 def _stored(value: Any, name: str, tensors: dict[str, Tensor], known: dict[bytes, str]) -> Any:

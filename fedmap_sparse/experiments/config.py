@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fedmap_sparse import codec, schedule
+from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import data, models, options, partition
 from fedmap_sparse.experiments.options import Value, option
@@ -37,10 +39,19 @@ class Config:
     name: str = option("fedmap", "run", "name of the run; letters, digits, '.', '_' and '-'")
     out: str | None = option(None, "run", "output folder", default_text="runs/NAME")
     seed: int = option(
-        0, "run", "of weights, partition, order of samples, cohorts and dropouts", least=0
+        0,
+        "run",
+        "of weights, partition, order of samples, cohorts and dropouts",
+        least=0,
+        most=2**64 - 1,
     )
     threads: int | None = option(
-        None, "run", "threads of torch and of the kernels", least=1, default_text="torch's choice"
+        None,
+        "run",
+        "threads of torch and of the kernels",
+        least=1,
+        most=1024,
+        default_text="torch's choice",
     )
     device: str = option("cpu", "run", "where to train: cpu, cuda, cuda:1, ...")
     baseline: bool = option(True, "run", "run dense FedAvg too, with the same seeds")
@@ -68,7 +79,10 @@ class Config:
         0.0, "federation", "probability that a client does not answer", least=0, below=1
     )
     min_updates: int = option(
-        1, "federation", "updates without which a round (and the run) fails", least=1
+        1, "federation", "usable updates without which a round is drawn again", least=1
+    )
+    attempts: int = option(
+        5, "federation", "draws of one round before the run fails", least=1, most=1000
     )
     partition: str = option(
         "iid", "federation", "how clients share the data", choices=tuple(partition.PARTITIONS)
@@ -200,8 +214,12 @@ class Config:
         None, "pruning", "rounds from one pruning to the next", least=1, needs=_GRADUAL, fill=1
     )
 
+    # Names of options that were not given but follow from others; no field, so not an option.
+    _derived: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         options.check(self)
+        open_ = [f.name for f in fields(self) if getattr(self, f.name) is None]
         if self.dataset is None:
             self._set("dataset", "fashion-mnist-subset" if self.data is None else "fashion-mnist")
         options.fill(self)
@@ -214,13 +232,24 @@ class Config:
             assert self.prune_start is not None
             self._set("prune_end", max(self.rounds * 6 // 10, self.prune_start))
         self._check_together()
+        derived = frozenset(name for name in open_ if getattr(self, name) is not None)
+        object.__setattr__(self, "_derived", derived)
+
+    def with_threads(self, threads: int) -> Config:
+        """The same options with the number of threads settled."""
+        other = copy.copy(self)
+        object.__setattr__(other, "threads", threads)
+        object.__setattr__(other, "_derived", self._derived | {"threads"})
+        return other
 
     def _set(self, name: str, value: Value) -> None:
         object.__setattr__(self, name, value)
 
     def _check_together(self) -> None:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
-            raise ConfigError(f"name: expected letters, digits, '.', '_' and '-', got {self.name}")
+            raise ConfigError(
+                f"name: expected letters, digits, '.', '_' and '-', got {shown(self.name)}"
+            )
         for key in ("prune_start", "prune_end"):
             value = getattr(self, key)
             if value is not None and value >= self.rounds:
@@ -281,15 +310,26 @@ class Config:
         return {key: value for key, value in pairs if value is not None}
 
     def to_toml(self) -> str:
-        """As a TOML file that `read_file` reads back, by groups."""
+        """As a TOML file that `read_file` reads back, by groups.
+
+        What follows from other options stands in a comment, so that the file goes well with
+        another `rounds` or `optimizer`; so does `out`, so that no other run ends in this folder.
+        """
         given = self.to_dict()
         parts = []
         for group, members in options.groups(Config).items():
-            lines = [
-                f"{f.name} = {options.toml(given[f.name])}" for f in members if f.name in given
-            ]
-            parts.append("\n".join([f"# {group}", *lines]))
+            lines = [f"# {group}"]
+            for f in members:
+                if f.name in given:
+                    note = "# " if f.name == "out" or f.name in self._derived else ""
+                    lines.append(f"{note}{f.name} = {options.toml(given[f.name])}")
+            parts.append("\n".join(lines))
         return "\n\n".join(parts) + "\n"
+
+
+def is_complete(values: Mapping[str, Any]) -> bool:
+    """Whether options read from a file are all that a run writes (`Config.to_toml`)."""
+    return all(f.name in values for f in fields(Config) if f.default is not None)
 
 
 def build(values: Mapping[str, Any]) -> Config:

@@ -9,7 +9,6 @@ and every machine has the same one.
 import gzip
 import hashlib
 import math
-import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmap_sparse import _command
+from fedmap_sparse._text import shown
 from fedmap_sparse.errors import DataError
+from fedmap_sparse.experiments import npz
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
@@ -97,7 +99,8 @@ def load(name: str = "fashion-mnist-subset", data_dir: Path | str | None = None)
       y_val``. Images are [n, height, width] or [n, channels, height, width], labels are integers
       from 0.
 
-    Raises DataError if something is missing or malformed.
+    Raises:
+        DataError: something is missing, damaged, or not of the form it should have.
     """
     if data_dir is not None and name != "fashion-mnist":
         raise DataError(f"a data folder ({data_dir}) goes with fashion-mnist, not with {name}")
@@ -113,7 +116,9 @@ def load(name: str = "fashion-mnist-subset", data_dir: Path | str | None = None)
         return _digits()
     if name.endswith(".npz"):
         return _npz(Path(name))
-    raise DataError(f"no data set {name!r}: it is one of {', '.join(NAMES)}, or a path to an .npz")
+    raise DataError(
+        f"no data set {shown(name)}: it is one of {', '.join(NAMES)}, or a path to an .npz"
+    )
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
@@ -123,6 +128,7 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
     the bytes. Raises DataError for anything else, truncation and trailing bytes included.
     """
     try:
+        on_disk = path.stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             header = stream.read(4 + 4 * rank)
             if len(header) < 4 + 4 * rank:
@@ -136,6 +142,9 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
             size = math.prod(shape)
             if size > 2**31:
                 raise DataError(f"{path}: claims {size} bytes, more than the 2 GiB allowed")
+            # Deflate makes a byte of 1,032 at most.
+            if size > on_disk * (1032 if path.suffix == ".gz" else 1):
+                raise DataError(f"{path}: shape {shape} needs {size} bytes, the file has less")
             data = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
@@ -187,7 +196,8 @@ def _fashion_mnist(folder: Path, name: str, origin: str) -> Dataset:
 
 def _digits() -> Dataset:
     try:
-        from sklearn.datasets import load_digits
+        with _command.held():
+            from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits comes with scikit-learn: pip install scikit-learn") from error
     source = load_digits()
@@ -198,20 +208,10 @@ def _digits() -> Dataset:
 
 def _npz(path: Path) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
-    if not path.is_file():
-        raise DataError(f"no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: not an .npz file (those are zip archives)")
-    try:
-        # Without pickle a file can hold arrays only, never code.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in (*wanted, "x_val", "y_val") if key in file.files}
-            found = file.files
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as .npz: {error}") from error
+    arrays, found = npz.read(path, (*wanted, "x_val", "y_val"))
     if missing := [key for key in wanted if key not in arrays]:
         raise DataError(
-            f"{path}: no {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}"
+            f"{path}: no {', '.join(missing)}; it holds {', '.join(found[:20]) or 'nothing'}"
         )
     if ("x_val" in arrays) != ("y_val" in arrays):
         raise DataError(f"{path}: x_val and y_val go together, and only one of them is there")

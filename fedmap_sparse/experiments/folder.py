@@ -1,84 +1,186 @@
-"""The output folder of a run."""
+"""The output folder of a run: its files, its lock, and what a run may go on from."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedmap_sparse.errors import CheckpointError, ConfigError
-from fedmap_sparse.experiments import checkpoint
+from fedmap_sparse.experiments import checkpoint, files, options
+from fedmap_sparse.experiments.config import Config, is_complete
 
 Record = dict[str, Any]
 
+#: The first words of config.toml where the model or the data came from Python.
+FROM_PYTHON = "# from Python, whatever is said below: "
 
-class RunFolder:
-    """Names and writes the files of a run.
+
+@dataclass
+class Found:
+    """What an earlier process left of a run.
 
     Attributes:
-        config: the options, complete: config.toml.
-        metrics: one JSON object a line and round: metrics.jsonl.
+        state: what the checkpoint holds; None if no round had ended.
+        options: of the run, complete or as config.toml has them; None if there is no run.
+        python: what came from Python ("model Net, data mine"); empty for a run from options alone.
+        notes: lines for the user, such as that the last checkpoint is damaged.
+    """
+
+    state: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    python: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+class RunFolder:
+    """Names, reads and writes the files of a run.
+
+    Attributes:
+        config: the options: config.toml.
+        metrics: one JSON object for each arm and round, one per line: metrics.jsonl.
         summary: the result of each arm: summary.json.
         curves: curves.png.
-        checkpoint: everything a run needs to go on: checkpoint.safetensors.
+        checkpoint, previous: everything a run needs to go on, after the last round and the one
+            before it.
         broadcast: FedMap's last broadcast, self-contained: broadcast.fedmap.
-        model: FedMap's final model, a dense state dict with zeros: model.safetensors.
+        model, dense: the final models, dense state dicts, FedMap's with zeros.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.previous = path / "checkpoint.previous.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
-        self.checkpoint = path / "checkpoint.safetensors"
         self.broadcast = path / "broadcast.fedmap"
         self.model = path / "model.safetensors"
+        self.dense = path / "model-dense.safetensors"
+        self._lock = path / ".lock"
 
-    def open(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Make the folder ready, and give the state to go on from, if there is one.
+    @property
+    def _files(self) -> list[Path]:
+        """A run's files, in the order they are removed: without its options nothing goes on."""
+        paths = [p for p in vars(self).values() if p not in (self.path, self._lock)]
+        return [*paths, *(p.with_name(f".{p.name}.partial") for p in paths)]
+
+    @contextmanager
+    def open(self, *, resume: bool, overwrite: bool) -> Iterator[Found]:
+        """Hold the folder for one run, and give what to go on from.
 
         With `overwrite` the files of an earlier run are removed, and nothing else in the folder.
 
         Raises:
-            ConfigError: the folder holds something, and neither option was given; or both were;
-                or its checkpoint is damaged.
+            ConfigError: another run is at work in the folder; or it holds something and neither
+                option was given, or both were; or it cannot be written; or its run is damaged.
         """
         if resume and overwrite:
             raise ConfigError("--resume goes on with a run, --overwrite removes it: give one")
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path}: expected a folder, got a file")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (resume or overwrite):
-            raise ConfigError(
-                f"{self.path} exists: --resume goes on with it, --overwrite replaces it, name=... "
-                "or --out DIR puts the run elsewhere"
-            )
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"{self.path}: expected a folder, got a file")
             self.path.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for file in vars(self).values():
-                    if file != self.path:
-                        file.unlink(missing_ok=True)
+            lock = files.Lock(self._lock)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
-        if resume and self.checkpoint.exists():
+        except ValueError as error:  # NUL, or a name that the file system cannot encode
+            raise ConfigError(f"{self.path}: not a path: {error}") from error
+        try:
+            if not resume and not overwrite and self._holds_something():
+                raise ConfigError(
+                    f"{self.path} exists: --resume goes on with it, --overwrite replaces it, "
+                    "name=... or --out DIR puts the run elsewhere"
+                )
+            if overwrite:
+                self._clear()
+            found = self.find() if resume else Found()
+            if not lock.sure:
+                found.notes.append(f"note: {self.path} has no locks; start no second run in it")
+            yield found
+        finally:
+            lock.release()
+
+    def _holds_something(self) -> bool:
+        return any(path != self._lock for path in self.path.iterdir())
+
+    def _clear(self) -> None:
+        try:
+            for path in self._files:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be replaced: {error.strerror}") from error
+
+    def find(self) -> Found:
+        """What there is to go on from, looked at without changing anything.
+
+        Raises:
+            ConfigError: checkpoints that are damaged, or a config.toml that no run wrote.
+        """
+        found = Found()
+        try:
+            found.state = self._load(found.notes)
+            text = self._config_text()
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error.strerror}") from error
+        values = options.parse(text, self.config) if text.strip() else {}
+        if is_complete(values):
+            found.options = values
+            if (first := text.splitlines()[0]).startswith(FROM_PYTHON):
+                found.python = first.removeprefix(FROM_PYTHON)
+        if found.state is not None:
+            found.python = found.state["python"]
+            if found.options is None:
+                found.options = found.state["config"]
+                found.notes.append(
+                    f"note: {self.config} lacks the run's options; they are the checkpoint's"
+                )
+        elif text.strip() and found.options is None:
+            raise ConfigError(
+                f"{self.config}: not the options of a run, so there is none to go on with; "
+                "--overwrite replaces it"
+            )
+        return found
+
+    def _config_text(self) -> str:
+        try:
+            return options.read_text(self.config)
+        except FileNotFoundError:
+            return ""
+
+    def _load(self, notes: list[str]) -> dict[str, Any] | None:
+        troubles = []
+        for path in (self.checkpoint, self.previous):
+            if not path.exists():
+                continue
             try:
-                state: dict[str, Any] = checkpoint.load(self.checkpoint)
+                state: dict[str, Any] = checkpoint.load(path)
             except CheckpointError as error:
-                raise ConfigError(str(error)) from error
+                troubles.append(str(error))
+                continue
+            if path == self.previous:
+                why = troubles[0] if troubles else f"{self.checkpoint} is missing"
+                notes.append(f"note: {why}; going on from the one before, {self.previous.name}")
             return state
+        if troubles:
+            raise ConfigError(f"{'; '.join(troubles)}; --overwrite starts anew")
         return None
 
-    def write_metrics(self, records: list[Record]) -> None:
-        """All of metrics.jsonl anew: at the start, so that it says what the checkpoint says."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        checkpoint.write_atomically(self.metrics, text.encode())
+    def write_config(self, config: Config, python: str) -> None:
+        """config.toml, unless it is there: a run that goes on leaves it alone."""
+        if not self._config_text().strip():
+            head = f"{FROM_PYTHON}{python}\n\n" if python else ""
+            files.write_atomically(self.config, (head + config.to_toml()).encode())
 
-    def add_metrics(self, record: Record) -> None:
-        """One more line of metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+    def write_metrics(self, records: Sequence[Record]) -> None:
+        """metrics.jsonl."""
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        files.write_atomically(self.metrics, text.encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json."""
-        checkpoint.write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        files.write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())

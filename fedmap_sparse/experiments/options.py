@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from fedmap_sparse import _files
+from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
 
 Value = bool | int | float | str
@@ -27,6 +29,8 @@ _BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+#: Native code takes no larger integer.
+_MOST = 2**63 - 1
 _WANTED = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -85,9 +89,9 @@ def check_names(kind: Options, names: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(kind)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+            near = difflib.get_close_matches(name[:50].replace("-", "_"), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise ConfigError(f"unknown option {name!r}; {hint}")
+            raise ConfigError(f"unknown option {shown(name)}; {hint}")
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -97,15 +101,37 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: a file that is missing, not TOML, or has tables.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """As `read_file`, of a text; `path` is named in errors."""
+    try:
+        values = tomllib.loads(text)
+    # ValueError: not TOML, or a number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for key, value in values.items():
         if isinstance(value, dict):
-            raise ConfigError(f"{path}: expected `key = value` lines alone, got a table [{key}]")
+            raise ConfigError(
+                f"{path}: expected `key = value` lines alone, got a table [{key[:50]}]"
+            )
     return values
+
+
+def read_text(path: Path) -> str:
+    """A file of options as text: an ordinary file of at most 1 MiB in UTF-8.
+
+    Raises:
+        OSError: it cannot be read, or is none of that size.
+        ValueError: it is not UTF-8.
+    """
+    return _files.read_regular(path, 1 << 20).decode()
 
 
 def read_words(kind: Options, words: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +147,7 @@ def read_words(kind: Options, words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"expected key=value, got {word!r}")
+            raise ConfigError(f"expected key=value, got {shown(word)}")
         values[key] = _parsed(known[key], kind, text) if key in known else text
     return values
 
@@ -201,21 +227,38 @@ def _kind(f: Field[Any], options: Any) -> tuple[type, bool]:
 
 def _checked(f: Field[Any], options: Any, given: Any) -> Value:
     kind, _ = _kind(f, options)
-    value = float(given) if kind is float and type(given) is int else given
-    if type(value) is not kind:
-        raise ConfigError(f"{f.name}: expected {_WANTED[kind]}, got {value!r}")
     rules = f.metadata
+    value: Any = float(given) if kind is float and _fits_float(given) else given
+    if type(value) is not kind:
+        raise ConfigError(f"{f.name}: expected {_WANTED[kind]}, got {shown(given)}")
+    if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        raise ConfigError(f"{f.name}: expected text in UTF-8 without NUL, got {shown(value)}")
     if value not in rules.get("choices", (value,)):
-        near = difflib.get_close_matches(str(value), rules["choices"], n=1)
+        near = difflib.get_close_matches(str(value)[:50], rules["choices"], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         wanted = ", ".join(rules["choices"])
-        raise ConfigError(f"{f.name}: expected one of {wanted}, got {value!r}{hint}")
+        raise ConfigError(f"{f.name}: expected one of {wanted}, got {shown(value)}{hint}")
+    number: Any = 0 if isinstance(value, str) else value
+    if kind is int and "most" not in rules and number > _MOST:
+        raise ConfigError(f"{f.name}: expected at most 2^63 - 1, got {shown(value)}")
     bounds = [(words, holds, rules[key]) for key, (words, holds) in _BOUNDS.items() if key in rules]
-    number = 0 if kind is str else given
-    if not math.isfinite(number) or not all(holds(number, bound) for _, holds, bound in bounds):
+    finite = kind is not float or math.isfinite(number)
+    if not finite or not all(holds(number, bound) for _, holds, bound in bounds):
         wanted = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
-        raise ConfigError(f"{f.name}: expected {wanted or 'a finite number'}, got {value}")
+        raise ConfigError(f"{f.name}: expected {wanted or 'a finite number'}, got {shown(value)}")
     return cast(Value, value)
+
+
+def _fits_float(value: Any) -> bool:
+    return type(value) is int and abs(value) <= 1 << 1023
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        return False
+    return True
 
 
 def _parsed(f: Field[Any], options: Options, text: str) -> Value | None:
@@ -227,4 +270,4 @@ def _parsed(f: Field[Any], options: Options, text: str) -> Value | None:
             return {"true": True, "false": False}[text.lower()]
         return cast(Value, kind(text))
     except (KeyError, ValueError):
-        raise ConfigError(f"{f.name}: expected {_WANTED[kind]}, got {text!r}") from None
+        raise ConfigError(f"{f.name}: expected {_WANTED[kind]}, got {shown(text)}") from None

@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from fedmap_sparse._text import printable, say
 from fedmap_sparse.experiments.folder import Record
 from fedmap_sparse.experiments.report import human_bytes
 
 
 class Observer:
-    """Is told how a run goes; this one does nothing."""
+    """Is told how a run goes; this one does nothing.
+
+    Attributes:
+        begun: set by the run once its folder is ready, so that it can be resumed.
+    """
+
+    begun = False
 
     def begin(self, lines: list[str]) -> None:
         """What will be run."""
@@ -35,12 +42,12 @@ class Lines(Observer):
         self._rounds = 0
 
     def begin(self, lines: list[str]) -> None:
-        _print(lines)
+        say(*lines)
 
     def arm(self, name: str, records: list[Record], rounds: int) -> None:
         self._rounds = rounds
         if records:
-            _print([f"{name}: going on after {len(records)} of {rounds} rounds"])
+            say(f"{name}: going on after {len(records)} of {rounds} rounds")
 
     def round(self, record: Record) -> None:
         sent = human_bytes(record["uplink_bytes"] + record["downlink_bytes"])
@@ -49,10 +56,10 @@ class Lines(Observer):
             f"accuracy {record['accuracy']:.2%}  density {record['density']:.2%}  "
             f"{sent}  {record['seconds']['total']:.1f} s{_troubles(record)}"
         )
-        _print([line])
+        say(line)
 
     def end(self, lines: list[str]) -> None:
-        _print(lines)
+        say(*lines)
 
 
 class Bar(Lines):
@@ -88,7 +95,7 @@ class Bar(Lines):
         self._progress.update(self._task, advance=1, state=state)
         if troubles := _troubles(record):
             self._progress.console.print(
-                f"{record['arm']}, round {record['round']}:{troubles}",
+                printable(f"{record['arm']}, round {record['round']}:{troubles}"),
                 highlight=False,
                 markup=False,
             )
@@ -113,11 +120,8 @@ def observer() -> Observer:
 
 def _troubles(record: Record) -> str:
     parts = [f"  refused {client}: {reason}" for client, reason in record["refused"].items()]
+    if record["attempts"] > 1:
+        parts.append(f"  drawn {record['attempts']} times, as too few answered")
     if record["dropped"]:
         parts.append(f"  no answer from {', '.join(map(str, record['dropped']))}")
     return "".join(parts)
-
-
-def _print(lines: list[str]) -> None:
-    for line in lines:
-        print(line, flush=True)

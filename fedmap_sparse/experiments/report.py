@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedmap_sparse import _command
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset
 from fedmap_sparse.experiments.folder import Record
@@ -44,7 +46,22 @@ def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> li
         "clients": f"{config.clients}, {config.partition}{cohort}",
         "schedule": f"{config.make_schedule()}",
     }
-    return [f"{key:<9} {text}" for key, text in rows.items()]
+    return [*(f"{key:<9} {text}" for key, text in rows.items()), *_cautions(config)]
+
+
+def _cautions(config: Config) -> list[str]:
+    """What a schedule does that its name does not tell."""
+    if config.prune_start is None or not config.target:
+        return []
+    lines = []
+    if config.prune_start == 0:
+        lines.append("note: pruning starts before any training, so it ranks random initial weights")
+    if config.prune_end is not None and config.prune_end == config.prune_start:
+        lines.append(
+            f"note: all {config.target:.0%} go in round {config.prune_start}, at once: more "
+            "rounds, or prune_start and prune_end, make it gradual"
+        )
+    return lines
 
 
 def phases(records: list[Record]) -> dict[str, float]:
@@ -107,14 +124,17 @@ def _where(summary: Summary) -> list[str]:
     return lines
 
 
-def curves(path: Path, records: list[Record]) -> None:
-    """Accuracy, density and cumulated bytes over rounds, as a picture.
+def curves(records: list[Record]) -> bytes:
+    """Accuracy, density and cumulated bytes over rounds, as a PNG picture.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    # matplotlib says on stderr that it builds its cache of fonts, or has no folder for it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with _command.held():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -141,6 +161,6 @@ def curves(path: Path, records: list[Record]) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.legend(frameon=False)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

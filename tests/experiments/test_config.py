@@ -1,5 +1,6 @@
 """Options: one table behind files, command line, help and Python."""
 
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_defaults_are_the_default_run() -> None:
         {"schedule": "dense", "baseline": False, "name": "a-b_c.1"},
         {"partition": "dirichlet", "alpha": 1e-05, "optimizer": "adamw"},
         {"partition": "pathological", "shards": 3, "server_optimizer": "fedadam"},
-        {"out": 'quo"te \\ back\tand ünïcode\x7f', "data": "/some/where"},
+        {"data": 'quo"te \\ back\tand ünïcode\x7f'},
     ],
 )
 def test_a_written_config_reads_back(values: dict[str, Any], tmp_path: Path) -> None:
@@ -39,7 +40,8 @@ def test_a_written_config_reads_back(values: dict[str, Any], tmp_path: Path) -> 
     path = tmp_path / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
     assert build(options.read_file(path)) == config
-    assert tomllib.loads(config.to_toml()) == config.to_dict()
+    uncommented = re.sub(r"^# (?=\w+ = )", "", config.to_toml(), flags=re.M)
+    assert tomllib.loads(uncommented) == config.to_dict()
 
 
 def test_options_that_do_not_apply_are_left_out() -> None:
@@ -120,7 +122,7 @@ def test_cohort(clients: int, share: float, cohort: int) -> None:
         ),
         ({"rounds": 5, "prune_end": 5}, "prune_end: expected a round before rounds=5, got 5"),
         ({"prune_start": 4, "prune_end": 3}, "prune_end: expected a round not before prune_start"),
-        ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', got ../up"),
+        ({"name": "../up"}, "name: expected letters, digits, '.', '_' and '-', got '../up'"),
         ({"name": ".."}, "name: expected letters"),
         ({"clients": 4, "participation": 0.5, "min_updates": 3}, "min_updates: expected at most"),
     ],

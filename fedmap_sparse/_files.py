@@ -1,0 +1,56 @@
+"""Files from outside: looked at before they are read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path | str) -> tuple[int, int]:
+    """Open an ordinary file for reading: its descriptor, which the caller closes, and its size.
+
+    A pipe would block and a device never end, so both are refused, at once.
+
+    Raises:
+        OSError: no such file, no ordinary one, or a path that no file can have.
+    """
+    try:
+        # Without O_NONBLOCK the open itself would wait for a pipe's writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    except ValueError as error:  # a NUL in the path, or text that the file system cannot encode
+        raise OSError(errno.EINVAL, f"not a path: {error}", str(path)) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"expected an ordinary file, got {kind}", str(path))
+    return descriptor, status.st_size
+
+
+def read_regular(path: Path | str, most: int) -> bytes:
+    """All of an ordinary file of at most `most` bytes.
+
+    Raises:
+        OSError: as `open_regular`, or a file that is larger; none of it is read then.
+    """
+    descriptor, size = open_regular(path)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123  # closes the descriptor
+        if size <= most:
+            data = stream.read(most + 1)
+            if len(data) <= most:
+                return data
+            size = len(data)
+        raise OSError(errno.EFBIG, f"expected at most {most:,} bytes, got {size:,}", str(path))
+
+
+_BINARY: int = getattr(os, "O_BINARY", 0)

@@ -1,0 +1,157 @@
+"""One arm of an experiment: a federation under one schedule, its records and its result."""
+
+from __future__ import annotations
+
+import copy
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fedmap_sparse.codec import Coding
+from fedmap_sparse.engines.in_process import InProcessEngine, Round
+from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.experiments import report
+from fedmap_sparse.experiments.config import Config
+from fedmap_sparse.experiments.data import Dataset, Split
+from fedmap_sparse.experiments.folder import Record
+from fedmap_sparse.experiments.partition import Index
+from fedmap_sparse.experiments.training import LocalTraining, evaluate, make_optimizer, share_out
+from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
+from fedmap_sparse.flat import flatten
+from fedmap_sparse.schedule import Schedule
+
+
+class Arm:
+    """One federation: server, clients and engine, under one schedule.
+
+    Clients share one module: their weights come with each broadcast.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        schedule: Schedule,
+        template: nn.Module,
+        dataset: Dataset,
+        parts: list[Index],
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self._validation = _to(dataset.validation, device)
+        self._test = dataset.test
+        self._device = device
+        coding = cast(Coding, config.coding)
+        self.server = FedMapServer(
+            flatten(copy.deepcopy(template)),
+            schedule,
+            dtype=config.dtype,
+            lr=config.learning_rate,
+            min_updates=config.min_updates,
+            server_optimizer=config.make_server_optimizer(),
+            coding=coding,
+        )
+        local = flatten(copy.deepcopy(template))
+        make = make_optimizer(config)
+        clients: dict[ClientId, FedMapClient] = {
+            i: FedMapClient(
+                local,
+                optimizer=make,
+                keep_optimizer=config.keep_optimizer,
+                dtype=config.uplink_dtype or config.dtype,
+                delta=config.delta,
+                coding=coding,
+                prox_mu=config.prox_mu,
+            )
+            for i in range(config.clients)
+        }
+        phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
+        train = LocalTraining(config, share_out(dataset.train, parts, device), phases)
+        self.engine = InProcessEngine(
+            self.server,
+            clients,
+            train,
+            cohort=config.cohort,
+            dropout=config.dropout,
+            attempts=config.attempts,
+            seed=config.seed,
+            phases=phases,
+        )
+
+    @property
+    def round(self) -> int:
+        """How many rounds have ended."""
+        return self.server.round
+
+    def broadcast(self) -> bytes:
+        """The next round's broadcast, with its whole mask."""
+        self.server.begin_round()
+        return self.server.broadcast()
+
+    def play(self, saving: float) -> Record:
+        """One round; `saving` is the seconds that writing the one before took."""
+        start = perf_counter()
+        phases = self.engine.phases
+        phases.clear()
+        done = self.engine.round()
+        with phases("evaluate"):
+            accuracy, loss = evaluate(self.server.params.module, self._validation)
+        seconds = {**phases, "save": saving}
+        seconds["total"] = perf_counter() - start + saving
+        return self._record(done, accuracy, loss, seconds)
+
+    def _record(
+        self, done: Round, accuracy: float, loss: float | None, seconds: dict[str, float]
+    ) -> Record:
+        result = done.result
+        return {
+            "arm": self.name,
+            "round": result.round,
+            "accuracy": accuracy,
+            "loss": loss,
+            "train_loss": result.loss,
+            "density": self.server.params.density,
+            "keep": self.server.mask.nnz,
+            "lr": self.config.learning_rate(result.round),
+            "uplink_bytes": done.uplink_bytes,
+            "downlink_bytes": done.downlink_bytes,
+            "cohort": len(done.cohort),
+            "dropped": list(done.dropped),
+            "attempts": done.attempts,
+            "refused": {str(client): reason for client, reason in result.refused.items()},
+            "seconds": seconds,
+        }
+
+    def summary(self, records: list[Record]) -> dict[str, Any]:
+        """The arm's result; this is where test data are looked at."""
+        accuracy, loss = evaluate(self.server.params.module, _to(self._test, self._device))
+        phases = report.phases(records)
+        return {
+            "accuracy": accuracy,
+            "loss": loss,
+            "validation_accuracy": records[-1]["accuracy"],
+            "density": self.server.params.density,
+            "survivors": self.server.mask.nnz,
+            "prunable": self.server.layout.eligible,
+            "uplink_bytes": sum(r["uplink_bytes"] for r in records),
+            "downlink_bytes": sum(r["downlink_bytes"] for r in records),
+            "seconds": phases["total"],
+            "rounds": len(records),
+            "seed": self.config.seed,
+            "phases": phases,
+            "overhead": 1 - (phases["train"] + phases["evaluate"]) / phases["total"],
+        }
+
+    def model(self) -> bytes:
+        """The global model as a safetensors state dict, dense, with zeros where it is pruned."""
+        from safetensors.torch import save
+
+        state = {n: t.cpu().contiguous() for n, t in self.server.params.to_state_dict().items()}
+        return bytes(save(state))
+
+
+def _to(split: Split, device: torch.device) -> Split:
+    return Split(split.images.to(device), split.labels.to(device))

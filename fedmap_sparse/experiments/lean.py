@@ -1,0 +1,35 @@
+"""A run without torch's compiler, whose import takes 4 s of CPU and compiles nothing here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+#: Methods of an optimizer that torch hides from its compiler; hiding one imports the compiler.
+_HIDDEN = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+
+
+@contextmanager
+def no_compiler() -> Iterator[None]:
+    """Optimizers made in this block do not import `torch._dynamo`.
+
+    torch wraps these methods so that each, at its first call, imports the compiler and asks it to
+    leave the method alone. What the compiler would answer is remembered on the method: here it is
+    the method itself, for as long as the block runs. Where torch does so no longer, or the
+    compiler is in use already, nothing is done.
+    """
+    methods: list[Any] = []
+    if "torch._dynamo" not in sys.modules:
+        wrapped = (getattr(torch.optim.Optimizer, name, None) for name in _HIDDEN)
+        methods = [m for w in wrapped if (m := getattr(w, "__wrapped__", None)) is not None]
+    for method in methods:
+        method.__dynamo_disable = method
+    try:
+        yield
+    finally:
+        for method in methods:
+            del method.__dynamo_disable
