@@ -208,7 +208,7 @@ def _device(name: str) -> torch.device:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"device: expected one that torch has here, got {shown(name)}: {reason}"
+            f"device: expected one that torch has here, got {shown(name)}: {reason[:200]}"
         ) from error
     return torch.device("cpu") if device.type == "cpu" else device
 

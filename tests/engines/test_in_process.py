@@ -311,3 +311,60 @@ def test_generators_differ_by_any_part_of_their_key() -> None:
     drawn = {int(generator(*key).integers(2**62)) for key in keys}
     assert len(drawn) == len(keys)
     assert generator(*keys[0]).random() == generator(*keys[0]).random()
+
+
+def hopeful(attempts: int, **options: Any) -> InProcessEngine:
+    """Four in five do not answer, and half of the cohort must: most draws fail."""
+    return make(8, cohort=4, dropout=0.8, min_updates=2, attempts=attempts, seed=1, **options)
+
+
+def test_a_round_that_too_few_answered_is_drawn_again() -> None:
+    engine = hopeful(attempts=50)
+    rounds = [engine.round() for _ in range(3)]
+    assert max(done.attempts for done in rounds) > 1
+    for done in rounds:
+        last = engine.draw(done.result.round, done.attempts - 1)
+        assert (list(done.cohort), set(done.dropped)) == last
+        earlier = [engine.draw(done.result.round, a) for a in range(done.attempts - 1)]
+        assert all(4 - len(silent) < 2 for _, silent in earlier)
+        assert len({tuple(cohort) for cohort, _ in [*earlier, last]}) > 1 or not earlier
+        answers = sum(4 - len(silent) for _, silent in [*earlier, last])
+        assert done.uplink_bytes == answers * done.result.uplink_bytes // (4 - len(done.dropped))
+        assert done.downlink_bytes > 4 * done.attempts * 4 * engine.server.mask.nnz
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_failing_and_going_on_is_the_same_as_more_attempts(keep: bool) -> None:
+    patient, hasty = hopeful(attempts=50, keep=keep), hopeful(attempts=1, keep=keep)
+    failures = 0
+    for _ in range(3):
+        patient.round()
+        while True:
+            state = hasty.state_dict()
+            try:
+                hasty.round()
+                break
+            except RoundFailed:
+                failures += 1
+                state["attempt"] = hasty.attempt  # as a checkpoint has it
+                hasty = hopeful(attempts=1, keep=keep)
+                hasty.load_state_dict(state)
+    assert failures > 0
+    assert torch.equal(bits(patient.server.params), bits(hasty.server.params))
+
+
+def test_nothing_is_drawn_again_where_every_draw_is_the_same() -> None:
+    trained = []
+
+    def diverge(name: Any, client: Any, message: Any) -> tuple[int, float | None]:
+        trained.append(name)
+        with torch.no_grad():
+            client.params.values[0] = float("nan")
+        return 1, None
+
+    engine = make(3, train=diverge, attempts=10)
+    with pytest.raises(RoundFailed):
+        engine.round()
+    assert trained == [0, 1, 2]
+    with pytest.raises(ValueError, match="attempts: expected at least 1, got 0"):
+        make(3, attempts=0)
