@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
-.PHONY: help run test test-gpu-free test-crash lint docs bench vectors sanitize fuzz package clean
+.PHONY: help run test test-gpu-free test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ sanitize: $(VENV)/dev.stamp ## the extension under ASan and UBSan through the te
 
 fuzz: $(VENV)/dev.stamp ## libFuzzer, ASan and UBSan on the message's decoders, FUZZ_SECONDS long (1800)
 	PYTHON=$(BIN)/python fuzz/run.sh $(FUZZ_SECONDS)
+
+fuzz-wire: $(VENV)/dev.stamp ## FUZZ_MESSAGES (1000000) damaged messages with good checksums, against the second reader
+	$(BIN)/python fuzz/wire.py $(or $(FUZZ_MESSAGES),1000000) $(or $(FUZZ_SEED),0) $(shell nproc)
 
 package: $(VENV)/dev.stamp ## sdist, wheel from it, and the wheel in a new environment without a compiler
 	$(BIN)/python tools/check_package.py

@@ -2,6 +2,7 @@
 
 from fedmap_sparse.codec.container import Header, Section, parse_header
 from fedmap_sparse.codec.encode import DTYPES, Source, Stamp, check_dtype, compose, encode
+from fedmap_sparse.codec.envelope import check_key, seal, unseal
 from fedmap_sparse.codec.inspection import Inspection, SectionInfo, inspect, inspect_file
 from fedmap_sparse.codec.message import MaskSection, Message, decode
 from fedmap_sparse.codec.state_dict import decode_state_dict, encode_state_dict
@@ -24,6 +25,7 @@ __all__ = [
     "Stamp",
     "check_coding",
     "check_dtype",
+    "check_key",
     "compose",
     "decode",
     "decode_state_dict",
@@ -32,4 +34,6 @@ __all__ = [
     "inspect",
     "inspect_file",
     "parse_header",
+    "seal",
+    "unseal",
 ]

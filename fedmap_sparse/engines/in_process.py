@@ -163,7 +163,7 @@ class InProcessEngine:
         downlink = 0
         for name in cohort:
             client = self.clients[name]
-            message, size = self._send(client)
+            message, size = self._send(name, client)
             downlink += size
             if name in silent:
                 continue
@@ -174,19 +174,19 @@ class InProcessEngine:
                 client.optimizer = None  # else its state would lie idle until the next receive
         return updates, downlink
 
-    def _send(self, client: FedMapClient) -> tuple[Message, int]:
+    def _send(self, name: ClientId, client: FedMapClient) -> tuple[Message, int]:
         """Send the broadcast until the client can use it; the message and the bytes it took."""
         sent = 0
         have = client.have
         while True:
             with self.phases("encode"):
-                data = self.server.broadcast(have)
+                data = self.server.broadcast(have, client=name)
             sent += len(data)
             try:
                 with self.phases("decode"):
                     return client.receive(data), sent
             except NeedsMask as error:
-                if error.have == have:  # it was sent what it says it needs: asking again is vain
+                if error.have == have:  # it was sent what it needs: a retry cannot help
                     raise
                 have = error.have
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedmap_sparse import codec, ops
 from fedmap_sparse.codec import Coding, Message
 from fedmap_sparse.codec.container import NO_DIGEST
-from fedmap_sparse.errors import FormatError, StateError
+from fedmap_sparse.codec.envelope import round_of
+from fedmap_sparse.errors import AuthenticationError, FormatError, StateError
 from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated import state as saved
 from fedmap_sparse.federated.global_model import (
@@ -22,7 +23,7 @@ from fedmap_sparse.federated.global_model import (
     write_buffers,
     write_model,
 )
-from fedmap_sparse.federated.updates import Bytes
+from fedmap_sparse.federated.updates import Bytes, ClientId
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedOptimizer
@@ -49,6 +50,8 @@ class FedMapClient(saved.BytesState):
             them as they are.
         prox_mu: FedProx (Li et al., arXiv 1812.06127): each step of `optimizer` adds
             `prox_mu * (w - w_received)` to the gradient. 0: off.
+        key, client_id: the secret that the server has for this id. Messages then travel in
+            envelopes that prove their sender (docs/format.md, 9). None: no envelopes.
     """
 
     _kind = "client"
@@ -63,6 +66,8 @@ class FedMapClient(saved.BytesState):
         delta: bool = False,
         coding: Coding = "entropy",
         prox_mu: float = 0.0,
+        key: bytes | None = None,
+        client_id: ClientId | None = None,
     ) -> None:
         codec.check_dtype(dtype)
         codec.check_coding(coding)
@@ -70,8 +75,13 @@ class FedMapClient(saved.BytesState):
             raise ValueError(f"prox_mu: expected a finite number of at least 0, got {prox_mu}")
         if prox_mu and optimizer is None:
             raise ValueError("prox_mu: expected an optimizer to add the term in, got None")
+        if (key is None) is not (client_id is None):
+            raise ValueError("key, client_id: expected both or none, got one")
+        if key is not None:
+            codec.check_key(key)
         params.check_bound()
         self.params = params
+        self._key, self.client_id = key, client_id
         self.layout = params.layout
         self.dtype = dtype
         self.delta = delta
@@ -103,6 +113,7 @@ class FedMapClient(saved.BytesState):
 
         Raises:
             NeedsMask: it builds on a mask that this client lacks.
+            AuthenticationError: this client has a key, and the envelope is not the server's.
             FormatError: it is not sound, of another layout, no broadcast, older than the last one
                 (a client that loads a fresh client's state takes it again), or holds a number that
                 this model cannot hold.
@@ -111,7 +122,13 @@ class FedMapClient(saved.BytesState):
         """
         params = self.params
         params.check_bound()
+        at_round = None
+        if self._key is not None and self.client_id is not None:
+            at_round = round_of(data)
+            data = codec.unseal(data, self._key, self.client_id, at_round, "broadcast")
         message = codec.decode(data, self.layout, mask=self._mask, device=params.values.device)
+        if at_round not in (None, message.round):
+            raise AuthenticationError(f"envelope: expected round {message.round}, got {at_round}")
         lr = self._checked(message)
         mask = message.mask
         residual = self._followed(message)
@@ -237,7 +254,9 @@ class FedMapClient(saved.BytesState):
             meta={"loss": float(loss)} if loss is not None and reported else None,
         )
         self._spent = None if residual is None else (at_round, residual)
-        return data
+        if self._key is None or self.client_id is None:
+            return data
+        return codec.seal(data, self._key, self.client_id, at_round, "update")
 
     def update_array(self) -> Tensor:
         """What `update` would send, as one float32 vector; `array_sections` lists its parts.

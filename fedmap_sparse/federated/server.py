@@ -65,6 +65,8 @@ class FedMapServer(ModelServer):
         max_samples: the most that an update's claim of samples counts. None: ten times the median
             of the round's claims (of the last round's in a stream; of the first three updates'
             in a server's first stream).
+        keys: one secret key per client, at least 32 bytes each: every message then travels in an
+            envelope that proves its sender (docs/format.md, 9). None: no envelopes.
 
     Raises:
         ValueError: `min_updates` or `max_samples` below 1, an unknown dtype or coding, a weight
@@ -84,6 +86,7 @@ class FedMapServer(ModelServer):
         criterion: Criterion | None = None,
         aggregator: Aggregator | None = None,
         max_samples: int | None = None,
+        keys: Mapping[ClientId, bytes] | None = None,
     ) -> None:
         arrived.check_least("min_updates", min_updates)
         arrived.check_least("max_samples", 1 if max_samples is None else max_samples)
@@ -98,6 +101,7 @@ class FedMapServer(ModelServer):
         self.criterion = criterion
         self.aggregator = aggregator
         self.max_samples = max_samples
+        self.keys = None if keys is None else {c: codec.check_key(k) for c, k in keys.items()}
         super().__init__(params, dtype, self.server_optimizer)
 
     def begin_round(self) -> None:
@@ -142,27 +146,37 @@ class FedMapServer(ModelServer):
             meta=meta,
         )
 
-    def broadcast(self, have: bytes | None = None) -> bytes:
+    def broadcast(self, have: bytes | None = None, *, client: ClientId | None = None) -> bytes:
         """This round's message for a client that holds the mask of digest `have`. Pure.
 
         Args:
             have: `client.have`. None gives a self-contained message, enough for a client never
                 seen; the digest of the current mask gives no mask section; the digest of an
                 earlier mask a delta over it; an unknown digest the full mask.
+            client: whom it is for; needed where the server has keys.
 
         Raises:
             RuntimeError: before `begin_round`.
+            ValueError: the server has keys, but none of `client`.
         """
         with self._lock:
-            return self._require("broadcast").broadcast(have, self._held.model)
+            data = self._require("broadcast").broadcast(have, self._held.model)
+            return self._sealed(data, client)
 
-    def snapshot(self, have: bytes | None = None) -> bytes:
+    def _sealed(self, data: bytes, client: ClientId | None) -> bytes:
+        if self.keys is None:
+            return data
+        if client is None or client not in self.keys:
+            raise ValueError(f"client: expected one of those with a key, got {client!r}")
+        return codec.seal(data, self.keys[client], client, self.round, "broadcast")
+
+    def snapshot(self, have: bytes | None = None, *, client: ClientId | None = None) -> bytes:
         """The model as it is, as a message for evaluation: nothing is pruned, no round begins.
 
         A client `receive`s it like a broadcast; `update` then raises, as it answers no round.
 
         Args:
-            have: as in `broadcast`.
+            have, client: as in `broadcast`.
 
         Raises:
             ValueError: a weight that the caller wrote and that cannot be sent.
@@ -170,7 +184,7 @@ class FedMapServer(ModelServer):
         with self._lock:
             model = self._held.model if self._open is not None else self._held.current()
             message = self._composed(model, {"snapshot": True})
-            return encoded(message, have, model)
+            return self._sealed(encoded(message, have, model), client)
 
     def _require(self, what: str) -> OpenRound:
         if self._open is None:
@@ -210,10 +224,10 @@ class FedMapServer(ModelServer):
         """
         with self._lock:
             under_way = self._idle("aggregate")
-            received, total = arrived.collected(updates)
-            ids = arrived.ordered(received, order)
-            trusted = arrived.trusted(received, weights)
-            single = {c: m[0] for c, m in received.items() if len(m) == 1}
+            came = arrived.collected(updates, arrived.opener(self.keys, self.round))
+            ids = arrived.ordered((*came.messages, *came.unproved), order)
+            trusted = arrived.trusted(came.messages, weights)
+            single = {c: m[0] for c, m in came.messages.items() if len(m) == 1}
             cap = self.max_samples
             if cap is None and trusted is None:
                 cap = arrived.cap(single.values(), under_way.message.broadcast_digest)
@@ -223,10 +237,12 @@ class FedMapServer(ModelServer):
                     if client in single:
                         weight = None if trusted is None else trusted[client]
                         aggregation.offer(client, single[client], weight)
+                    elif client in came.unproved:
+                        aggregation.refuse(client, came.unproved[client])
                     else:
-                        came = len(received[client])
-                        aggregation.refuse(client, f"expected one update, got {came} that differ")
-                aggregation.uplink_bytes = total
+                        count = len(came.messages[client])
+                        aggregation.refuse(client, f"expected one update, got {count} that differ")
+                aggregation.uplink_bytes = came.size
                 return self.close_round()
             finally:
                 under_way.aggregation = None
@@ -254,7 +270,12 @@ class FedMapServer(ModelServer):
         with self._lock:
             aggregation = self._streaming("add")
             aggregation.uplink_bytes += arrived.size(data)
-        return aggregation.offer(client, data, weight)
+            opened = arrived.opener(self.keys, self.round)
+        try:
+            message = opened(client, data)
+        except (ValueError, TypeError) as error:
+            return aggregation.refuse(client, str(error))
+        return aggregation.offer(client, message, weight)
 
     def _streaming(self, what: str) -> Aggregation:
         under_way = self._require(what)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedmap_sparse.codec.container import MAX_INTEGER, NO_DIGEST, as_bytes, parse_header
+from fedmap_sparse.codec.envelope import unseal
+from fedmap_sparse.errors import AuthenticationError
 
 ClientId = int | str
 Bytes = bytes | bytearray | memoryview
@@ -13,18 +16,54 @@ Bytes = bytes | bytearray | memoryview
 TIMES_MEDIAN = 10
 
 
+@dataclass
+class Collected:
+    """A round's updates by client.
+
+    Attributes:
+        messages: each client's that differ, out of their envelopes.
+        unproved: clients of whom nothing but messages without a good envelope came, and why.
+        size: the bytes of all.
+    """
+
+    messages: dict[ClientId, list[object]]
+    unproved: dict[ClientId, str]
+    size: int
+
+
 def collected(
-    updates: Iterable[tuple[ClientId, Bytes]],
-) -> tuple[dict[ClientId, list[object]], int]:
-    """(each client's messages that differ, the bytes of all)."""
+    updates: Iterable[tuple[ClientId, Bytes]], opened: Callable[[ClientId, object], object]
+) -> Collected:
+    """The updates, each `opened`: what is not proved does not count against its client's own."""
     found: dict[ClientId, list[object]] = {}
+    unproved: dict[ClientId, str] = {}
     total = 0
-    for client, data in updates:
-        total += size(data)
+    for client, sealed in updates:
+        total += size(sealed)
+        try:
+            data = opened(client, sealed)
+        except (ValueError, TypeError) as error:
+            unproved[client] = str(error)
+            continue
         own = found.setdefault(client, [])
         if not any(_equal(data, other) for other in own):
             own.append(data)
-    return found, total
+    return Collected(found, {c: why for c, why in unproved.items() if c not in found}, total)
+
+
+def opener(
+    keys: Mapping[ClientId, bytes] | None, at_round: int
+) -> Callable[[ClientId, object], object]:
+    """What takes updates of a round out of their envelopes; without keys, the identity."""
+
+    def opened(client: ClientId, data: object) -> object:
+        if keys is None:
+            return data
+        if client not in keys:
+            raise AuthenticationError(f"envelope: expected a key for client {client!r}, got none")
+        return unseal(held(data), keys[client], client, at_round, "update")
+
+    return opened
 
 
 def size(data: object) -> int:
