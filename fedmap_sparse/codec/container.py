@@ -35,7 +35,7 @@ _CRITICAL_HEADER_FLAGS = 0xFFFF
 _CRITICAL_SECTION_FLAGS = 0xFF
 _IGNORABLE_ID = 0x8000
 #: Sections of one message, at most. Each costs a reader some 10 us, whatever its size.
-MAX_SECTIONS = 64
+MAX_SECTIONS = 32
 
 _HEADER = struct.Struct("<8sHHI16s16s16s16s5QI")
 _SECTION = struct.Struct("<HHBBHQQ16sI12sI")

@@ -14,6 +14,7 @@ from fedmap_sparse.errors import FormatError
 MAX_BYTES = 4096
 
 Value = bool | int | float | str
+_BOOLEANS = {0: False, 1: True}
 _INT, _FLOAT, _LENGTH = struct.Struct("<q"), struct.Struct("<d"), struct.Struct("<H")
 
 
@@ -66,14 +67,34 @@ def read(section: Section) -> dict[str, Value]:
         size = len(section.payload)
         raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {size}", base)
     meta: dict[str, Value] = {}
-    last, at = b"", 0
-    while at < len(data):
+    last, at, end = b"", 0, len(data)
+    while at < end:
         start = at
         try:
-            name, at = _take(data, at + 1, data[at])
+            name = data[at + 1 : at + 1 + data[at]]
+            at += 1 + data[at]
+            kind = data[at]  # an IndexError, if the name was cut short
+            at += 1
+            value: Value
+            if kind == 0:
+                value = _BOOLEANS[data[at]]
+                at += 1
+            elif kind == 1:
+                value = _INT.unpack_from(data, at)[0]
+                at += 8
+            elif kind == 2:
+                value = _FLOAT.unpack_from(data, at)[0]
+                at += 8
+            elif kind == 3:
+                stop = at + 2 + _LENGTH.unpack_from(data, at)[0]
+                if stop > end:
+                    raise IndexError(f"expected {stop - at - 2} bytes, got {end - at - 2}")
+                value = data[at + 2 : stop].decode()
+                at = stop
+            else:
+                raise IndexError(f"unknown type {kind}")
             key = name.decode()
-            value, at = _read_value(data, at)
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
+        except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
             raise FormatError(f"META: broken entry ({error})", base + start) from None
         if name <= last:
             raise FormatError(f"META: expected a key above {last!r}, got {name!r}", base + start)
@@ -82,26 +103,3 @@ def read(section: Section) -> dict[str, Value]:
     if len(meta) != section.count or not meta:
         raise FormatError(f"META: expected {section.count} entries, got {len(meta)}", base)
     return meta
-
-
-def _take(data: bytes, at: int, size: int) -> tuple[bytes, int]:
-    if at + size > len(data):
-        raise IndexError(f"expected {size} bytes, got {len(data) - at}")
-    return data[at : at + size], at + size
-
-
-def _read_value(data: bytes, at: int) -> tuple[Value, int]:
-    kind = data[at]
-    at += 1
-    if kind == 0:
-        if data[at] > 1:
-            raise IndexError(f"expected a Boolean of 0 or 1, got {data[at]}")
-        return bool(data[at]), at + 1
-    if kind == 1:
-        return int(_INT.unpack_from(data, at)[0]), at + 8
-    if kind == 2:
-        return float(_FLOAT.unpack_from(data, at)[0]), at + 8
-    if kind == 3:
-        text, end = _take(data, at + 2, _LENGTH.unpack_from(data, at)[0])
-        return text.decode(), end
-    raise IndexError(f"unknown type {kind}")

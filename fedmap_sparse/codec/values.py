@@ -221,15 +221,26 @@ def quantized(section: Section) -> Quantized:
         raise FormatError("VALUES: expected finite scales of at least 0", section.offset)
     if codes.numel() and int(codes.min()) == -128:
         raise FormatError("VALUES: expected codes from -127 to 127", section.offset + split)
-    if bool((bits == 0).any()):
-        full = codes.numel() // section.block
-        used = codes[: full * section.block].view(full, section.block).any(1)
-        if full < bits.numel():
-            used = torch.cat([used, codes[full * section.block :].any().view(1)])
-        for block in (used & (bits == 0)).nonzero()[:1].flatten().tolist():
-            at = section.offset + 4 * block
-            raise FormatError("VALUES: expected codes of 0 in a block of scale 0", at)
+    zero = bits == 0
+    if bool(zero.any()):
+        _check_zero_blocks(section, codes, zero)
     return Quantized(codes, scales, section.block)
+
+
+def _check_zero_blocks(section: Section, codes: Tensor, zero: Tensor) -> None:
+    """Raise FormatError unless blocks of scale 0 have codes of 0.
+
+    Whole blocks are looked at as words: bytes one by one took 15 times as long as the rest.
+    """
+    block, split = section.block, 4 * zero.numel()
+    full = codes.numel() // block
+    end = split + full * block
+    words = tensor_view(section.payload[split:end], torch.int32, align=4).view(full, block // 4)
+    used = (words != 0).any(1) if bool(words[zero[:full]].any()) else torch.zeros(full).bool()
+    used = torch.cat([used, codes[full * block :].any().view(1)])[: zero.numel()]
+    for index in (used & zero).nonzero()[:1].flatten().tolist():
+        at = section.offset + 4 * index
+        raise FormatError("VALUES: expected codes of 0 in a block of scale 0", at)
 
 
 def _refusal(section: Section, error: PayloadError) -> FormatError:

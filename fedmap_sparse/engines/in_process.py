@@ -178,9 +178,11 @@ class InProcessEngine:
         """Send the broadcast until the client can use it; the message and the bytes it took."""
         sent = 0
         have = client.have
+        # A server with keys seals each message for its receiver.
+        addressed = {} if self.server.keys is None else {"client": name}
         while True:
             with self.phases("encode"):
-                data = self.server.broadcast(have, client=name)
+                data = self.server.broadcast(have, **addressed)
             sent += len(data)
             try:
                 with self.phases("decode"):

@@ -127,7 +127,7 @@ def sections_of(data):
     refuse_unless(flags & 0xFFFE == 0, "critical flags")
     refuse_unless(max(round_, epoch, samples) <= 1 << 53, "an integer above 2^53")
     refuse_unless(length == len(data), "length")
-    refuse_unless(count <= 64, "number of sections")
+    refuse_unless(count <= 32, "number of sections")
     header = {
         "dense": bool(flags & 1), "layout": layout, "mask": mask, "answers": answers, "base": base,
         "round": round_, "epoch": epoch, "samples": samples, "eligible": eligible,
