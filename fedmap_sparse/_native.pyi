@@ -90,6 +90,12 @@ def read_gradients(
     keys: list[str],
     segments: int,
     /,
+) -> int: ...
+def same_tree(
+    links: list[tuple[dict[str, Any], str, Any]], sizes: list[tuple[dict[str, Any], int]], /
+) -> bool: ...
+def written_unseen(
+    values: Tensor, words: Tensor, rank: Tensor, prunable: int, rows: Tensor, turn: int, /
 ) -> bool: ...
 def masked_sgd(
     values: Tensor,

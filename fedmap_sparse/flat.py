@@ -2,89 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedmap_sparse import _checks
+from fedmap_sparse import _checks, _module_tree
 from fedmap_sparse._backends import native
-from fedmap_sparse.layout import FlatLayout, Prunable, build, matrices
+from fedmap_sparse._tensor_kinds import Extra, kind_of, ties
+from fedmap_sparse._writes import Writes
+from fedmap_sparse.layout import FlatLayout, build, verdicts
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.prunable import Prunable, from_module
+
+# What a copy makes anew from its module, when it is first asked for.
+_BOUND = frozenset({"values", "parameters", "_tree", "_tied", "_clean"})
+_REFLATTEN = "rebind() cannot follow that: flatten the module again, fs.flatten(model)"
 
 
-class FlatParameters:
+class FlatParameters(Writes):
     """A module whose parameters are views of one contiguous buffer. Made by `flatten`.
+
+    The module is used as before: forward, backward, state_dict, load_state_dict, zero_grad. What
+    gives its parameters other memory (`.to(device)`, `.half()`, a replaced Parameter or submodule)
+    is noticed by every use here (`check_bound`), and `rebind` takes in what still fits the layout.
+
+    Copies and pickles hold the module's copy, bound anew.
 
     Attributes:
         values: the buffer, 1-D, `layout.numel` elements: the prunable part, then the tail; padding
             is zero. The module's parameters are views of it, so a write to one is seen in both.
         layout: where each parameter lies.
-        module: the module, which is used as before: forward, backward, state_dict,
-            load_state_dict, zero_grad. What re-homes its parameters (`.to(device)`, `.half()`,
-            replacing a Parameter) breaks the views; `check_bound` notices and `rebind` mends.
+        module: the module that was flattened.
+        parameters: its parameters, in the layout's order; tied ones once.
         mask: the current mask over `prunable`; `layout.initial_mask()` at first.
+
+    >>> params = fs.flatten(torch.nn.Linear(4, 2))
+    >>> params.module.weight.data_ptr() == params.values.data_ptr()
+    True
     """
 
-    def __init__(self, module: nn.Module, layout: FlatLayout) -> None:
+    _tree: _module_tree.Tree
+
+    def __init__(self, module: nn.Module, layout: FlatLayout, shared: Iterable[str] = ()) -> None:
+        # `shared`: aliases that are Parameters of their own on the memory of another one.
         self.module = module
         self.layout = layout
-        owners = _owners(module)
-        self._owners = [owners[e.name] for e in layout.entries]
-        self._names = [e.name for e in layout.entries]
-        self.values = torch.empty(0)
+        self._shared = frozenset(shared)
         self._adopt()
         self._mask = layout.initial_mask(self.values.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _BOUND}
+
+    def __getattr__(self, name: str) -> Any:
+        # While a copy is made its module may be half done, so it is bound when it is first used.
+        if name not in _BOUND or "_mask" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._adopt()
+        self._mask = self._mask.to(self.values.device)
+        return self.__dict__[name]
+
     def _adopt(self) -> None:
         """Copy the module's parameters into a fresh buffer, then make them views of it."""
-        parameters = [owner._parameters[key] for owner, key in self._owners]
-        current = {n: p for n, p in zip(self._names, parameters, strict=True) if p is not None}
-        if len(current) != len(parameters):
-            gone = next(n for n in self._names if n not in current)
-            raise ValueError(f"{gone}: expected a parameter, got None")
-        for e in self.layout.entries:
-            if tuple(current[e.name].shape) != e.shape:
-                got = tuple(current[e.name].shape)
-                raise ValueError(f"{e.name}: expected shape {e.shape}, got {got}")
-        dtype, device = _common(current)
-        values = torch.zeros(self.layout.numel, dtype=dtype, device=device)
-        views = [values[e.offset : e.offset + e.numel].view(e.shape) for e in self.layout.entries]
-        with torch.no_grad():
+        found = _module_tree.registered(self.module)
+        if problem := self._misfit(found):
+            raise ValueError(problem)
+        current = {e.name: found[e.name].value for e in self.layout.entries}
+        dtype, device = _module_tree.common(current)
+        with torch.inference_mode(False), torch.no_grad():
+            values = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+            views = [
+                values[e.offset : e.offset + e.numel].view(e.shape) for e in self.layout.entries
+            ]
             for view, p in zip(views, current.values(), strict=True):
                 view.copy_(p)
-        for view, p in zip(views, current.values(), strict=True):
-            if p.grad is not None and (p.grad.dtype != dtype or p.grad.device != device):
-                p.grad = None
-            p.data = view
-        other = dict(self.layout.aliases)
-        owners = _owners(self.module) if other else {}
-        for alias, name in other.items():
-            owner, key = owners[alias]
-            owner._parameters[key] = current[name]
+            of = dict(zip(current, views, strict=True))
+            dims = dict(self.layout.permuted)
+            alike = {
+                name: of[of_name].permute(dims[name]) if name in dims else of[of_name]
+                for name, of_name in self.layout.aliases
+            }
+            for name, view in alike.items():
+                if not torch.equal(found[name].value.to(view), view):
+                    other = dict(self.layout.aliases)[name]
+                    raise ValueError(
+                        f"{name}: expected the values of {other}, to which it was tied when the "
+                        f"module was flattened, got others; {_REFLATTEN}"
+                    )
+            for view, p in zip(views, current.values(), strict=True):
+                _bind(p, view)
+            for name, of_name in self.layout.aliases:
+                if name in self._shared:
+                    _bind(found[name].value, alike[name])
+                else:
+                    found[name].holder[found[name].key] = current[of_name]
+        index = {e.name: i for i, e in enumerate(self.layout.entries)}
+        self._tied = [
+            (found[name].value, index[of_name], dims.get(name))
+            for name, of_name in self.layout.aliases
+            if name in self._shared
+        ]
         self.values = values
         self.parameters = list(current.values())
-        self._holders = [owner._parameters for owner, _ in self._owners]
-        self._keys = [key for _, key in self._owners]
+        self._tree = _module_tree.Tree(self.module, [found[n] for n in current])
+        self._clean = None, [-1] * len(self.parameters), -1
+        _module_tree.save_tensors_alone(self.module)
 
     @property
-    def prunable(self) -> Tensor:
-        """The 1-D view that a `Mask` covers, padding included."""
-        return self.values[: self.layout.prunable_numel]
+    def buffers(self) -> dict[str, Any]:
+        """The module's persistent buffers, live, under every name that its state dict has.
 
-    @property
-    def tail(self) -> Tensor:
-        """The rest: biases, normalisation, whatever `prunable` refused. Never pruned."""
-        return self.values[self.layout.prunable_numel :]
-
-    @property
-    def buffers(self) -> dict[str, Tensor]:
-        """The module's persistent buffers, live."""
-        found = _buffers(self.module)
-        return {b.name: found[b.name] for b in self.layout.buffers}
+        Raises:
+            RuntimeError: a buffer was added, removed or given another shape or kind since
+                `flatten`; the message names it.
+        """
+        found = _module_tree.buffers(self.module)
+        expected = {b.name: b for b in self.layout.buffers}
+        for name in [*expected, *found]:
+            wanted, got = expected.get(name), found.get(name)
+            if wanted is not None and wanted.kind == "extra" and name in found:
+                continue
+            shape = None if wanted is None else (wanted.shape, wanted.kind)
+            seen = None if got is None else (tuple(got.shape), kind_of(got))
+            if shape != seen:
+                was, now = _buffer_text(shape), _buffer_text(seen)
+                raise RuntimeError(f"{name}: expected {was}, got {now}; {_REFLATTEN}")
+        return {name: found[name] for name in expected}
 
     @property
     def mask(self) -> Mask:
+        """Which elements of `prunable` survive. Setting one writes no weight: see `zero_pruned`."""
         return self._mask
 
     @mask.setter
@@ -98,12 +148,23 @@ class FlatParameters:
         """Survivors of `mask` over eligible elements; 1.0 for a model with none."""
         return self._mask.nnz / self.layout.eligible if self.layout.eligible else 1.0
 
-    def to_state_dict(self) -> dict[str, Tensor]:
-        """Copies of all parameters (aliases too) and buffers, in the model's order, dense."""
-        found: dict[str, Tensor] = dict(zip(self._names, self.parameters, strict=True))
-        found.update({alias: found[name] for alias, name in self.layout.aliases})
-        found.update(self.buffers)
-        return {name: found[name].detach().clone() for name in self.layout.names}
+    def to_state_dict(self) -> dict[str, Any]:
+        """Copies of all parameters (aliases too) and buffers, in the model's order, dense.
+
+        Raises:
+            RuntimeError: see `check_bound` and `buffers`.
+        """
+        self.check_bound()
+        names = [e.name for e in self.layout.entries]
+        found = dict(zip(names, self.parameters, strict=True))
+        buffers = self.buffers
+        state = {
+            name: t.detach().clone()
+            for name, t in self.layout.spread(found | buffers).items()
+            if isinstance(t, Tensor)
+        }
+        extra = {n: copy.deepcopy(b.value) for n, b in buffers.items() if isinstance(b, Extra)}
+        return {name: state[name] if name in state else extra[name] for name in self.layout.names}
 
     def to(self, device: torch.device | str) -> FlatParameters:
         """Move module, buffer and mask to `device`, in place, keeping the views; returns self."""
@@ -112,64 +173,131 @@ class FlatParameters:
         return self
 
     def check_bound(self) -> None:
-        """Raise RuntimeError unless every parameter of the module is still the view it was.
+        """Raise unless the module's parameters are exactly the layout's, each a view of `values`.
 
-        The optimizers ask at each step (see `read_gradients`), so that nobody trains stale copies.
+        Every use asks: a step, encode, receive, begin_round, aggregate, state export.
+
+        Raises:
+            RuntimeError: names the parameter, what happened to it, and what to do.
+
+        O(modules). A step asks C++ first (`read_gradients`).
         """
-        start, size = self.values.data_ptr(), self.values.element_size()
-        for holder, key, p, e in zip(
-            self._holders, self._keys, self.parameters, self.layout.entries, strict=True
-        ):
-            if (
-                holder.get(key) is not p
-                or p.dtype != self.values.dtype
-                or p.numel() != e.numel
-                or not p.is_contiguous()
-                or (e.numel and p.data_ptr() != start + e.offset * size)
-            ):
+        found = _module_tree.registered(self.module)
+        if problem := self._misfit(found):
+            raise RuntimeError(problem)
+        for p, e in zip(self.parameters, self.layout.entries, strict=True):
+            if found[e.name].value is not p or not self._is_view(p, e.offset, e.shape):
                 raise RuntimeError(
                     f"{e.name} is no longer a view of the flat buffer (the module was moved, cast, "
-                    "re-strided, or the parameter replaced after flatten). Call rebind() on the "
+                    "re-strided, flattened again, or the parameter replaced after flatten). Call "
+                    "rebind() on the FlatParameters"
+                )
+        for name, of_name in self.layout.aliases:
+            p = found[name].value
+            tied = found[of_name].value if name not in self._shared else None
+            if tied is not None and p is not tied:
+                raise RuntimeError(
+                    f"{name} is no longer tied to {of_name}. Tie it, or {_REFLATTEN}"
+                )
+        for p, i, dims in self._tied:
+            view = self.parameters[i] if dims is None else self.parameters[i].permute(dims)
+            if (p.data_ptr(), p.stride(), p.dtype) != (view.data_ptr(), view.stride(), view.dtype):
+                name = self.layout.entries[i].name
+                raise RuntimeError(
+                    f"a parameter no longer shares the memory of {name}. Call rebind() on the "
                     "FlatParameters"
                 )
+        self._tree = _module_tree.Tree(self.module, [found[e.name] for e in self.layout.entries])
 
-    def read_gradients(self, rows: Tensor) -> bool:
+    def _is_view(self, p: Tensor, offset: int, shape: tuple[int, ...]) -> bool:
+        place = self.values.data_ptr() + offset * self.values.element_size()
+        return (
+            p.dtype == self.values.dtype
+            and p.device == self.values.device
+            and tuple(p.shape) == shape
+            and p.is_contiguous()
+            and (p.numel() == 0 or p.data_ptr() == place)
+        )
+
+    def _misfit(self, found: Mapping[str, _module_tree.Registered]) -> str:
+        """Why the module's parameters are no longer the layout's, or "" if a rebind would do."""
+        shapes = {e.name: e.shape for e in self.layout.entries}
+        wanted = [*shapes, *(alias for alias, _ in self.layout.aliases)]
+        fresh = [name for name in found if name not in set(wanted)]
+        for name in wanted:
+            if name not in found:
+                inside = name.rpartition(".")[0]
+                near = [n for n in fresh if n.startswith(f"{inside}." if inside else "")]
+                got = f"none, but {', '.join(near)}" if near else "none"
+                return (
+                    f"{name}: expected a parameter of this name as when the module was flattened, "
+                    f"got {got}; {_REFLATTEN}"
+                )
+            shape = tuple(found[name].value.shape)
+            if name in shapes and shape != shapes[name]:
+                return f"{name}: expected shape {shapes[name]}, got {shape}; {_REFLATTEN}"
+        if fresh:
+            return f"{fresh[0]}: expected no parameter of this name, got one; {_REFLATTEN}"
+        return ""
+
+    def in_module_order(self) -> list[Tensor]:
+        """`parameters`, in the order of `module.parameters()`."""
+        known = {id(p) for p in self.parameters}
+        return [p for p in self.module.parameters() if id(p) in known]
+
+    def index_of(self) -> dict[int, int]:
+        """Where in `parameters` a Parameter is, by its id; those on its memory are at its place."""
+        found = {id(p): i for i, p in enumerate(self.parameters)}
+        return found | {id(p): i for p, i, _ in self._tied}
+
+    def read_gradients(
+        self, values: Tensor, rows: Tensor, indices: Sequence[int] | None = None
+    ) -> int:
         """Write each gradient's address (0 for None) into a table of segments, `Segments.rows`.
 
-        True only if `check_bound` would pass and every gradient is as kernels want it: contiguous,
-        of its parameter's size, of the buffer's dtype and device. Else, and where there is no C++,
-        it is for Python to say what is wrong or to mend it. 0.24 us a parameter, where the same
-        attributes read from Python take 0.9.
+        Args:
+            values: the buffer, or the part of it that the table is about.
+            rows: the table, one row per parameter.
+            indices: the parameters that `rows` is about, by offset. None: all of them.
+
+        Returns:
+            How many have a gradient. -1 unless `check_bound` would pass and every gradient is as
+            kernels want it: contiguous, of its parameter's size, of the buffer's dtype and device;
+            and where there is no C++. Then Python says what is wrong, or mends it.
+
+        0.24 us per parameter, where the same attributes read from Python take 0.9.
         """
-        return native is not None and native.read_gradients(
-            self.values, self.parameters, self._holders, self._keys, rows.data_ptr()
-        )
+        if native is None or not self._tree.is_same() or self._tied:
+            return -1
+        lists: list[Any] = [self.parameters, self._tree.holders, self._tree.keys]
+        if indices is not None:
+            lists = [[every[i] for i in indices] for every in lists]
+        return int(native.read_gradients(values, *lists, rows.data_ptr()))
+
+    def gradient(self, index: int) -> Tensor | None:
+        """Of one parameter, with those of the parameters that share its memory added."""
+        total = self.parameters[index].grad
+        for p, i, dims in self._tied:
+            if i == index and p.grad is not None:
+                part = p.grad
+                if dims is not None:
+                    part = part.permute([dims.index(d) for d in range(len(dims))])
+                total = part if total is None else total + part
+        return total
 
     def rebind(self) -> None:
         """Take the module's parameters as they are now into a fresh buffer of their dtype, device.
 
-        Raises ValueError or TypeError, changing nothing, if a shape changed or dtypes are mixed.
         Pruned positions of the current mask are zeroed. Packed optimizer state stays valid: it
         follows the mask, not the address.
+
+        Raises:
+            ValueError, TypeError: parameters were added, removed or reshaped, or dtypes or devices
+                are mixed; nothing is changed.
         """
         self._adopt()
         self._mask = self._mask.to(self.values.device)
         self.zero_pruned()
-
-    def zero_pruned(self) -> None:
-        """Write +0.0 to what the current mask does not keep, e.g. after `load_state_dict`."""
-        from fedmap_sparse import ops
-
-        ops.zero_pruned_(self.prunable, self._mask)
-        self.mark_written()
-
-    def mark_written(self) -> None:
-        """Tell autograd that the parameters changed, after a write through raw pointers.
-
-        Bumping the version of `values` alone leaves a backward over an old graph silently wrong
-        where torch raises: the Parameters carry their own versions.
-        """
-        torch.autograd.graph.increment_version(self.parameters)
 
     def __repr__(self) -> str:
         return (
@@ -178,8 +306,8 @@ class FlatParameters:
         )
 
 
-def flatten(model: nn.Module, *, prunable: Prunable = matrices) -> FlatParameters:
-    """Re-home all parameters of `model` as views of one contiguous buffer, in place.
+def flatten(model: nn.Module, *, prunable: Prunable | None = None) -> FlatParameters:
+    """Give all parameters of `model` one contiguous buffer as their memory, in place.
 
     Values, gradients, names and the module's behaviour stay as they are. Prunable tensors come
     first, each on a multiple of 128 elements, padding zero; tied parameters are stored once.
@@ -187,55 +315,66 @@ def flatten(model: nn.Module, *, prunable: Prunable = matrices) -> FlatParameter
     Args:
         model: any module whose parameters share one dtype (float32, float16 or bfloat16) and one
             device. Parameters become row-major, whatever their memory format was.
-        prunable: `(name, parameter) -> bool`, which parameters a mask covers. The default keeps
-            biases and normalisation out: two or more dimensions.
+        prunable: which parameters a mask covers: `(name, parameter) -> bool`, or their names. None:
+            weights of linear, convolution, embedding, recurrent and attention layers, and of other
+            modules the tensors of two or more dimensions that are no normalisation, scale, bias or
+            table of positions. `params.layout.describe()` prints what that gave, and why.
 
     Raises:
-        ValueError: no parameters, mixed dtypes or devices, or an uninitialised lazy parameter.
-        TypeError: a dtype that the kernels do not serve.
+        ValueError: no parameters, mixed dtypes or devices, an uninitialised lazy parameter, or
+            parameters that share a part of their memory.
+        TypeError: a dtype that the kernels do not serve, or a parameter that is no ordinary tensor.
+
+    O(parameters): one copy.
+
+    >>> params = fs.flatten(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4)))
+    >>> [e.name for e in params.layout.prunable_entries]
+    ['0.weight']
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = {name: r.value for name, r in _module_tree.registered(model).items()}
+    for m in model.modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError("model: expected Python modules, got a ScriptModule; flatten it before")
     for name, p in named.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run once")
+        if type(p.data) is not Tensor:
+            kind = type(p.data).__name__
+            remedy = (
+                "; use DistributedDataParallel, or encode_state_dict on a full state dict"
+                if kind == "DTensor"
+                else ""
+            )
+            raise TypeError(f"{name}: expected an ordinary torch tensor, got a {kind}{remedy}")
     first: dict[int, str] = {}
-    aliases = []
+    tied: dict[str, Any] = {}
     for name, p in named.items():
         if id(p) in first:  # both are alive in `named`, so the id is no recycled one
-            aliases.append((name, first[id(p)]))
+            tied[name] = first[id(p)], None
         else:
             first[id(p)] = name
-    parameters = {name: named[name] for name in first.values()}
-    _common(parameters)
-    buffers = _buffers(model)
+    apart = {name: named[name] for name in first.values()}
+    _module_tree.common(apart)
+    shared = ties(apart)
+    parameters = {name: p for name, p in apart.items() if name not in shared}
+    _module_tree.check_apart(parameters)
+    tied = {
+        name: (shared[of][0], shared[of][1]) if of in shared else (of, None)
+        for name, (of, _) in tied.items()
+    } | shared
+    buffers = _module_tree.buffers(model)
     order = tuple(n for n in model.state_dict(keep_vars=True) if n in named or n in buffers)
-    return FlatParameters(model, build(parameters, aliases, buffers, order, prunable))
+    verdict = verdicts(parameters, prunable, from_module(model))
+    tied = {name: tied[name] for name in named if name in tied}
+    layout = build(parameters, tied, buffers, order, verdict)
+    return FlatParameters(model, layout, shared)
 
 
-def _common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
-    if not parameters:
-        raise ValueError("model: expected at least one parameter, got none")
-    head, p0 = next(iter(parameters.items()))
-    for name, p in parameters.items():
-        if p.layout is not torch.strided or p.dtype not in _checks.FLOAT_DTYPES:
-            kind = _checks.short(p.dtype) if p.layout is torch.strided else str(p.layout)
-            raise TypeError(f"{name}: expected dense float32, float16 or bfloat16, got {kind}")
-        if p.dtype != p0.dtype or p.device != p0.device:
-            raise ValueError(
-                f"{name}: expected {_checks.short(p0.dtype)} on {p0.device} like {head}, got "
-                f"{_checks.short(p.dtype)} on {p.device}: one flat buffer has one dtype and device"
-            )
-    return p0.dtype, p0.device
+def _bind(p: Tensor, view: Tensor) -> None:
+    if p.grad is not None and (p.grad.dtype != view.dtype or p.grad.device != view.device):
+        p.grad = None
+    p.data = view
 
 
-def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    return {
-        f"{prefix}.{key}" if prefix else key: (owner, key)
-        for prefix, owner in module.named_modules(remove_duplicate=False)
-        for key in owner._parameters
-    }
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    kept = module.state_dict(keep_vars=True).keys()
-    return {name: b for name, b in module.named_buffers() if name in kept}
+def _buffer_text(found: tuple[tuple[int, ...], str] | None) -> str:
+    return "no buffer" if found is None else f"a buffer of shape {list(found[0])} ({found[1]})"

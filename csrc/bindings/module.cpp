@@ -251,15 +251,31 @@ void bind_bytes(py::module_& m) {
       Unlocked());
 }
 
-// One look at a model before a step: true, with each gradient's address in `segments` (0: none), if
-// every parameter is still its module's and the view of `values` that its segment says, and every
-// gradient is as kernels want it. From Python, an attribute at a time, it took eight times as long.
-bool read_gradients(py::handle values, const py::list& parameters, const py::list& owners,
-                    const py::list& keys, Address segments) {
+// Whether a module still is as `links` (dict, key, what it held) and `sizes` (dict, size) say.
+bool same_tree(const py::list& links, const py::list& sizes) {
+  const auto item = [](PyObject* tuple, int i) { return PyTuple_GET_ITEM(tuple, i); };
+  for (const py::handle link : links) {
+    PyObject* const found = PyDict_GetItem(item(link.ptr(), 0), item(link.ptr(), 1));
+    if (found != item(link.ptr(), 2))
+      return false;
+  }
+  for (const py::handle size : sizes)
+    if (PyDict_Size(item(size.ptr(), 0)) != PyLong_AsSsize_t(item(size.ptr(), 1)))
+      return false;
+  return true;
+}
+
+// One look at a model before a step: how many gradients there are, with the address of each in
+// `segments` (0: none), if every parameter is still its module's and the view of `values` that its
+// segment says, and every gradient is as kernels want it; else -1. From Python, an attribute at a
+// time, it took eight times as long.
+int64_t read_gradients(py::handle values, const py::list& parameters, const py::list& owners,
+                       const py::list& keys, Address segments) {
   static PyObject* const grad = PyUnicode_InternFromString("grad");
   DlTensor whole, seen;
   if (!torch->view(values.ptr(), whole))
-    return false;
+    return -1;
+  int64_t count = 0;
   Segment* segment = at<Segment>(segments);
   for (size_t i = 0; i < parameters.size(); ++i, ++segment) {
     PyObject* parameter = PyList_GET_ITEM(parameters.ptr(), i);
@@ -268,19 +284,20 @@ bool read_gradients(py::handle values, const py::list& parameters, const py::lis
         !torch->view(parameter, seen) || !seen.is_flat(segment->numel, whole) ||
         (segment->numel &&
          seen.address() != whole.address() + segment->offset * whole.dtype.bits / 8))
-      return false;
+      return -1;
     const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad));
     if (!gradient)
       throw py::error_already_set();
+    segment->gradient = 0;
     if (gradient.is_none())
-      segment->gradient = 0;
-    else if (torch->view(gradient.ptr(), seen) && seen.is_flat(segment->numel, whole) &&
-             !torch->negated(gradient.ptr()))
-      segment->gradient = seen.address();
-    else
-      return false;
+      continue;
+    if (!torch->view(gradient.ptr(), seen) || !seen.is_flat(segment->numel, whole) ||
+        torch->negated(gradient.ptr()))
+      return -1;
+    segment->gradient = seen.address();
+    ++count;
   }
-  return true;
+  return count;
 }
 
 // What one masked step works on; `states` in the kernel's order, null where it keeps none.
@@ -328,7 +345,26 @@ struct Step {
 };
 
 void bind_steps(py::module_& m) {
+  m.def("same_tree", &same_tree);
   m.def("read_gradients", &read_gradients);
+  m.def(
+      "written_unseen",
+      [](const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
+         const Flat& rows, int64_t turn) {
+        const Bits mask{words, rank, prunable};
+        const int64_t count = rows.numel / 4;
+        const Segment* segments = rows.as<Segment>();
+        bool fit = mask.fit() && values.is_values(values.numel) && prunable <= values.numel &&
+                   rows.is(kInt64, 4 * count) && turn >= 0;
+        for (int64_t i = 0; fit && i < count && segments[i].offset < prunable; ++i)
+          fit = segments[i].offset >= 0 && segments[i].offset % 32 == 0 && segments[i].numel >= 0 &&
+                segments[i].offset + segments[i].numel <= prunable;
+        if (!fit)
+          throw std::invalid_argument("expected tensors whose dtypes and sizes agree");
+        return written_unseen(values.data, values.dtype, mask.bits(), mask.ranks(), prunable,
+                              segments, count, turn);
+      },
+      Unlocked());
   m.def(
       "masked_sgd",
       [](const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,

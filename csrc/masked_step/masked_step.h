@@ -24,7 +24,7 @@ constexpr int kMaxStates = 3;
 using States = std::array<float*, kMaxStates>;
 
 // What an update works on: n survivors side by side. `weights` are float32 (the masters of 16-bit
-// values); `out` receives them in the values' dtype and is `weights` itself for float32.
+// values); `out` has the values, receives the new ones, and is `weights` itself for float32.
 template <class T>
 struct Run {
   int64_t n;
@@ -64,6 +64,9 @@ template <class T, class Rule>
 void update_from(int64_t i, const Rule rule, const Run<T> run) {
   for (; i < run.n; ++i) {
     float p = run.weights[i], g = widen(run.gradient[i]), s[kMaxStates] = {};
+    if constexpr (!std::is_same_v<T, float>)
+      if (narrow<T>(p).bits != run.out[i].bits)
+        p = widen(run.out[i]);
     for (int k = 0; k < Rule::kStates; ++k)
       if (rule.uses(k))
         s[k] = run.states[k][i];
@@ -88,6 +91,14 @@ void update(const Rule& rule, const Run<T>& run) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
+// The masters, or the values where these are not the masters rounded.
+template <class T>
+inline __m256 unless_written(__m256 masters, const T* values) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  const __m128i same = _mm_cmpeq_epi16(narrow(masters, values), bits);
+  return _mm256_blendv_ps(load(values), masters, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(same)));
+}
+
 template <class T, class Rule>
 void update(const Rule& shared_rule, const Run<T>& shared_run) {
   const Rule rule = shared_rule; // copies, which stores cannot alias
@@ -95,6 +106,8 @@ void update(const Rule& shared_rule, const Run<T>& shared_run) {
   int64_t i = 0;
   for (; i + 8 <= run.n; i += 8) {
     __m256 p = load(run.weights + i), g = load(run.gradient + i), s[kMaxStates] = {};
+    if constexpr (!std::is_same_v<T, float>)
+      p = unless_written(p, run.out + i);
     for (int k = 0; k < Rule::kStates; ++k)
       if (rule.uses(k))
         s[k] = load(run.states[k] + i);
@@ -115,11 +128,21 @@ FEDMAP_TARGET_END
 FEDMAP_TARGET_AVX512
 namespace avx512 {
 
+// The masters, or the values where these are not the masters rounded.
+template <class T>
+inline __m512 unless_written(__m512 masters, const T* values, __mmask16 lanes = 0xffff) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, values);
+  const __mmask16 other = _mm256_cmpneq_epi16_mask(narrow(masters, values), bits);
+  return _mm512_mask_mov_ps(masters, other, widen(bits, values));
+}
+
 // `lanes`: none for all 16, or a mask of those to update.
 template <class T, class Rule, class... Lanes>
 inline void update_16(int64_t i, const Rule& rule, const Run<T>& run, Lanes... lanes) {
   __m512 p = load(run.weights + i, lanes...), g = load(run.gradient + i, lanes...);
   __m512 s[kMaxStates] = {};
+  if constexpr (!std::is_same_v<T, float>)
+    p = unless_written(p, run.out + i, lanes...);
   for (int k = 0; k < Rule::kStates; ++k)
     if (rule.uses(k))
       s[k] = load(run.states[k] + i, lanes...);
@@ -248,8 +271,7 @@ class MaskedStep {
     constexpr int64_t kRoom = kChunk + kPackSlack / sizeof(T);
     alignas(64) T packed_gradient[kRoom], packed_values[kRoom];
     const int64_t count = k_.pack(gradient, words, n, packed_gradient);
-    if constexpr (std::is_same_v<T, float>)
-      k_.pack(values, words, n, packed_values);
+    k_.pack(values, words, n, packed_values);
     update(rule, packed_gradient, packed_values, state, count);
     k_.unpack(packed_values, words, n, values);
     return count;
@@ -264,8 +286,7 @@ class MaskedStep {
     prefetch(gradient, places, count);
     prefetch(values, places, count);
     gather(gradient, places, count, packed_gradient);
-    if constexpr (std::is_same_v<T, float>)
-      gather(values, places, count, packed_values);
+    gather(values, places, count, packed_values);
     update(rule, packed_gradient, packed_values, state, count);
     for (int64_t i = 0; i < count; ++i)
       values[places[i]] = packed_values[i];

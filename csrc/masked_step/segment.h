@@ -21,4 +21,9 @@ void masked_adamw(void* values, int dtype, const uint32_t* words, const int64_t*
                   const double* scalars, float* exp_avg, float* exp_avg_sq, float* max_exp_avg_sq,
                   float* master, int threads);
 
+// Whether a pruned weight that the next step would not write is not +0.0, of those looked at this
+// turn: fedmap_sparse/flat.py, `written_unseen`.
+bool written_unseen(const void* values, int dtype, const uint32_t* words, const int64_t* rank,
+                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn);
+
 } // namespace fedmap

@@ -145,8 +145,9 @@ def _trial(
 
 
 def _state_bytes(optimizer: MaskedOptimizer) -> int:
-    state = optimizer.state_dict()["state"]
-    return sum(state[name].nbytes for name in (*optimizer.state_names, "master") if name in state)
+    names = (*optimizer.state_names, "master")
+    state = optimizer.state_dict()["state"].values()
+    return sum(t.nbytes for of_one in state for name, t in of_one.items() if name in names)
 
 
 def _multiply(model: nn.Module, keep: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from fedmap_sparse.codec import container, message, meta
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Header
 from fedmap_sparse.codec.message import MaskSection, Message
 from fedmap_sparse.codec.values import Coding, Quantized, check_coding
+from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
@@ -96,6 +97,8 @@ def encode(
     True
     """
     _checks.check_mask("mask", mask, params.layout.prunable_numel)
+    if isinstance(params, FlatParameters):
+        params.check_bound()
     source = params.prunable.detach()
     wide = base is not None or dtype == "int8"
     out = source.new_empty(mask.nnz, dtype=torch.float32) if wide else None

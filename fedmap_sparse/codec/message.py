@@ -111,8 +111,7 @@ class Message:
         for e in self.layout.entries:
             at = e.offset if e.offset < start else e.offset - start
             found[e.name] = flat[e.offset < start][at : at + e.numel].view(e.shape)
-        found.update({alias: found[name] for alias, name in self.layout.aliases})
-        return {name: found[name] for name in self.layout.names}
+        return self.layout.spread(found)
 
     @cached_property
     def _bound(self) -> float:
@@ -264,7 +263,8 @@ def decode(
     header, found = container.parse(data)
     if header.layout != layout.digest():
         wanted, got = layout.digest().hex(), header.layout.hex()
-        raise FormatError(f"expected a message of layout {wanted}, got {got}", 16)
+        why = layout.explain(header.layout, header.eligible)
+        raise FormatError(f"expected a message of layout {wanted}, got {got}{why}", 16)
     if header.eligible != layout.eligible:
         raise FormatError(f"expected {layout.eligible} eligible, got {header.eligible}", 104)
     sections = {s.id: s for s in found if not s.ignorable}

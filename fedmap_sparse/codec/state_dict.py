@@ -186,6 +186,7 @@ def _like(t: Tensor, like: Any) -> Any:
     if like is None:
         return t.clone()
     if isinstance(like, Tensor):
-        return t.to(like.device, like.dtype, copy=True)
+        where = t.device if like.device.type == "meta" else like.device  # shapes alone
+        return t.to(where, like.dtype, copy=True)
     wide = t.float() if t.dtype == torch.bfloat16 else t  # NumPy has no bfloat16
     return wide.numpy().astype(np.asarray(like).dtype)

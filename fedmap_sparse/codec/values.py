@@ -271,7 +271,9 @@ def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Sectio
 
     Raises:
         ValueError: names or shapes that differ from the layout's.
+        TypeError: a buffer of a kind that messages do not carry.
     """
+    layout.check_carried()
     if set(buffers) != {b.name for b in layout.buffers}:
         wanted = [b.name for b in layout.buffers]
         raise ValueError(f"buffers: expected {wanted}, got {list(buffers)}")

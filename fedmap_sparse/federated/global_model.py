@@ -211,6 +211,7 @@ def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None
     Infinite elements are allowed (a causal mask has them), NaN is not. A finite element must be
     finite in the module's dtype, an integer within its range.
     """
+    params.layout.check_carried()
     for name, held in params.buffers.items():
         b = buffers.get(name)
         if not isinstance(b, Tensor) or b.shape != held.shape:

@@ -174,7 +174,11 @@ def step_reference(
         inside = slice(offset, offset + size)
         kept = held[inside]
         state = before[inside][kept]
-        p = values[inside][kept] if master is None else master[state]
+        p = values[inside][kept]
+        if master is not None:  # a value that is not its master rounded was written by someone
+            copies = master[state]
+            same = cast_reference(copies, values.dtype).view(torch.int16) == p.view(torch.int16)
+            p = torch.where(same, copies, p.to(torch.float32))
         g = grad.reshape(-1)[kept].to(torch.float32)
         parts = [None if s is None else s[state] for s in states]
         p = update(p, g, flags, row, *parts)

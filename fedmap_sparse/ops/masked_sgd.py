@@ -92,7 +92,8 @@ def masked_sgd_(
             lr, momentum, dampening, weight_decay.
         momentum_buffer: float32, packed: `mask.nnz` survivors, then the tail. None: no momentum.
         master: float32 master copies, packed likewise; wanted for 16-bit values, which then
-            receive the rounded masters.
+            receive the rounded masters. Where a value is not its master rounded, someone wrote it,
+            and the step starts from the value.
         backend: "reference", "cpu" or "triton"; None: by device.
 
     Raises:

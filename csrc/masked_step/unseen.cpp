@@ -1,0 +1,134 @@
+// Looks for pruned weights that are not +0.0: what someone wrote that torch does not count.
+// Contract: fedmap_sparse/flat.py, `FlatParameters.written_unseen`.
+#include <algorithm>
+
+#include "core/bits.h"
+#include "core/cpu.h"
+#include "core/dtype.h"
+#include "masked_step/segment.h"
+#include "pack/pack_block.h"
+
+namespace fedmap {
+
+namespace scalar {
+namespace {
+
+// Whether any of n values outside the set bits has a bit set.
+template <class T>
+bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (!(words[i / 32] >> (i & 31) & 1))
+      found |= values[i];
+  return found;
+}
+
+} // namespace
+} // namespace scalar
+
+#if FEDMAP_X86
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+namespace {
+
+template <class T>
+bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
+  const int64_t whole = n / 32 * 32;
+  const __m256i zero = _mm256_setzero_si256();
+  const auto at = [&](int64_t i) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+  };
+  uint32_t found = 0;
+  for (int64_t i = 0; i < whole; i += 32) {
+    uint32_t zeros = 0;
+    if constexpr (sizeof(T) == 4) {
+      for (int lane = 0; lane < 32; lane += 8) {
+        const __m256i is = _mm256_cmpeq_epi32(at(i + lane), zero);
+        zeros |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is))) << lane;
+      }
+    } else {
+      const __m256i low = _mm256_cmpeq_epi16(at(i), zero),
+                    high = _mm256_cmpeq_epi16(at(i + 16), zero);
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+      zeros = static_cast<uint32_t>(_mm256_movemask_epi8(both));
+    }
+    found |= ~zeros & ~words[i / 32];
+  }
+  return found || scalar::any_pruned(values + whole, words + whole / 32, n - whole);
+}
+
+} // namespace
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+namespace {
+
+template <class T>
+bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
+  const int64_t whole = n / 32 * 32;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < whole; i += 32) {
+    const __m512i low = _mm512_loadu_si512(values + i);
+    uint32_t set;
+    if constexpr (sizeof(T) == 4) {
+      const __m512i high = _mm512_loadu_si512(values + i + 16);
+      set = _mm512_test_epi32_mask(low, low) |
+            static_cast<uint32_t>(_mm512_test_epi32_mask(high, high)) << 16;
+    } else {
+      set = _mm512_test_epi16_mask(low, low);
+    }
+    found |= set & ~words[i / 32];
+  }
+  return found || scalar::any_pruned(values + whole, words + whole / 32, n - whole);
+}
+
+} // namespace
+} // namespace avx512
+FEDMAP_TARGET_END
+#endif
+
+namespace {
+
+constexpr int64_t kAll = 1 << 16; // a model of so many prunable elements is read whole
+constexpr int64_t kPiece = 256;   // of each span of larger ones
+
+template <class T>
+bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t prunable,
+          const Segment* segments, int64_t nseg, int64_t turn) {
+  const auto any = FEDMAP_DISPATCH(any_pruned<T>);
+  const auto before = [&](int64_t at) {
+    const int64_t block = at / kBlock, first = block * kBlockWords;
+    return rank[block] + count_bits(words + first, at / 32 - first);
+  };
+  for (const Segment* s = segments; s < segments + nseg && s->offset < prunable; ++s) {
+    const int64_t stop = s->offset + s->numel;
+    for (int64_t at = s->offset, end; at < stop; at = end) {
+      end = std::min(stop, at / kSpan * kSpan + kSpan);
+      int64_t from = at, to = end;
+      // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
+      if (before(mask_words(end) * 32) - before(at) >= (end - at + kSparse - 1) / kSparse)
+        continue; // a step writes its zeros
+      if (prunable > kAll) {
+        const int64_t pieces = (end - at + kPiece - 1) / kPiece;
+        from = at + (turn + at / kSpan) % pieces * kPiece;
+        to = std::min(end, from + kPiece);
+      }
+      if (any(values + from, words + from / 32, to - from))
+        return true;
+    }
+  }
+  return false;
+}
+
+} // namespace
+
+bool written_unseen(const void* values, int dtype, const uint32_t* words, const int64_t* rank,
+                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn) {
+  if (dtype == kFloat32)
+    return look(static_cast<const uint32_t*>(values), words, rank, prunable, segments, nseg, turn);
+  return look(static_cast<const uint16_t*>(values), words, rank, prunable, segments, nseg, turn);
+}
+
+} // namespace fedmap

@@ -1,0 +1,146 @@
+"""What a module holds where: its parameters by name, and a quick look whether that changed."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor, nn
+
+from fedmap_sparse import _checks
+from fedmap_sparse._backends import native
+from fedmap_sparse._tensor_kinds import Extra
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One name of a parameter: `holder[key] is value`."""
+
+    holder: dict[str, Tensor | None]
+    key: str
+    value: Tensor
+
+
+def registered(module: nn.Module) -> dict[str, Registered]:
+    """Every name of every parameter, tied ones under each."""
+    found = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for key, p in owner._parameters.items():
+            if p is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found[name] = Registered(owner._parameters, key, p)
+    return found
+
+
+class Tree:
+    """What `module` held when this was made, in lists that C++ compares in a microsecond or two."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Registered]) -> None:
+        self.holders = [r.holder for r in parameters]
+        self.keys = [r.key for r in parameters]
+        self._links: list[tuple[dict[str, Any], str, Any]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        for owner in module.modules():
+            self._links += [(owner._modules, key, child) for key, child in owner._modules.items()]
+            self._links += [(owner._parameters, key, p) for key, p in owner._parameters.items()]
+            self._sizes += [(owner._modules, len(owner._modules))]
+            self._sizes += [(owner._parameters, len(owner._parameters))]
+
+    def is_same(self) -> bool:
+        """Whether every module and parameter is where it was, and none was added."""
+        if native is not None:
+            return bool(native.same_tree(self._links, self._sizes))
+        return all(d.get(key) is it for d, key, it in self._links) and all(
+            len(d) == size for d, size in self._sizes
+        )
+
+
+def save_tensors_alone(module: nn.Module) -> None:
+    """Let state dicts hold tensors with storages of their own size, on the parameters' memory.
+
+    A view of the flat buffer has the whole buffer as its storage, and that is what pickle and
+    safetensors store for each.
+    """
+    for owner in module.modules():
+        if owner._parameters and _alone not in owner._state_dict_hooks.values():
+            owner.register_state_dict_post_hook(_alone)
+
+
+def _alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in module._parameters:
+        t = state.get(prefix + key)
+        if type(t) is Tensor and t.device.type in ("cpu", "cuda") and t.numel():
+            state[prefix + key] = _own_storage(t)
+
+
+# By address, size and so on: what is in here lives, so its address is nobody else's. Tied
+# parameters are one tensor in a state dict, and stored once.
+_made: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+
+def _own_storage(t: Tensor) -> Tensor:
+    if t.untyped_storage().nbytes() == t.nbytes:
+        return t
+    key = (t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride())
+    found = _made.get(key)
+    if found is None or found.data_ptr() != key[0] or tuple(found.shape) != key[3]:
+        with torch.inference_mode(False):
+            found = torch.utils.dlpack.from_dlpack(t)
+        _made[key] = found
+    return found
+
+
+def check_apart(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where two parameters, or two elements of one, share memory."""
+    spans = []
+    for name, p in parameters.items():
+        if not p.numel() or p.device.type == "meta":
+            continue
+        reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+        if reach < p.numel():
+            raise ValueError(
+                f"{name}: expected elements with memory of their own, got strides "
+                f"{p.stride()} of an expanded tensor; clone it"
+            )
+        start = p.data_ptr()
+        spans.append((start, start + reach * p.element_size(), name, p))
+    spans.sort(key=lambda span: span[:2])
+    for (_, stop, name, p), (start, _, other, q) in itertools.pairwise(spans):
+        if start < stop and p.is_contiguous() and q.is_contiguous():
+            raise ValueError(
+                f"{other}: expected memory of its own, or all of another parameter's, got a part "
+                f"of {name}'s; clone it, or tie them by assigning one Parameter to both names"
+            )
+
+
+def common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of all parameters; raises where they are not the same."""
+    if not parameters:
+        raise ValueError("model: expected at least one parameter, got none")
+    head, p0 = next(iter(parameters.items()))
+    for name, p in parameters.items():
+        if p.layout is not torch.strided or p.dtype not in _checks.FLOAT_DTYPES:
+            kind = _checks.short(p.dtype) if p.layout is torch.strided else str(p.layout)
+            raise TypeError(f"{name}: expected dense float32, float16 or bfloat16, got {kind}")
+        if p.dtype != p0.dtype or p.device != p0.device:
+            raise ValueError(
+                f"{name}: expected {_checks.short(p0.dtype)} on {p0.device} like {head}, got "
+                f"{_checks.short(p.dtype)} on {p.device}: one flat buffer has one dtype and device"
+            )
+    return p0.dtype, p0.device
+
+
+def buffers(module: nn.Module) -> dict[str, Any]:
+    """What a state dict holds beside parameters: buffers under every name, then extra state."""
+    parameters = registered(module)
+    live = dict(module.named_buffers(remove_duplicate=False))
+    return {
+        name: live.get(name, Extra(value))
+        for name, value in module.state_dict(keep_vars=True).items()
+        if name not in parameters
+    }

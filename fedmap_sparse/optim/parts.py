@@ -1,0 +1,111 @@
+"""The kernel calls of a step: one, or one for the prunable parameters and one for the tail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmap_sparse import ops
+from fedmap_sparse.flat import FlatParameters
+from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops import _segments
+from fedmap_sparse.optim.packed import Packing
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Part:
+    """One kernel call of a step: the prunable parameters and the tail together where an optimizer
+    has all parameters, else one of the two."""
+
+    values: Tensor
+    mask: Mask
+    indices: list[int]  # into layout.entries
+    ask: list[int] | None  # the same; None for all
+    slot: slice  # of packed state
+    segments: ops.Segments
+    rows: Array
+    scalars: Array
+    settled: bool = False  # no flag will change at the next step
+    together: int | None = None  # the steps of every parameter, if they are as many
+
+    @torch.no_grad()
+    def gradients(self, flat: FlatParameters) -> list[Tensor | None]:
+        """Of each segment, as kernels want them."""
+        grads = [flat.gradient(i) for i in self.indices]
+        for n, (i, grad) in enumerate(zip(self.indices, grads, strict=True)):
+            if grad is not None:
+                name = flat.layout.entries[i].name
+                if grad.layout is not torch.strided:
+                    raise TypeError(
+                        f"{name}.grad: expected dense gradients, got {grad.layout}; make it dense "
+                        "before the step (nn.Embedding: sparse=False)"
+                    )
+                if grad.dtype != flat.values.dtype:
+                    wanted = str(flat.values.dtype).removeprefix("torch.")
+                    got = str(grad.dtype).removeprefix("torch.")
+                    raise TypeError(f"{name}.grad: expected dtype {wanted}, got {got}")
+                grads[n] = grad.contiguous()
+        return _segments.check_gradients(grads, self.segments, self.values)
+
+
+def parts_of(flat: FlatParameters, packing: Packing, counts: Array) -> list[Part]:
+    """One call where all parameters are stepped; else none for a part without parameters."""
+    values, numel = flat.values, flat.layout.prunable_numel
+    own, nnz = packing.own, packing.own.nnz
+    if packing.is_whole:
+        return [_part(flat, values, own, packing.indices, 0, slice(0, packing.size), counts)]
+    entries = flat.layout.entries
+    first = [i for i in packing.indices if entries[i].offset < numel]
+    rest = [i for i in packing.indices if entries[i].offset >= numel]
+    parts = []
+    if first:
+        parts.append(_part(flat, values[:numel], own, first, 0, slice(0, nnz), counts))
+    if rest:
+        start, stop = packing.tail
+        with torch.inference_mode(False):
+            none = Mask.empty(0, values.device)
+        slot = slice(nnz, packing.size)
+        parts.append(_part(flat, values[start:stop], none, rest, start, slot, counts))
+    return parts
+
+
+def _part(
+    flat: FlatParameters,
+    values: Tensor,
+    mask: Mask,
+    indices: Iterable[int],
+    start: int,
+    slot: slice,
+    counts: Array,
+) -> Part:
+    chosen = list(indices)
+    entries = [flat.layout.entries[i] for i in chosen]
+    segments = ops.Segments([e.offset - start for e in entries], [e.numel for e in entries])
+    ask = None if len(chosen) == len(flat.parameters) else chosen
+    seen = set(counts[chosen].tolist())
+    together = int(seen.pop()) if len(seen) == 1 else None
+    arrays = segments.rows.numpy(), segments.scalars.numpy()
+    return Part(values, mask, chosen, ask, slot, segments, *arrays, together=together)
+
+
+def stepped(parts: Iterable[Part]) -> list[int]:
+    """The parameters that had a gradient, once their addresses are in the tables."""
+    return [
+        i
+        for part in parts
+        for i, address in zip(part.indices, part.rows[:, 2].tolist(), strict=True)
+        if address
+    ]
+
+
+def at_least(name: str, value: Any, least: float) -> None:
+    """Raise ValueError unless `value` is a number of at least `least`."""
+    if not float(value) >= least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

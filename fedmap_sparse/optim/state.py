@@ -1,0 +1,203 @@
+"""The packed state of an optimizer, and how it looks from outside: as torch's `state[p]`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmap_sparse.flat import FlatParameters
+from fedmap_sparse.mask import Mask, num_words
+from fedmap_sparse.optim.packed import Packing
+
+#: The count of steps of a parameter with this state, by the optimizer's rule.
+CountOf = Callable[[Mapping[str, Any]], float]
+
+
+class PackedState:
+    """Packed tensors by name, and how many steps each parameter's state has behind it.
+
+    Attributes:
+        tensors: float32, packed; allocated when a step first wants them.
+        counts: float32, one per parameter of the model; 0 where it has no state.
+        packing: the order of the tensors; None before the groups are known.
+    """
+
+    def __init__(self, names: tuple[str, ...], counted: bool, parameters: int) -> None:
+        self.names = names
+        self.counted = counted
+        self.tensors: dict[str, Tensor] = {}
+        self.packing: Packing | None = None
+        with torch.inference_mode(False):
+            self.counts = torch.zeros(parameters, dtype=torch.float32, device="cpu")
+        self.array = self.counts.numpy()
+
+    def use(self, packing: Packing) -> None:
+        """Bring the tensors into another order.
+
+        Raises:
+            ValueError: of the same parameters, `packing` keeps some that are pruned now.
+        """
+        if self.packing is not None:
+            self.tensors = self.packing.moved(self.tensors, packing)
+        self.packing = packing
+
+    def allocate(self, names: tuple[str, ...], flat: FlatParameters) -> None:
+        """What a step wants and lacks; master copies for 16-bit values."""
+        assert self.packing is not None
+        for name in names:
+            if name not in self.tensors:
+                self.tensors[name] = self.packing.zeros(flat.values.device)
+        if flat.values.dtype != torch.float32 and "master" not in self.tensors:
+            self.tensors["master"] = self.packing.masters(flat)
+
+    def of(self, index: int) -> dict[str, Tensor]:
+        """What one parameter has, as views: a write to them is a write to the state."""
+        if self.packing is None or not self.array[index]:
+            return {}
+        found = {name: self.packing.view(t, index) for name, t in self.tensors.items()}
+        return {"step": self.counts[index], **found} if self.counted else found
+
+    def saved(self, index: int) -> dict[str, Tensor]:
+        """Copies of what one parameter has, with the mask that they follow."""
+        assert self.packing is not None
+        found = {name: t.detach().clone() for name, t in self.of(index).items()}
+        mask = self.packing.mask_of(index)
+        return found if mask is None else {**found, "mask": mask.words.clone()}
+
+    def reset(self, index: int, name: str | None = None) -> None:
+        """Forget what one parameter has, or one tensor of it: it begins as at the first step."""
+        assert self.packing is not None
+        start, stop = self.packing.spans[index]
+        for key, t in self.tensors.items():
+            if key != "master" and name in (None, key):
+                t[start:stop] = 0
+        if name in (None, "step", "momentum_buffer"):
+            self.array[index] = 0
+
+    def check(
+        self, where: str, saved: Mapping[str, Any], index: int, flat: FlatParameters
+    ) -> Mask | None:
+        """The mask in one parameter's saved state, if it has one.
+
+        Raises:
+            ValueError: the state is of another optimizer, or of another parameter.
+        """
+        e = flat.layout.entries[index]
+        if unknown := sorted(set(saved) - {*self.names, "master", "mask", "step"}):
+            raise ValueError(f"{where}: expected the state {list(self.names)}, got {unknown}")
+        held = None
+        if saved.get("mask") is not None:
+            words = saved["mask"]
+            if e.offset >= flat.layout.prunable_numel or words.numel() != num_words(e.numel):
+                raise ValueError(
+                    f"{where}: expected the mask of {e.name}, of {e.numel} elements, got "
+                    f"{words.numel()} words"
+                )
+            with torch.inference_mode(False):
+                own = words.detach().to(flat.values.device, torch.int32, copy=True)
+                held = Mask.from_words(own.reshape(-1), e.numel)
+        for name in (*self.names, "master"):
+            value = saved.get(name)
+            if value is None:
+                continue
+            wanted = e.numel if held is None else held.nnz
+            if tuple(value.shape) != e.shape and value.numel() != wanted:
+                raise ValueError(
+                    f"{where}[{name!r}]: expected {wanted} elements for {e.name}, got "
+                    f"{tuple(value.shape)}"
+                )
+        return held
+
+    def put(self, index: int, saved: Mapping[str, Any], held: Mask | None, count: float) -> None:
+        """Take up one parameter's state; `held` is the mask of what is packed in `saved`."""
+        assert self.packing is not None
+        for name, t in self.tensors.items():
+            if saved.get(name) is not None:
+                self.packing.put(t, index, saved[name], held)
+        self.array[index] = count
+
+
+class Shown:
+    """What a user sees as `optimizer.state`: a dict of dicts of views, and what changed in it."""
+
+    def __init__(self, state: defaultdict[Tensor, Any]) -> None:
+        self.state = state
+        self._views: dict[int, dict[str, Tensor]] = {}
+
+    def refresh(self, packed: PackedState, flat: FlatParameters) -> None:
+        """Show the state as it is now."""
+        assert packed.packing is not None
+        self._views = {}
+        for i in packed.packing.indices:
+            views = packed.of(i)
+            if views:
+                self._views[i] = views
+                self.state.setdefault(flat.parameters[i], {}).update(views)
+
+    def take_edits(self, packed: PackedState, flat: FlatParameters, count_of: CountOf) -> bool:
+        """Take up what the user deleted or replaced since; whether there was any."""
+        assert packed.packing is not None
+        edited = False
+        for i in packed.packing.indices:
+            views, p = self._views.get(i, {}), flat.parameters[i]
+            now = self.state.get(p)
+            if now is None or not now:
+                if views:
+                    packed.reset(i)
+                    edited = True
+                continue
+            if all(now.get(name) is view for name, view in views.items()) and (
+                views or not set(now) & set(packed.names)
+            ):
+                continue
+            edited = True
+            known = {k: v for k, v in now.items() if k in {*packed.names, "step", "master"}}
+            mask = packed.packing.mask_of(i)
+            for name in set(views) - set(known):
+                packed.reset(i, name)
+            changed = {k: v for k, v in known.items() if v is not views.get(k)}
+            e = flat.layout.entries[i]
+            for name, value in changed.items():
+                if name != "step" and tuple(value.shape) != e.shape:
+                    wanted = e.numel if mask is None else mask.nnz
+                    if value.numel() != wanted:
+                        raise ValueError(
+                            f"state[{e.name}][{name!r}]: expected {wanted} elements, got "
+                            f"{tuple(value.shape)}"
+                        )
+            packed.allocate(tuple(n for n in known if n in packed.names), flat)
+            packed.put(i, changed, mask, count_of(known))
+        return edited
+
+
+def numbered(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """Parameters in the order of the groups: their places are the numbers of a state dict."""
+    return [p for group in groups for p in group["params"]]
+
+
+def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless as many parameters were saved, in as many groups."""
+    ours, theirs = ([len(g["params"]) for g in each] for each in (groups, saved))
+    if ours != theirs:
+        raise ValueError(
+            f"param_groups: expected the groups of this optimizer, of {ours} parameters, got "
+            f"{theirs}"
+        )
+
+
+def saved_mask(flat: FlatParameters, held: Mapping[int, Mask | None]) -> Mask:
+    """The model's mask, with that of each saved parameter in its place."""
+    if not any(mask is not None for mask in held.values()):
+        return flat.mask
+    with torch.inference_mode(False):
+        words = flat.mask.words.clone()
+        for i, mask in held.items():
+            if mask is not None:
+                start = flat.layout.entries[i].offset // 32
+                words[start : start + mask.words.numel()] = mask.words
+        found = Mask.from_words(words, flat.mask.numel)
+    return flat.mask if found == flat.mask else found
