@@ -36,10 +36,7 @@ class Writes:
 
     def zero_pruned(self) -> None:
         """Write +0.0 to what the current mask does not keep, e.g. after `load_state_dict`."""
-        from fedmap_sparse import ops
-
-        ops.zero_pruned_(self.prunable, self._mask)
-        self.mark_written()
+        self._zero(range(len(self.layout.prunable_entries)))
         self._note_clean()
 
     def zero_written(self) -> None:
@@ -48,23 +45,38 @@ class Writes:
         torch counts writes to a tensor, so nothing is read to find out. It does not count writes
         through `.data`, NumPy or a state dict: `written_unseen` looks for these.
         """
-        from fedmap_sparse import ops
-
         mask, versions, whole = self._clean
         now = [p._version for p in self.parameters]
-        if mask is self._mask and versions == now and whole == self.values._version:
+        same = mask is self._mask and whole == self.values._version
+        if same and versions == now:
             return
-        if mask is not self._mask or whole != self.values._version:
-            self.zero_pruned()
-            return
-        changed = [i for i, (a, b) in enumerate(zip(now, versions, strict=True)) if a != b]
-        for i in changed:
-            e = self.layout.entries[i]
-            if e.offset < self.layout.prunable_numel:
-                part = self.values[e.offset : e.offset + e.numel]
-                ops.zero_pruned_(part, self.layout.slice_mask(self._mask, e.name))
-        self.mark_written(changed)
+        prunable = range(len(self.layout.prunable_entries))
+        self._zero([i for i in prunable if not same or now[i] != versions[i]])
         self._note_clean()
+
+    def _zero(self, indices: Sequence[int]) -> None:
+        """Zero the pruned weights of these parameters; autograd hears of those that had any."""
+        from fedmap_sparse import ops
+
+        if native is not None and self.values.device.type == "cpu":
+            rows = self._rows()
+            whole = self._looked_at(rows[list(indices)], -1)
+            indices = [i for i in indices if whole and self._looked_at(rows[i : i + 1], -1)]
+        for i in indices:
+            e = self.layout.prunable_entries[i]
+            part = self.values[e.offset : e.offset + e.numel]
+            ops.zero_pruned_(part.detach(), self.layout.slice_mask(self._mask, e.name))
+        self.mark_written(indices)
+
+    def _rows(self) -> Tensor:
+        """The prunable parameters as a table of segments."""
+        rows = [[e.offset, e.numel, 0, 0] for e in self.layout.prunable_entries]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+
+    def _looked_at(self, rows: Tensor, turn: int) -> bool:
+        mask, values = self._mask, self.values
+        place = (values, mask.words, mask.rank, mask.numel)
+        return bool(native.written_unseen(*place, rows, turn))
 
     def written_unseen(self, rows: Sequence[Tensor], turn: int) -> bool:
         """Whether a pruned weight is not +0.0, of those that are looked at this turn.
@@ -79,11 +91,7 @@ class Writes:
         Args:
             rows: tables of segments, whose prunable ones are looked at.
         """
-        mask = self._mask
-        return any(
-            native.written_unseen(self.values, mask.words, mask.rank, mask.numel, table, turn)
-            for table in rows
-        )
+        return any(self._looked_at(table, turn) for table in rows)
 
     def _note_clean(self) -> None:
         versions = [p._version for p in self.parameters]

@@ -355,7 +355,7 @@ void bind_steps(py::module_& m) {
         const int64_t count = rows.numel / 4;
         const Segment* segments = rows.as<Segment>();
         bool fit = mask.fit() && values.is_values(values.numel) && prunable <= values.numel &&
-                   rows.is(kInt64, 4 * count) && turn >= 0;
+                   rows.is(kInt64, 4 * count);
         for (int64_t i = 0; fit && i < count && segments[i].offset < prunable; ++i)
           fit = segments[i].offset >= 0 && segments[i].offset % 32 == 0 && segments[i].numel >= 0 &&
                 segments[i].offset + segments[i].numel <= prunable;

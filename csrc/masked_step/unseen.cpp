@@ -1,5 +1,5 @@
 // Looks for pruned weights that are not +0.0: what someone wrote that torch does not count.
-// Contract: fedmap_sparse/flat.py, `FlatParameters.written_unseen`.
+// Contract: fedmap_sparse/_writes.py, `written_unseen`.
 #include <algorithm>
 
 #include "core/bits.h"
@@ -108,9 +108,10 @@ bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t p
       end = std::min(stop, at / kSpan * kSpan + kSpan);
       int64_t from = at, to = end;
       // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
-      if (before(mask_words(end) * 32) - before(at) >= (end - at + kSparse - 1) / kSparse)
+      if (turn >= 0 &&
+          before(mask_words(end) * 32) - before(at) >= (end - at + kSparse - 1) / kSparse)
         continue; // a step writes its zeros
-      if (prunable > kAll) {
+      if (turn >= 0 && prunable > kAll) {
         const int64_t pieces = (end - at + kPiece - 1) / kPiece;
         from = at + (turn + at / kSpan) % pieces * kPiece;
         to = std::min(end, from + kPiece);
