@@ -25,12 +25,18 @@ test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, who
 test-crash: $(VENV)/dev.stamp ## kill, starve and interrupt CRASHES runs (50), and resume each to the same bits
 	$(BIN)/python tests/experiments/crashes.py $(or $(CRASHES),50)
 
-lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos
+lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos, and what GitHub reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h)
 	$(BIN)/typos
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 docs: $(VENV)/dev.stamp ## the site, in build/docs; a warning or a broken link is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b dirhtml docs build/docs

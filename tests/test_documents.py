@@ -147,11 +147,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
+    """By the command that its docstring names."""
     for word, package in NEEDS.items():
         if word in example.stem:
             pytest.importorskip(package, reason=f"{package} is not installed")
+    named = re.search(rf"`((?:python|torchrun)[^`]*) examples/{example.name}`", example.read_text())
+    assert named, f"the docstring of {example.name} names no command that runs it"
+    launcher, *options = shlex.split(named[1])
+    module = ["-m", "torch.distributed.run"] if launcher == "torchrun" else ["-W", "error"]
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(example)],
+        [sys.executable, *module, *options, str(example)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

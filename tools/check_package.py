@@ -8,6 +8,7 @@ Fails at the first thing that does not hold. Reads PIP_ARGS.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,25 +19,6 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-
-SMOKE = """
-import sys, torch, fedmap_sparse as fs
-from fedmap_sparse.experiments import data, models, partition
-
-model = models.build("mlp", (1, 28, 28), 10)
-params = fs.flatten(model)
-eligible = params.layout.initial_mask()
-masks = [
-    fs.ops.magnitude_mask(params.prunable, eligible.nnz // 10, within=eligible, backend=backend)
-    for backend in ("reference", "cpu")
-]
-assert masks[0] == masks[1] and masks[0].nnz == eligible.nnz // 10
-packed = fs.ops.pack(params.prunable, masks[1])
-assert packed.numel() == masks[1].nnz
-loaded = data.load()
-assert len(partition.iid(loaded.train.labels, 10)) == 10
-print(f"fedmap_sparse {fs.__version__} at {fs.__file__}: {len(loaded.train)} training images")
-"""
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
@@ -65,6 +47,14 @@ def require(archive: Path, wanted: set[str], present: set[str]) -> None:
     print(f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB, {len(present)} files")
 
 
+def needed_glibc(shown: str) -> str:
+    """The oldest glibc that a wheel runs with, from what `auditwheel show` says of it."""
+    platform = re.search(r'platform tag:\s+"manylinux_(\d+)_(\d+)_\w+"', " ".join(shown.split()))
+    if platform is None:
+        sys.exit("the wheel fits no manylinux platform: auditwheel says why above")
+    return f"the wheel needs glibc {platform[1]}.{platform[2]} or later"
+
+
 def main() -> None:
     constraints = ROOT / "constraints.txt"
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +77,10 @@ def main() -> None:
         }:
             sys.exit(f"{wheel.name} installs {', '.join(sorted(strangers))} besides the package")
 
+        run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=outside)
+        if sys.platform == "linux":
+            print(needed_glibc(run(sys.executable, "-m", "auditwheel", "show", wheel, cwd=outside)))
+
         venv.create(outside / "venv", with_pip=True)
         scripts = outside / "venv" / "bin"
         python = scripts / "python"
@@ -94,7 +88,7 @@ def main() -> None:
         arguments = ("--only-binary", ":all:", "-c", constraints)
         options = shlex.split(os.environ.get("PIP_ARGS", ""))
         run(*pip, *arguments, *options, wheel, cwd=outside, path=scripts)
-        output = run(python, "-c", SMOKE, cwd=outside, path=scripts)
+        output = run(python, ROOT / "tools" / "check_wheel.py", cwd=outside, path=scripts)
         if str(scripts.parent) not in output:
             sys.exit("it was not the installed package that ran")
         run(scripts / "fedmap-sparse", "info", cwd=outside, path=scripts)
