@@ -1,9 +1,11 @@
-"""The only dispatch: which implementation of an op runs.
+"""Which implementations of an op this machine has, and the compiled module itself.
 
 `reference` is plain torch, on any device. `cpu` is the C++ extension, for CPU tensors. `triton` is
-for CUDA tensors (and for CPU tensors under Triton's interpreter). The default follows the device;
-`backend=` or the environment variable `FEDMAP_SPARSE_BACKEND` (read at import) force one. A forced
-backend that cannot serve raises; nothing falls back after a failure.
+for CUDA tensors (and for CPU tensors under Triton's interpreter). The device decides, through
+torch's dispatcher (see `ops/_library.py`); `backend=` or the environment variable
+`FEDMAP_SPARSE_BACKEND` (read at import) force one. A forced backend that cannot serve raises, and
+nothing falls back after a failure. In a tree whose extension is not built, `reference` serves CPU
+tensors too, and importing the package warns of it.
 """
 
 from __future__ import annotations
@@ -12,22 +14,41 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+#: The oldest torch that hands out DLPack's C exchange API, by which C++ reads tensors.
+MIN_TORCH = (2, 11)
 NAMES = ("reference", "cpu", "triton")
 _forced = os.environ.get("FEDMAP_SPARSE_BACKEND") or None
+
+
+def _check_torch(version: str) -> None:
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if numbers < MIN_TORCH:
+        wanted = ".".join(map(str, MIN_TORCH))
+        raise ImportError(f"fedmap_sparse needs torch {wanted} or later, found torch {version}")
+
+
+_check_torch(torch.__version__)
 
 native: ModuleType | Any
 try:
     native = importlib.import_module("fedmap_sparse._native")
     _native_error = ""
-except ImportError as error:  # a source tree that was not built: only `reference` can serve
+except ImportError as error:
     native = None
     _native_error = str(error)
+    warnings.warn(
+        f"fedmap_sparse: the C++ extension did not load ({error}), so that slow reference code "
+        "serves CPU tensors; build it with `pip install .`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache
@@ -38,8 +59,6 @@ def _missing(name: str) -> str:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (`pip install fedmap-sparse[triton]`)"
-        if importlib.util.find_spec("fedmap_sparse.triton_kernels") is None:
-            return "this version has no Triton kernels yet"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no CUDA device is available and TRITON_INTERPRET is not 1"
     return ""
@@ -48,6 +67,9 @@ def _missing(name: str) -> str:
 def backends() -> dict[str, str]:
     """Every backend by name, with `"available"` or the reason why it is not.
 
+    Returns:
+        A dict with the keys "reference", "cpu" and "triton".
+
     >>> import fedmap_sparse as fs
     >>> fs.backends()["reference"]
     'available'
@@ -55,8 +77,15 @@ def backends() -> dict[str, str]:
     return {name: _missing(name) or "available" for name in NAMES}
 
 
-def pick(backend: str | None, device: torch.device) -> str:
-    """The backend that serves `device`: `backend`, else the forced one, else the device's own.
+def require(name: str) -> None:
+    """Raise RuntimeError, naming the backends there are, unless `name` can run here."""
+    if reason := _missing(name):
+        usable = ", ".join(n for n in NAMES if not _missing(n))
+        raise RuntimeError(f"backend {name!r} is not available: {reason}. Available: {usable}")
+
+
+def forced(backend: str | None, device: torch.device) -> str | None:
+    """The backend that `backend=` or the environment forces, checked; None: the device decides.
 
     Raises:
         ValueError: unknown name, or a backend that cannot serve tensors of `device`.
@@ -64,66 +93,43 @@ def pick(backend: str | None, device: torch.device) -> str:
     """
     name = backend or _forced
     if name is None:
-        name = "cpu" if device.type == "cpu" else "triton"
-    elif name not in NAMES:
+        return None
+    if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    elif name == "cpu" and device.type != "cpu":
+    if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' serves CPU tensors, got a tensor on {device}")
     # Dynamo traces through the cache into what it cannot trace: there a missing backend fails when
     # the graph runs.
-    if not torch.compiler.is_compiling() and (reason := _missing(name)):
-        usable = ", ".join(n for n in NAMES if not _missing(n))
-        raise RuntimeError(f"backend {name!r} is not available: {reason}. Available: {usable}")
+    if not torch.compiler.is_compiling():
+        require(name)
+    return name
+
+
+def pick(backend: str | None, device: torch.device) -> str:
+    """The backend that serves `device`, for what is no torch op: forced, else the device's own.
+
+    Raises as `forced` does, and RuntimeError for a CUDA device without Triton.
+    """
+    name = forced(backend, device)
+    if name is None:
+        if device.type == "cpu":
+            return "cpu" if native is not None else "reference"
+        if device.type != "cuda":
+            return "reference"
+        name = "triton"
+        if not torch.compiler.is_compiling():
+            require(name)
     return name
 
 
 def kernels(stem: str) -> ModuleType:
     """The Triton kernels of one stem; imported at first use, as `import fedmap_sparse` must not."""
-    name = f"fedmap_sparse.triton_kernels.{stem}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        message = f"{stem}: no Triton kernel yet; use backend='reference' or 'cpu'"
-        raise NotImplementedError(message) from None
+    return importlib.import_module(f"fedmap_sparse.triton_kernels.{stem}")
 
 
 def threads() -> int:
     """Threads for native calls: what `torch.set_num_threads` said."""
     return torch.get_num_threads()
-
-
-# What torch does not say in public. With a torch that lacks one of them nothing goes direct.
-_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_tracing: Any = getattr(torch._C, "_get_tracing_state", None)
-_profiling: Any = getattr(torch.autograd, "_profiler_enabled", None)
-_direct = None not in (native, _modes, _tracing, _profiling)
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
-_overridden = torch.overrides.has_torch_function
-
-
-def direct(backend: str | None, first: Any) -> bool:
-    """Whether an op whose first tensor is `first` may go straight to C++, past torch's dispatcher.
-
-    The way through it costs 2 to 4 us of an op's 5 and serves those who want to see the op: a
-    compiler, a mode, a tracer, a profiler, a subclass. None is here if this is true. The other
-    arguments are for C++ to judge: what it does not take (csrc/module.cpp, `attempt`) goes the
-    usual way, by the checks in Python and the dispatcher.
-    """
-    return (
-        not torch.compiler.is_dynamo_compiling()
-        and _direct
-        and type(first) in _ORDINARY
-        and first.is_cpu
-        and (backend or _forced or "cpu") == "cpu"
-        and not (_modes() or _tracing() or _profiling() or _overridden((first,)))
-    )
-
-
-def written(*tensors: torch.Tensor | None) -> None:
-    """Tell autograd that these changed: a graph that saved what they held raises, as in torch."""
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
 
 
 def on_device(implementation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -133,35 +139,3 @@ def on_device(implementation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return implementation(*args)
     with torch.cuda.device(first.device):
         return implementation(*args)
-
-
-# One library for the package. `define` + `impl` costs 1.7-2.6 us a call, `custom_op` 7.5-17 us.
-_library = torch.library.Library("fedmap_sparse", "DEF")
-
-
-def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..., Any]) -> Any:
-    """Register `fedmap_sparse::<schema>`, whose last argument is `str backend`; return the op.
-
-    `implementations` maps a backend's name to a function of the op's arguments less `backend`;
-    `fake` likewise gives empty results of the right shape.
-    """
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    arguments = getattr(torch.ops.fedmap_sparse, name).default._schema.arguments
-    changed = [i for i, argument in enumerate(arguments) if argument.is_write]
-
-    def run(*args: Any) -> Any:
-        if args[-1] == "triton":
-            result = on_device(implementations["triton"], args[:-1])
-        else:
-            result = implementations[args[-1]](*args[:-1])
-        if changed:
-            written(*[args[i] for i in changed])
-        return result
-
-    def run_fake(*args: Any) -> Any:
-        return fake(*args[:-1])
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fedmap_sparse::{name}", run_fake, lib=_library)
-    return getattr(torch.ops.fedmap_sparse, name).default

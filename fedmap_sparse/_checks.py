@@ -1,4 +1,4 @@
-"""The only argument checks. Kernels trust their inputs; all public functions come through here."""
+"""Checks of one tensor, and the dtypes there are. ops/_rules.py makes the ops' checks of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-# mask.py imports this module too; each looks into the other only when called.
-from fedmap_sparse import mask as masks
 
 #: Codes of the native layer and of the wire, in one place.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -52,24 +49,6 @@ def check_out(
     check_tensor(name, out, dtypes)
     check_numel(name, out, numel, "the size of the result")
     check_device(name, out, device)
-
-
-def check_mask(name: str, mask: object, numel: int | None = None) -> None:
-    if not isinstance(mask, masks.Mask):
-        raise TypeError(f"{name}: expected a Mask, got {type(mask).__name__}")
-    if numel is not None and mask.numel != numel:
-        raise ValueError(f"{name}: expected a mask over {numel} elements, got {mask.numel}")
-
-
-def check_same_device(name: str, mask: masks.Mask, t: Tensor) -> None:
-    check_device(name, mask.words, t.device)
-
-
-def check_keep(keep: object, eligible: int, least: int = 0) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, int | torch.SymInt):
-        raise TypeError(f"keep: expected an int, got {type(keep).__name__}")
-    if not least <= keep <= eligible:
-        raise ValueError(f"keep: expected {least} <= keep <= {eligible}, got {keep}")
 
 
 def plain(t: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class FlatParameters(Writes):
         lists: list[Any] = [self.parameters, self._tree.holders, self._tree.keys]
         if indices is not None:
             lists = [[every[i] for i in indices] for every in lists]
-        return int(native.read_gradients(values, *lists, rows.data_ptr()))
+        return int(native.read_gradients(values, *lists, rows))
 
     def gradient(self, index: int) -> Tensor | None:
         """Of one parameter, with those of the parameters that share its memory added."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _checks, _layout_text
+from fedmap_sparse import _layout_text
 from fedmap_sparse._tensor_kinds import CARRIED, Extra, Tie, is_buffer, kind_of, ties
-from fedmap_sparse.mask import Mask
+from fedmap_sparse.mask import Mask, check_mask
 from fedmap_sparse.prunable import Prunable, Verdict, from_name
 
 #: Prunable tensors start on multiples of this many elements: no warp spans two tensors.
@@ -214,7 +214,7 @@ class FlatLayout:
         >>> layout.slice_mask(layout.initial_mask(), "b")
         Mask(numel=9, nnz=9, density=1)
         """
-        _checks.check_mask("mask", mask, self.prunable_numel)
+        check_mask("mask", mask, self.prunable_numel)
         found = [e for e in self.prunable_entries if e.name == name]
         if not found:
             raise ValueError(f"name: expected one of the prunable tensors, got {name!r}")
@@ -223,7 +223,7 @@ class FlatLayout:
 
     def mask_dict(self, mask: Mask) -> dict[str, Tensor]:
         """The mask as one bool tensor per prunable parameter, for other tools."""
-        _checks.check_mask("mask", mask, self.prunable_numel)
+        check_mask("mask", mask, self.prunable_numel)
         keep = mask.to_bool()
         return {
             e.name: keep[e.offset : e.offset + e.numel].view(e.shape) for e in self.prunable_entries
@@ -231,7 +231,7 @@ class FlatLayout:
 
     def check_mask(self, mask: Mask) -> None:
         """Raise ValueError unless `mask` covers this layout and no bit of padding is set."""
-        _checks.check_mask("mask", mask, self.prunable_numel)
+        check_mask("mask", mask, self.prunable_numel)
         if not mask <= self.initial_mask(mask.device):
             raise ValueError("mask: expected no survivor in the layout's padding, got some")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def num_words(numel: int) -> int:
 
 
 def num_ranks(numel: int) -> int:
-    """Entries of the rank index over `numel` elements: one a block of 2048, and the total."""
+    """Entries of the rank index over `numel` elements: one per block of 2048, and the total."""
     return (numel + BLOCK - 1) // BLOCK + 1
 
 
@@ -40,28 +40,48 @@ _RANK = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def unfilled_cpu(numel: int) -> tuple[Tensor, Tensor]:
-    """The same of a mask on the CPU: 1.6 us instead of 2.2, as no dtype has to be parsed."""
+    """Words and rank on the CPU: 1.6 us instead of 2.2, as no dtype has to be parsed."""
     return _WORD.new_empty(num_words(numel)), _RANK.new_empty(num_ranks(numel))
+
+
+def check_mask(name: str, mask: object, numel: int | None = None) -> None:
+    """Raise unless `mask` is a Mask, over `numel` elements where that is given."""
+    if not isinstance(mask, Mask):
+        raise TypeError(f"{name}: expected a Mask, got {type(mask).__name__}")
+    if numel is not None and mask.numel != numel:
+        raise ValueError(f"{name}: expected a mask over {numel} elements, got {mask.numel}")
 
 
 class Mask:
     """An immutable set of survivors over `numel` elements.
+
+    Make one with `full`, `empty`, `from_bool`, `from_words`, `cat` or an op. Masks over as many
+    elements and on one device combine as sets do: `a & b`, `a | b`, `a - b`, `a ^ b`, `~a`;
+    `a <= b` tells whether a is a subset of b, `a == b` whether their bits are the same. A mask
+    pickles, hashes by its bits, and loads with `torch.load(weights_only=True)`.
 
     Attributes:
         words: int32 tensor of ceil(numel / 32) words. Element i is bit `i & 31` of word `i >> 5`,
             as in `numpy.packbits(bitorder="little")`. Bits past `numel` are 0.
         rank: int64 tensor; entry b counts the survivors before element 2048 b, the last all.
         numel: size of the index space, a Python int.
-        nnz: survivors, a Python int (so that shapes of packed tensors are static).
+        nnz: number of survivors, a Python int (so that shapes of packed tensors are static).
 
-    Make one with `full`, `empty`, `from_bool`, `from_words` or an op. `a <= b` is the subset test,
-    `& | ~` combine masks of one size, `==` compares bits; a mask pickles and hashes by its bits.
+    >>> import torch
+    >>> a = Mask.from_bool(torch.tensor([True, True, False, False]))
+    >>> b = Mask.from_bool(torch.tensor([True, False, True, False]))
+    >>> (a - b).to_bool()
+    tensor([False,  True, False, False])
+    >>> a & b <= a
+    True
+    >>> Mask.cat([a, b])
+    Mask(numel=8, nnz=4, density=0.5)
     """
 
     __slots__ = ("_digest", "nnz", "numel", "rank", "words")
 
     def __init__(self, words: Tensor, rank: Tensor, numel: int, nnz: int) -> None:
-        # For the package's own use: the caller vouches that the four agree.
+        # For the package's own use. Precondition: the four agree.
         self.words = words
         self.rank = rank
         self.numel = numel
@@ -70,7 +90,12 @@ class Mask:
 
     @staticmethod
     def full(numel: int, device: torch.device | str = "cpu") -> Mask:
-        """Every one of `numel` elements survives."""
+        """A mask that keeps every one of `numel` elements. O(numel / 32).
+
+        Raises:
+            TypeError: `numel` is no int.
+            ValueError: it is negative.
+        """
         words = torch.full((num_words(_size(numel)),), -1, dtype=torch.int32, device=device)
         if numel & 31:
             words[-1] = (1 << (numel & 31)) - 1
@@ -79,31 +104,46 @@ class Mask:
 
     @staticmethod
     def empty(numel: int, device: torch.device | str = "cpu") -> Mask:
-        """None of `numel` elements survives."""
+        """A mask that keeps none of `numel` elements. Errors and cost as in `full`."""
         words = torch.zeros(num_words(_size(numel)), dtype=torch.int32, device=device)
         rank = torch.zeros(num_ranks(numel), dtype=torch.int64, device=device)
         return Mask(words, rank, numel, 0)
 
     @staticmethod
     def from_bool(keep: Tensor) -> Mask:
-        """From a contiguous bool tensor of any shape, read in row-major order. O(numel)."""
+        """A mask of the elements that are true.
+
+        Args:
+            keep: contiguous bool tensor of any shape, read in row-major order.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: a tensor that is not contiguous.
+
+        O(numel).
+        """
         _checks.check_tensor("keep", keep, (torch.bool,))
         words = torch.empty(num_words(keep.numel()), dtype=torch.int32, device=keep.device)
         if _backends.pick(None, keep.device) == "cpu":
-            native.mask_from_bools(
-                keep.data_ptr(), keep.numel(), words.data_ptr(), _backends.threads()
-            )
+            native.mask_from_bools(keep, words, _backends.threads())
         else:
             words.copy_(words_from_bool(keep))
         return _with_rank(words, keep.numel())
 
     @staticmethod
     def from_words(words: Tensor, numel: int) -> Mask:
-        """From a bitmap. The tensor is taken over, not copied: do not write to it afterwards.
+        """A mask from its bitmap.
+
+        Args:
+            words: int32 tensor of ceil(numel / 32) words, laid out as the attribute `words`. It is
+                taken over, not copied: do not write to it afterwards.
+            numel: size of the index space.
 
         Raises:
             TypeError: `words` is not int32.
             ValueError: its size is not ceil(numel / 32), or a bit past `numel` is set.
+
+        O(numel / 32).
         """
         _checks.check_tensor("words", words, (torch.int32,))
         _checks.check_numel("words", words, num_words(_size(numel)), f"ceil({numel} / 32)")
@@ -111,18 +151,38 @@ class Mask:
             raise ValueError(f"words: a bit past numel={numel} is set in the last word")
         return _with_rank(words.reshape(-1), numel)
 
+    @staticmethod
+    def cat(masks: Sequence[Mask]) -> Mask:
+        """One mask over the elements of all `masks`, one after another, as `torch.cat`.
+
+        Raises:
+            TypeError: a member is no Mask.
+            ValueError: no masks, or masks on several devices.
+
+        O(numel / 32) where every mask but the last has a multiple of 32 elements, else O(numel).
+        """
+        masks = list(masks)
+        if not masks:
+            raise ValueError("masks: expected at least one, got none")
+        for mask in masks:
+            check_mask("masks", mask)
+            _checks.check_device("masks", mask.words, masks[0].device)
+        if any(mask.numel & 31 for mask in masks[:-1]):
+            return Mask.from_bool(torch.cat([mask.to_bool() for mask in masks]))
+        words = torch.cat([mask.words for mask in masks])
+        return _with_rank(words, sum(mask.numel for mask in masks))
+
     def to_bool(self) -> Tensor:
         """The mask as a 1-D bool tensor of `numel` elements. O(numel)."""
         if _backends.pick(None, self.device) == "cpu":
-            out = torch.empty(self.numel, dtype=torch.bool)
-            native.mask_to_bools(
-                self.words.data_ptr(), self.numel, out.data_ptr(), _backends.threads()
-            )
+            out = torch.empty(self.numel, dtype=torch.bool, device="cpu")
+            native.mask_to_bools(self.words, out, _backends.threads())
             return out
         return bool_from_words(self.words, self.numel)
 
     @property
     def device(self) -> torch.device:
+        """Where `words` and `rank` are."""
         return self.words.device
 
     @property
@@ -131,6 +191,7 @@ class Mask:
         return self.nnz / self.numel if self.numel else 0.0
 
     def to(self, device: torch.device | str) -> Mask:
+        """The mask on `device`; itself where it is there already."""
         if torch.device(device) == self.device:
             return self
         moved = Mask(self.words.to(device), self.rank.to(device), self.numel, self.nnz)
@@ -142,7 +203,7 @@ class Mask:
 
         A sum over 64-bit words of position-keyed mixes (splitmix64's middle state and its output),
         so that it runs in parallel at memory speed on every backend. It detects mistakes; it is no
-        authentication. Defined in docs/format.md.
+        authentication. Defined in docs/format.md. O(numel / 32).
         """
         if self._digest is None:
             self._digest = _digest(self.words, self.numel)
@@ -153,11 +214,7 @@ class Mask:
             return NotImplemented
         self._check_peer(other)
         if _backends.pick(None, self.device) == "cpu":
-            return bool(
-                native.mask_subset(
-                    self.words.data_ptr(), other.words.data_ptr(), self.numel, _backends.threads()
-                )
-            )
+            return bool(native.mask_subset(self.words, other.words, _backends.threads()))
         return not bool((self.words & ~other.words).any())
 
     def __and__(self, other: Mask) -> Mask:
@@ -168,16 +225,24 @@ class Mask:
         self._check_peer(other)
         return _with_rank(self.words | other.words, self.numel)
 
+    def __sub__(self, other: Mask) -> Mask:
+        self._check_peer(other)
+        return _with_rank(self.words & ~other.words, self.numel)
+
+    def __xor__(self, other: Mask) -> Mask:
+        self._check_peer(other)
+        return _with_rank(self.words ^ other.words, self.numel)
+
     def __invert__(self) -> Mask:
         return _with_rank(~self.words & Mask.full(self.numel, self.device).words, self.numel)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
+        _checks.check_device("other", other.words, self.device)
         return (
             self.numel == other.numel
             and self.nnz == other.nnz
-            and self.device == other.device
             and torch.equal(self.words, other.words)
         )
 
@@ -185,13 +250,14 @@ class Mask:
         return hash(self.digest())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.words.cpu().numpy(), self.numel)
+        # A copy: a view would be saved with all of its storage.
+        return _unpickle, (self.words.detach().cpu().clone(), self.numel)
 
     def __repr__(self) -> str:
         return f"Mask(numel={self.numel}, nnz={self.nnz}, density={self.density:.4g})"
 
     def _check_peer(self, other: Mask) -> None:
-        _checks.check_mask("other", other, self.numel)
+        check_mask("other", other, self.numel)
         _checks.check_device("other", other.words, self.device)
 
 
@@ -203,8 +269,12 @@ def _size(numel: int) -> int:
     return numel
 
 
-def _unpickle(words: np.ndarray, numel: int) -> Mask:
-    return Mask.from_words(torch.from_numpy(words), numel)
+def _unpickle(words: Tensor, numel: int) -> Mask:
+    return Mask.from_words(words, numel)
+
+
+# What `torch.load(weights_only=True)` may call: it checks the words as `from_words` does.
+torch.serialization.add_safe_globals([_unpickle])
 
 
 def _with_rank(words: Tensor, numel: int) -> Mask:
@@ -215,8 +285,8 @@ def _with_rank(words: Tensor, numel: int) -> Mask:
 def rank_index(words: Tensor, numel: int, backend: str) -> Tensor:
     """Survivors before each block of 2048 elements, and in all: int64. O(numel / 32)."""
     if backend == "cpu":
-        rank = torch.empty(num_ranks(numel), dtype=torch.int64)
-        native.rank_index(words.data_ptr(), numel, rank.data_ptr(), _backends.threads())
+        rank = torch.empty(num_ranks(numel), dtype=torch.int64, device="cpu")
+        native.rank_index(words, numel, rank, _backends.threads())
         return rank
     if backend == "triton":
         scan = _backends.kernels("_scan").rank_index
@@ -226,14 +296,14 @@ def rank_index(words: Tensor, numel: int, backend: str) -> Tensor:
     if numel:
         bits = bool_from_words(words, 32 * words.numel())
         padded = torch.nn.functional.pad(bits, (0, -bits.numel() % BLOCK))
-        torch.cumsum(padded.view(-1, BLOCK).sum(1), 0, out=rank[1:])
+        rank[1:] = torch.cumsum(padded.view(-1, BLOCK).sum(1), 0)
     return rank
 
 
 def _digest(words: Tensor, numel: int) -> bytes:
     backend = _backends.pick(None, words.device)
     if backend == "cpu":
-        return bytes(native.mask_digest(words.data_ptr(), numel, _backends.threads()))
+        return bytes(native.mask_digest(words, numel, _backends.threads()))
     if backend == "triton":
         digest = _backends.kernels("_digest").digest
         return bytes(_backends.on_device(digest, (words, numel)))

@@ -25,7 +25,7 @@ torch.set_num_threads(2)
 def call():
     {call}
 warm = torch.ones(1 << 20)
-native.stream_read(warm.data_ptr(), warm.nbytes, 2)  # the workers run
+native.stream_read(warm, 2)  # the workers run
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 thread = Thread(target=call)  # a new one has no scratch from calls before
 thread.start()

@@ -8,6 +8,7 @@ from torch import nn
 import fedmap_sparse as fs
 from fedmap_sparse.flat import flatten
 from fedmap_sparse.layout import FlatLayout
+from fedmap_sparse.ops._segments import Segments
 
 
 def test_parameters_are_views_and_the_model_behaves_as_before():
@@ -123,7 +124,7 @@ def halves(t: torch.Tensor) -> torch.Tensor:
 def test_lost_views_are_noticed_and_rebind_mends(break_it, mend):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 5))
     flat = flatten(model)
-    rows = fs.ops.Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
+    rows = Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
     assert flat.read_gradients(flat.values, rows) == 0
     break_it(model)
     with pytest.raises(RuntimeError, match=r"rebind\(\)"):
@@ -156,7 +157,7 @@ def test_lost_views_are_noticed_and_rebind_mends(break_it, mend):
 )
 def test_addresses_are_read_of_gradients_that_kernels_can_use(spoil):
     flat = flatten(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)))
-    rows = fs.ops.Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
+    rows = Segments(*zip(*((e.offset, e.numel) for e in flat.layout.entries))).rows
     first, second = flat.parameters[:2]
     first.grad, second.grad = torch.ones(5, 3), torch.ones(2, 5)
     assert flat.read_gradients(flat.values, rows) == 2

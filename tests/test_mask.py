@@ -1,3 +1,4 @@
+import operator as python_operator
 import pickle
 
 import numpy as np
@@ -50,6 +51,8 @@ def test_set_algebra():
     assert torch.equal((a & b).to_bool(), x & y)
     assert torch.equal((a | b).to_bool(), x | y)
     assert torch.equal((~a).to_bool(), ~x)
+    assert torch.equal((a - b).to_bool(), x & ~y)
+    assert torch.equal((a ^ b).to_bool(), x ^ y)
     assert a & b <= a <= a | b
     assert not a <= b
     assert a != b
@@ -114,3 +117,55 @@ def test_bad_input_says_what_was_wanted():
         Mask.empty(3.0)
     assert Mask.from_words(torch.tensor([-1, 1], dtype=torch.int32), 33) == Mask.full(33)
     assert num_words(33) == 2
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[100], [64, 96, 33], [64, 33, 96], [1, 2048, 0, 31], [0, 0], [4096, 2048]],
+    ids=str,
+)
+def test_cat(sizes):
+    masks = [random_mask(n, seed=i) for i, n in enumerate(sizes)]
+    joined = Mask.cat(masks)
+    assert torch.equal(joined.to_bool(), torch.cat([m.to_bool() for m in masks]))
+    assert torch.equal(joined.rank, Mask.from_words(joined.words.clone(), joined.numel).rank)
+    assert joined.nnz == sum(m.nnz for m in masks)
+
+
+def test_cat_says_what_it_wants():
+    with pytest.raises(ValueError, match="masks: expected at least one, got none"):
+        Mask.cat([])
+    with pytest.raises(TypeError, match="masks: expected a Mask, got str"):
+        Mask.cat([Mask.full(3), "mask"])
+    with pytest.raises(ValueError, match="masks: expected device cpu, got meta"):
+        Mask.cat([Mask.full(32), Mask.full(32).to("meta")])
+
+
+@pytest.mark.parametrize("operator", ["eq", "ne", "le", "and_", "or_", "sub", "xor"])
+def test_masks_of_two_devices_are_not_compared(operator):
+    """They would be unequal, silently."""
+    combine = getattr(python_operator, operator)
+    with pytest.raises(ValueError, match="other: expected device cpu, got meta"):
+        combine(Mask.full(64), Mask.full(64).to("meta"))
+
+
+@pytest.mark.parametrize("save", ["torch.save", "pickle"])
+def test_saved_masks_load(save, tmp_path):
+    mask = random_mask(5000)
+    view = Mask.from_words(torch.cat([mask.words, torch.zeros(100_000).int()])[:157], 5000)
+    file = tmp_path / "mask.pt"
+    if save == "pickle":
+        assert pickle.loads(pickle.dumps(view)) == mask
+        return
+    torch.save({"mask": view}, file)
+    assert torch.load(file, weights_only=True)["mask"] == mask
+    assert file.stat().st_size < 4000  # the mask's words, not the storage that they were a view of
+
+
+def test_what_was_saved_is_checked(tmp_path):
+    """Whoever wrote the file may have set any bit."""
+    file = tmp_path / "mask.pt"
+    broken = Mask(torch.tensor([-1], dtype=torch.int32), torch.zeros(2, dtype=torch.int64), 3, 3)
+    torch.save(broken, file)
+    with pytest.raises(Exception, match="past numel=3"):
+        torch.load(file, weights_only=True)

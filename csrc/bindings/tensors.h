@@ -102,19 +102,25 @@ struct Torch {
 inline const Torch* torch = nullptr; // set when the module is made
 
 // Further dtypes of tensors, after those of values (core/dtype.h).
-enum OtherDtype : int { kInt32 = 4, kInt64, kFloat64, kNone = -1, kUnfit = -2 };
+enum OtherDtype : int { kInt32 = 4, kInt64, kFloat64, kUint8, kBool, kNone = -1, kUnfit = -2 };
 
 // An argument that is a tensor: contiguous, in this machine's memory, of a known dtype.
 struct Flat {
   void* data = nullptr;
   int64_t numel = 0;
   int dtype = kNone;    // kNone: the argument is None; kUnfit: it is anything else
-  bool ordinary = true; // of no subclass that would want to see what is done with it
+  bool ordinary = true; // exactly a Tensor or Parameter, or None
 
   bool is(int wanted, int64_t n) const { return dtype == wanted && numel == n; }
   bool is_none() const { return dtype == kNone; }
   bool is_values(int64_t n) const {
     return (dtype == kFloat32 || dtype == kFloat16 || dtype == kBfloat16) && numel == n;
+  }
+  // Elements side by side of any dtype that is known.
+  bool is_some() const { return dtype >= 0; }
+  int64_t nbytes() const {
+    constexpr int kWidths[] = {4, 2, 2, 1, 4, 8, 8, 1, 1};
+    return numel * kWidths[dtype];
   }
   template <class T>
   T* as() const {
@@ -134,7 +140,7 @@ struct Flat {
     flat.data = reinterpret_cast<void*>(seen.address());
     flat.ordinary = Py_TYPE(object) == torch->tensor || Py_TYPE(object) == torch->parameter;
     const int dtype = known(seen.dtype.code, seen.dtype.bits * seen.dtype.lanes);
-    const bool whole = dtype >= kInt8 && dtype != kFloat64; // torch negates no integers lazily
+    const bool whole = dtype >= kInt8 && dtype != kFloat64; // torch negates only floats lazily
     if ((flat.numel > 0 && flat.data && (whole || !torch->negated(object))) || flat.numel == 0)
       flat.dtype = dtype;
     return flat;
@@ -142,7 +148,7 @@ struct Flat {
 
  private:
   static int known(int code, int bits) {
-    enum { kInteger = 0, kFloat = 2, kBrain = 4 }; // DLPack's codes
+    enum { kInteger = 0, kUnsigned = 1, kFloat = 2, kBrain = 4, kTruth = 6 }; // DLPack's codes
     switch (code << 8 | bits) {
     case kFloat << 8 | 32:
       return kFloat32;
@@ -158,6 +164,10 @@ struct Flat {
       return kInt64;
     case kFloat << 8 | 64:
       return kFloat64;
+    case kUnsigned << 8 | 8:
+      return kUint8;
+    case kTruth << 8 | 8:
+      return kBool;
     default:
       return kUnfit;
     }
@@ -165,12 +175,3 @@ struct Flat {
 };
 
 } // namespace fedmap
-
-template <>
-struct pybind11::detail::type_caster<fedmap::Flat> {
-  PYBIND11_TYPE_CASTER(fedmap::Flat, const_name("Tensor | None"));
-  bool load(handle source, bool) {
-    value = fedmap::Flat::read(source.ptr());
-    return true;
-  }
-};

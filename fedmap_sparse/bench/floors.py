@@ -21,37 +21,40 @@ LINE, SECTOR = 64, 32  # bytes
 Stream = Callable[[], None]
 
 
-def _within(buffer: Tensor, nbytes: int) -> int:
-    """Whole lines of `nbytes`, at most the buffer."""
-    return min(int(nbytes), buffer.nbytes) // LINE * LINE
+def _lines(buffer: Tensor, nbytes: int | None = None) -> Tensor:
+    """The first `nbytes` as bytes: whole lines, at most the buffer."""
+    size = buffer.nbytes if nbytes is None else min(int(nbytes), buffer.nbytes)
+    return buffer.reshape(-1).view(torch.uint8)[: size // LINE * LINE]
 
 
 def read(buffer: Tensor, nbytes: int | None = None) -> Stream:
-    size = _within(buffer, buffer.nbytes if nbytes is None else nbytes)
-    return lambda: native.stream_read(buffer.data_ptr(), size, _backends.threads())
+    data = _lines(buffer, nbytes)
+
+    def run() -> None:
+        native.stream_read(data, _backends.threads())
+
+    return run
 
 
 def copy(source: Tensor, target: Tensor, nbytes: int | None = None) -> Stream:
     """Reads `nbytes` and writes as many."""
-    size = _within(source, _within(target, target.nbytes if nbytes is None else nbytes))
-    return lambda: native.stream_copy(
-        source.data_ptr(), target.data_ptr(), size, _backends.threads()
-    )
+    written = _lines(target, nbytes)
+    data = _lines(source, written.numel())
+    written = written[: data.numel()]
+    return lambda: native.stream_copy(data, written, _backends.threads())
 
 
 def inplace(buffer: Tensor, nbytes: int | None = None) -> Stream:
     """Reads and writes `nbytes`, adding integers to whatever the buffer holds."""
-    size = _within(buffer, buffer.nbytes if nbytes is None else nbytes)
-    return lambda: native.stream_inplace(buffer.data_ptr(), size, _backends.threads())
+    data = _lines(buffer, nbytes)
+    return lambda: native.stream_inplace(data, _backends.threads())
 
 
 def touched(buffer: Tensor, mask: Mask) -> Stream:
     """Reads the bitmap; reads and writes the lines of `buffer` that hold a survivor."""
     if buffer.element_size() != 4:  # that stream knows lines of 16 elements
         return inplace(buffer, touched_bytes(mask, buffer.element_size()))
-    return lambda: native.stream_touched(
-        buffer.data_ptr(), mask.words.data_ptr(), mask.numel, _backends.threads()
-    )
+    return lambda: native.stream_touched(buffer, mask.words, mask.numel, _backends.threads())
 
 
 def together(*streams: Stream) -> Stream:

@@ -12,7 +12,9 @@ from fedmap_sparse import ops
 from fedmap_sparse.bench import floors
 from fedmap_sparse.bench.case import Peer, Setting, Trial, case, same
 from fedmap_sparse.mask import Mask
-from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.ops import masked_adamw as adamw
+from fedmap_sparse.ops import masked_sgd as sgd
+from fedmap_sparse.ops._segments import ZEROED, Segments
 
 DENSITIES = (1.0, 0.5, 0.1, 0.01)
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
@@ -28,14 +30,14 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 
 @case("masked_sgd", densities=DENSITIES)
 def masked_sgd(s: Setting) -> Trial:
-    segments = ops.Segments([0], [s.n])
+    segments = Segments([0], [s.n])
     segments.scalars[0, :2] = torch.tensor([SGD["lr"], SGD["momentum"]])
     segments.rows[0, 3] = ZEROED  # as the optimizers say from their second step on
     grad, mask = s.normal(), s.mask(s.values())
 
     def step(buffers: Buffers, backend: str | None = None) -> Tensor:
         values, master, (momentum,) = buffers
-        ops.masked_sgd_(
+        sgd.step_segments_(
             values,
             mask,
             [grad],
@@ -51,14 +53,14 @@ def masked_sgd(s: Setting) -> Trial:
 
 @case("masked_adamw", densities=DENSITIES)
 def masked_adamw(s: Setting) -> Trial:
-    segments = ops.Segments([0], [s.n])
+    segments = Segments([0], [s.n])
     segments.scalars[0, :7] = torch.tensor(ADAMW_SCALARS, dtype=torch.float64)
     segments.rows[0, 3] = ZEROED
     grad, mask = s.normal(), s.mask(s.values())
 
     def step(buffers: Buffers, backend: str | None = None) -> Tensor:
         values, master, (exp_avg, exp_avg_sq) = buffers
-        ops.masked_adamw_(
+        adamw.step_segments_(
             values,
             mask,
             [grad],

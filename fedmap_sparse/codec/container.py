@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends
-from fedmap_sparse._backends import native
+from fedmap_sparse.codec._crc32c import crc32c
 from fedmap_sparse.errors import FormatError
 
 MAGIC = b"\x89FEDMAP\n"
@@ -271,18 +270,6 @@ def _check_crc(what: str, data: memoryview, wanted: int, offset: int) -> None:
 
 def padded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
-
-
-def crc32c(data: Buffer) -> int:
-    """CRC-32C of a contiguous buffer."""
-    return int(native.crc32c(address_of(data), len(data), 0, _backends.threads()))
-
-
-def address_of(data: Buffer) -> int:
-    """Where the bytes of a contiguous buffer lie; 0 when there are none."""
-    if not len(data):
-        return 0
-    return int(np.frombuffer(data, np.uint8).__array_interface__["data"][0])
 
 
 def as_bytes(data: object) -> memoryview:

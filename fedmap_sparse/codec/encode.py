@@ -15,7 +15,7 @@ from fedmap_sparse.codec.message import MaskSection, Message
 from fedmap_sparse.codec.values import Coding, Quantized, check_coding
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
-from fedmap_sparse.mask import Mask
+from fedmap_sparse.mask import Mask, check_mask
 
 DTYPES = {_checks.short(dtype): dtype for dtype in _checks.FLOAT_DTYPES}
 
@@ -96,7 +96,7 @@ def encode(
     >>> fs.decode(data, params.layout).mask == half
     True
     """
-    _checks.check_mask("mask", mask, params.layout.prunable_numel)
+    check_mask("mask", mask, params.layout.prunable_numel)
     if isinstance(params, FlatParameters):
         params.check_bound()
     source = params.prunable.detach()
@@ -155,7 +155,7 @@ def compose(
     O(bytes): checksums are computed here, once.
     """
     check_coding(coding)
-    _checks.check_mask("mask", mask, layout.prunable_numel)
+    check_mask("mask", mask, layout.prunable_numel)
     _checks.check_tensor("tail", tail)
     _checks.check_numel("tail", tail, layout.tail_numel, "the layout's tail")
     if isinstance(packed, Quantized):

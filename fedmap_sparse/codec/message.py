@@ -20,7 +20,7 @@ from fedmap_sparse.codec.container import Section as Section
 from fedmap_sparse.codec.values import Coding, Quantized
 from fedmap_sparse.errors import FormatError
 from fedmap_sparse.layout import FlatLayout
-from fedmap_sparse.mask import Mask
+from fedmap_sparse.mask import Mask, check_mask
 
 MaskSection = Literal["none", "full", "delta"]
 
@@ -256,7 +256,7 @@ def decode(
     O(bytes + layout.prunable_numel / 32).
     """
     if mask is not None:
-        _checks.check_mask("mask", mask, layout.prunable_numel)
+        check_mask("mask", mask, layout.prunable_numel)
     if device is None:
         device = values.CPU if mask is None else mask.device
     place = torch.empty(0, device=device).device  # "cuda" is one of several: the current one

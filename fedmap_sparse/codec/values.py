@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, ops
-from fedmap_sparse._backends import native
 from fedmap_sparse.codec.container import (
     RANS,
     RAW,
@@ -26,6 +25,7 @@ from fedmap_sparse.codec.container import (
 from fedmap_sparse.errors import FormatError, PayloadError
 from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
 from fedmap_sparse.ops import entropy
+from fedmap_sparse.ops.accumulate import add_int8_
 from fedmap_sparse.ops.quantize import num_blocks
 
 CPU = torch.device("cpu")
@@ -202,8 +202,7 @@ def add_to(sums: Tensor, section: Section, weight: float) -> None:
         entropy.add_values_(sums, section.coded(), dtype, weight)
     else:
         q = quantized(section)
-        args = (sums.data_ptr(), q.codes.data_ptr(), q.scales.data_ptr(), q.block, weight)
-        native.accumulate_add_int8(*args, sums.numel(), _backends.threads())
+        add_int8_(sums, q.codes, q.scales, q.block, weight)
 
 
 def quantized(section: Section) -> Quantized:

@@ -1,18 +1,15 @@
-"""The ops: contract, reference and table of implementations, one file each."""
+"""The ops: contract, plain-torch reference, public function and registration, one file each."""
 
-from fedmap_sparse.ops._segments import Segments
 from fedmap_sparse.ops.accumulate import Accumulator, weighted_mean
 from fedmap_sparse.ops.extract import deposit, extract
-from fedmap_sparse.ops.masked_adamw import adamw_flags, masked_adamw_
-from fedmap_sparse.ops.masked_sgd import masked_sgd_, sgd_flags
+from fedmap_sparse.ops.masked_adamw import masked_adamw_
+from fedmap_sparse.ops.masked_sgd import masked_sgd_
 from fedmap_sparse.ops.pack import pack, unpack
 from fedmap_sparse.ops.quantize import all_finite, cast, dequantize_int8, quantize_int8
 from fedmap_sparse.ops.select import magnitude_mask, magnitude_threshold, prune_, zero_pruned_
 
 __all__ = [
     "Accumulator",
-    "Segments",
-    "adamw_flags",
     "all_finite",
     "cast",
     "deposit",
@@ -25,7 +22,6 @@ __all__ = [
     "pack",
     "prune_",
     "quantize_int8",
-    "sgd_flags",
     "unpack",
     "weighted_mean",
     "zero_pruned_",

@@ -1,8 +1,10 @@
-"""The segments of a flat buffer that one masked step covers, with each one's hyper-parameters."""
+"""What the masked steps share: the table of segments, their rules, the reference's walk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor
 from fedmap_sparse import _backends, _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.ops._library import Op, direct
+from fedmap_sparse.ops._rules import FLOAT32, Arguments, Bitmap, Dense, Rule
 from fedmap_sparse.ops.quantize import cast_reference
 
 NESTEROV, MAXIMIZE, FIRST, AMSGRAD = 1, 2, 4, 8
-#: The caller vouches that the segment's pruned elements are +0.0 already, so that a backend need
-#: not visit the memory between survivors (0.125 + 8 d + 12 (1 - (1 - d)^8) bytes an element on a
-#: GPU, where writing zeros blindly costs 4 more). Without it they are written.
+#: Precondition that the segment's pruned elements are +0.0 already, so that a backend need not
+#: visit the memory between survivors (0.125 + 8 d + 12 (1 - (1 - d)^8) bytes per element on a GPU,
+#: where writing zeros blindly costs 4 more). Without it they are written.
 ZEROED = 16
 
 
@@ -30,104 +34,170 @@ class Segments:
 
     def __init__(self, offsets: Sequence[int], numels: Sequence[int]) -> None:
         if len(offsets) != len(numels):
-            raise ValueError(f"numels: expected {len(offsets)}, one an offset, got {len(numels)}")
-        self.rows = torch.zeros(len(offsets), 4, dtype=torch.int64)
-        self.rows[:, 0] = torch.tensor(list(offsets), dtype=torch.int64)
-        self.rows[:, 1] = torch.tensor(list(numels), dtype=torch.int64)
+            raise ValueError(f"numels: expected {len(offsets)}, one per offset, got {len(numels)}")
+        self.rows = torch.zeros(len(offsets), 4, dtype=torch.int64, device="cpu")
+        self.rows[:, 0] = torch.tensor(list(offsets), dtype=torch.int64, device="cpu")
+        self.rows[:, 1] = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
         self.numels = tuple(numels)
-        self.scalars = torch.zeros(len(offsets), 8, dtype=torch.float64)
+        self.scalars = torch.zeros(len(offsets), 8, dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return len(self.numels)
+
+
+_own = threading.local()
+
+
+def uniform(
+    offsets: tuple[int, ...], numels: tuple[int, ...], flags: int, scalars: tuple[float, ...]
+) -> Segments:
+    """A table whose segments share their flags and scalars, the calling thread's own.
+
+    It is rewritten by the thread's next call: making one takes 20 us, rewriting it 1.
+    """
+    tables: dict[Any, tuple[Segments, Any, Any]] = _own.__dict__.setdefault("tables", {})
+    found = tables.get((offsets, numels))
+    if found is None:
+        made = Segments(offsets, numels)
+        if len(tables) >= 16:
+            tables.clear()
+        found = tables[offsets, numels] = (made, made.rows.numpy(), made.scalars.numpy())
+    table, rows, numbers = found
+    rows[:, 3] = flags
+    numbers[:, : len(scalars)] = scalars
+    return table
+
+
+def place(
+    values: Tensor,
+    mask: Mask,
+    grads: Tensor | Sequence[Tensor | None],
+    offsets: Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], Sequence[Tensor | None]]:
+    """Offsets, sizes and gradients of the segments that a public step's arguments mean."""
+    _checks.check_tensor("values", values)
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a Mask, got {type(mask).__name__}")
+    numel, border = values.numel(), mask.numel
+    if isinstance(grads, Tensor):
+        if offsets is not None:
+            raise ValueError("offsets: expected None beside one flat gradient")
+        _checks.check_tensor("grads", grads, (values.dtype,))
+        _checks.check_numel("grads", grads, numel, "the size of values")
+        flat = grads.view(-1)
+        if not 0 < border < numel:
+            return (0,), (numel,), (flat,)
+        if border % 8:
+            raise ValueError(f"mask: expected a multiple of 8 elements before a tail, got {border}")
+        return (0, border), (border, numel - border), (flat[:border], flat[border:])
+    grads = list(grads)
+    if offsets is None or len(offsets) != len(grads):
+        got = "None" if offsets is None else str(len(offsets))
+        raise ValueError(f"offsets: expected {len(grads)}, one per gradient, got {got}")
+    numels = tuple(0 if g is None else g.numel() for g in grads)
+    end = 0
+    for offset, size in zip(offsets, numels, strict=True):
+        unit = 128 if offset < border else 8
+        if offset < end or offset % unit or offset + size > (border if offset < border else numel):
+            raise ValueError(
+                f"offsets: expected segments in order, apart, in the mask or in the tail, at "
+                f"multiples of {unit}, got one of {size} elements at {offset}"
+            )
+        end = offset + size
+    return tuple(offsets), numels, grads
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """One gradient or None per segment: contiguous, of its size, of the values' dtype, device."""
+
+    name: str = "grads"
+
+    def check(self, given: Arguments) -> None:
+        grads, segments, values = given["grads"], given["segments"], given["values"]
+        if len(grads) != len(segments):
+            raise ValueError(f"grads: expected {len(segments)}, one per segment, got {len(grads)}")
+        for grad, numel in zip(grads, segments.numels, strict=True):
+            if grad is not None:
+                _checks.check_tensor("grads", grad, (values.dtype,))
+                _checks.check_numel("grads", grad, numel, "the segment's size")
+                _checks.check_device("grads", grad, values.device)
+
+
+@dataclass(frozen=True)
+class Within:
+    """A mask over no more elements than `values` has."""
+
+    name: str = "mask"
+
+    def check(self, given: Arguments) -> None:
+        mask, numel = given["mask"], given["values"].numel()
+        if mask.numel > numel:
+            raise ValueError(f"mask: expected at most {numel} elements, got {mask.numel}")
+
+
+@dataclass(frozen=True)
+class Masters:
+    """Master copies for 16-bit values."""
+
+    name: str = "master"
+
+    def check(self, given: Arguments) -> None:
+        if given["values"].dtype != torch.float32 and given["master"] is None:
+            dtype = _checks.short(given["values"].dtype)
+            raise ValueError(f"master: expected float32 master copies for {dtype} values")
+
+
+def _packed_numel(given: Arguments) -> int:
+    mask = given["mask"]
+    return int(mask.nnz + given["values"].numel() - mask.numel)
+
+
+def rules(**optional: bool) -> tuple[Rule, ...]:
+    """A step's rules; `optional` has its packed states by name, and whether they may be None."""
+    states = [
+        Dense(name, FLOAT32, _packed_numel, beside="values", optional=may_be_none)
+        for name, may_be_none in (optional | {"master": True}).items()
+    ]
+    return (Dense("values"), Bitmap("mask", beside="values"), Within(), Gradients(), *states,
+            Masters())  # fmt: skip
 
 
 def check_gradients(
     grads: Sequence[Tensor | None], segments: Segments, values: Tensor
 ) -> list[Tensor | None]:
     """The gradients without autograd; raises unless each is as kernels want it."""
-    if len(grads) != len(segments):
-        raise ValueError(f"grads: expected {len(segments)}, one a segment, got {len(grads)}")
-    for grad, numel in zip(grads, segments.numels, strict=True):
-        if grad is not None:
-            _checks.check_tensor("grads", grad, (values.dtype,))
-            _checks.check_numel("grads", grad, numel, "the segment's size")
-            _checks.check_device("grads", grad, values.device)
+    Gradients().check({"grads": grads, "segments": segments, "values": values})
     # The dispatcher resolves lazy negation in other arguments, but not in lists of optional ones.
     return [None if g is None else _checks.plain(g).resolve_neg() for g in grads]
 
 
-def direct(
-    kernel: str,
-    values: Tensor,
-    mask: Mask,
-    grads: Sequence[Tensor | None],
-    segments: Segments,
-    states: dict[str, Tensor | None],
-    backend: str | None,
-) -> bool:
-    """Straight to the C++ kernel of this name, `states` in its order; false where that does not do.
-
-    As an op, a step with its dozen tensors costs 14 to 20 us beside its work, so 2.
-    """
-    if not _backends.direct(backend, values) or not isinstance(mask, Mask):
-        return False
-    done = getattr(native, kernel)(
-        values,
-        mask.words,
-        mask.rank,
-        mask.numel,
-        tuple(grads),  # so that nobody takes a gradient away meanwhile
-        segments.rows,
-        segments.scalars,
-        *states.values(),
-        _backends.threads(),
-        True,
-    )
-    if done is None:
-        return False
-    _backends.written(values, *states.values())
-    return True
-
-
 def step(
-    op: Callable[..., None],
+    op: Op,
     values: Tensor,
     mask: Mask,
     grads: Sequence[Tensor | None],
     segments: Segments,
-    states: dict[str, Tensor | None],
+    states: Mapping[str, Tensor | None],
     backend: str | None,
 ) -> None:
-    """Check that one step's tensors agree, then call `op`. `states` in its order, master last."""
-    _checks.check_tensor("values", values)
-    _checks.check_mask("mask", mask)
-    _checks.check_same_device("mask", mask, values)
-    if mask.numel > values.numel():
-        raise ValueError(f"mask: expected at most {values.numel()} elements, got {mask.numel}")
+    """One step by `op`, straight or through the dispatcher; `states` in its order, master last.
+
+    As an op, a step with its dozen tensors costs 14 to 20 us beside its work, straight 2.
+    """
+    rows, scalars = segments.rows, segments.scalars
+    if direct(values, backend) and isinstance(mask, Mask):
+        # A tuple keeps the gradients alive while the GIL is released.
+        where = (values, mask.words, mask.rank, mask.numel, mask.nnz)
+        if op.attempt(*where, tuple(grads), rows, scalars, *states.values()) is not None:
+            return
+    op.check(values=values, mask=mask, grads=grads, segments=segments, **states)
     plain = check_gradients(grads, segments, values)
-    size = mask.nnz + values.numel() - mask.numel
-    for name, state in states.items():
-        if state is not None:
-            _checks.check_out(name, state, size, (torch.float32,), values.device)
-    if values.dtype != torch.float32 and states["master"] is None:
-        raise ValueError(
-            f"master: expected float32 master copies for {_checks.short(values.dtype)} values"
-        )
-    op(
-        _checks.plain(values),
-        mask.words,
-        mask.rank,
-        mask.numel,
-        mask.nnz,
-        plain,
-        segments.rows,
-        segments.scalars,
-        *states.values(),
-        _backends.pick(backend, values.device),
-    )
+    where = (_checks.plain(values), mask.words, mask.rank, mask.numel, mask.nnz)
+    op(*where, plain, rows, scalars, *states.values(), backend=backend)
 
 
-def step_cpu(kernel: str) -> Callable[..., None]:
+def step_cpu(kernel: str) -> Callable[..., Any]:
     """The `cpu` implementation of a step's op."""
 
     def run(
@@ -136,11 +206,11 @@ def step_cpu(kernel: str) -> Callable[..., None]:
         rank: Tensor,
         numel: int,
         nnz: int,
-        grads: list[Tensor | None],
         *rest: Any,
-    ) -> None:
+        attempt: bool = False,
+    ) -> Any:
         threads = _backends.threads()
-        getattr(native, kernel)(values, words, rank, numel, grads, *rest, threads, False)
+        return getattr(native, kernel)(values, words, rank, numel, *rest, threads, attempt)
 
     return run
 

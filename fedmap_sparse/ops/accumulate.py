@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
-from fedmap_sparse.ops.quantize import cast_reference
+from fedmap_sparse._backends import native
+from fedmap_sparse.ops._library import Op, direct
+from fedmap_sparse.ops._rules import Alike, Dense, Weight
+from fedmap_sparse.ops.quantize import cast_reference, num_blocks
 
-_CODES = _checks.DTYPE_CODES
+
+def _is_weight(weight: object) -> bool:
+    """Whether C++ may take it; what is no such number is for `Op.check` to judge."""
+    return type(weight) in (int, float) and 0 < weight < math.inf  # type: ignore[operator]
 
 
 def _round_reference(sums: Tensor, total: float, out: Tensor) -> Tensor:
@@ -59,85 +64,109 @@ def _total(weights: Sequence[float]) -> float:
     return total
 
 
-def _mean_cpu(payloads: list[Tensor], weights: list[float], out: Tensor) -> int:
-    count: int = native.weighted_mean(payloads, weights, out, _backends.threads(), False)
-    return count
+def _mean_cpu(
+    payloads: Sequence[Tensor], weights: list[float], out: Tensor, attempt: bool = False
+) -> Any:
+    # A tuple keeps the payloads alive while the GIL is released.
+    return native.weighted_mean(tuple(payloads), weights, out, _backends.threads(), attempt)
 
 
 def _add_reference(sums: Tensor, payload: Tensor, weight: float) -> None:
     sums += payload.reshape(-1).to(torch.float64) * weight
 
 
-def _add_cpu(sums: Tensor, payload: Tensor, weight: float) -> None:
-    native.accumulate_add(
-        sums.data_ptr(),
-        payload.data_ptr(),
-        _CODES[payload.dtype],
-        weight,
-        sums.numel(),
-        _backends.threads(),
-    )
+def _add_cpu(sums: Tensor, payload: Tensor, weight: float, attempt: bool = False) -> Any:
+    return native.accumulate_add(sums, payload, weight, _backends.threads(), attempt)
 
 
-def _round_cpu(sums: Tensor, total: float, out: Tensor) -> int:
-    count: int = native.accumulate_mean(
-        sums.data_ptr(),
-        total,
-        sums.numel(),
-        out.data_ptr(),
-        _CODES[out.dtype],
-        _backends.threads(),
-    )
-    return count
+def _round_cpu(sums: Tensor, total: float, out: Tensor, attempt: bool = False) -> Any:
+    return native.accumulate_mean(sums, total, out, _backends.threads(), attempt)
 
 
-def _finite(fill: Callable[..., Tensor | int]) -> Callable[..., None]:
+def _finite(fill: Callable[..., Tensor | int | None]) -> Callable[..., int | None]:
     """Raises if `fill`, which fills `out`, counts elements that are not finite.
 
     Inside of the op: to return the count as a tensor and read it took 3 us of 14.
     """
 
-    def run(*args: Any) -> None:
-        _check_finite(int(fill(*args)))
+    def run(*args: Any, **attempt: bool) -> int | None:
+        counted = fill(*args, **attempt)
+        if counted is None:
+            return None
+        if bad := int(counted):
+            raise ValueError(
+                f"payloads: expected a finite mean, got {bad} NaN or infinite elements"
+            )
+        return 0
 
     return run
 
 
-def _check_finite(bad: int) -> None:
-    if bad:
-        message = f"payloads: expected a finite mean, got {bad} NaN or infinite elements"
-        raise ValueError(message)
-
-
-_mean_op = define(
-    "weighted_mean_out(Tensor[] payloads, float[] weights, Tensor(a!) out, str backend) -> ()",
+_mean = Op(
+    "weighted_mean_out(Tensor[] payloads, float[] weights, Tensor(a!) out) -> ()",
     lambda payloads, weights, out: None,
     reference=_finite(_mean_reference),
     cpu=_finite(_mean_cpu),
     triton=_finite(lambda *a: _backends.kernels("accumulate").weighted_mean_out(*a)),
+    rules=(
+        Alike("payloads", sized=True),
+        Weight("weights", many=True),
+        Dense(
+            "out",
+            numel=lambda given: given["payloads"][0].numel(),
+            beside="first",
+            optional=True,
+        ),
+    ),
 )
-_add_op = define(
-    "accumulate_add_(Tensor(a!) sums, Tensor payload, float weight, str backend) -> ()",
+_add = Op(
+    "accumulate_add_(Tensor(a!) sums, Tensor payload, float weight) -> ()",
     lambda sums, payload, weight: None,
     reference=_add_reference,
     cpu=_add_cpu,
     triton=lambda *a: _backends.kernels("accumulate").accumulate_add_(*a),
+    rules=(
+        Dense(
+            "payload",
+            numel=lambda given: given["sums"].numel(),
+            why="the accumulator's size",
+            beside="sums",
+        ),
+        Weight("weight"),
+    ),
 )
-_round_op = define(
-    "accumulate_mean_out(Tensor sums, float total, Tensor(a!) out, str backend) -> ()",
+_round = Op(
+    "accumulate_mean_out(Tensor sums, float total, Tensor(a!) out) -> ()",
     lambda sums, total, out: None,
     reference=_finite(_round_reference),
     cpu=_finite(_round_cpu),
     triton=_finite(lambda *a: _backends.kernels("accumulate").accumulate_mean_out(*a)),
+    rules=(Dense("out", numel=lambda given: given["sums"].numel(), beside="sums", optional=True),),
 )
 
 
-def _check_weight(weight: float) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"weight: expected a number, got {type(weight).__name__}")
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"weight: expected a finite number above 0, got {weight}")
-    return float(weight)
+def add_int8_(sums: Tensor, q: Tensor, scales: Tensor, block: int, weight: float) -> None:
+    """`sums += weight * dequantize_int8(q, scales)` in float64, tile by tile.
+
+    Args:
+        sums: float64 tensor on the CPU, as are the others.
+        q: int8 codes, as many.
+        scales: float32, one per `block` codes.
+        block: a multiple of 64.
+        weight: factor of every value.
+
+    Raises:
+        ValueError: sizes or dtypes that disagree.
+
+    O(n).
+    """
+    if native is not None:
+        native.accumulate_add_int8(sums, q, scales, block, weight, _backends.threads(), False)
+        return
+    if q.numel() != sums.numel() or scales.numel() != num_blocks(q.numel(), block):
+        raise ValueError("expected contiguous CPU tensors whose dtypes and sizes agree")
+    each = scales.repeat_interleave(block)[: q.numel()]
+    sums += (q.to(torch.float32) * each).to(torch.float64) * weight
 
 
 def weighted_mean(
@@ -152,8 +181,8 @@ def weighted_mean(
     Args:
         payloads: at least one; contiguous tensors of one size, dtype (float32, float16, bfloat16)
             and device. Not written; they may be views of message bytes.
-        weights: one finite number above 0 each, e.g. sample counts.
-        out: contiguous tensor of that size, device and any of the three dtypes, to fill.
+        weights: one finite number above 0 per payload, e.g. sample counts.
+        out: contiguous tensor of that size, on that device, of any of the three dtypes, to fill.
         backend: "reference", "cpu" or "triton"; None: by device.
 
     Returns:
@@ -165,52 +194,52 @@ def weighted_mean(
         TypeError: another dtype, or dtypes mixed.
 
     O(clients * n): each payload is read once, the result written once.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> fs.ops.weighted_mean([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])], [1, 3])
+    tensor([2.5000, 2.0000])
     """
     if not payloads:
         raise ValueError("payloads: expected at least one, got none")
     if len(weights) != len(payloads):
-        raise ValueError(f"weights: expected {len(payloads)}, one a payload, got {len(weights)}")
+        raise ValueError(f"weights: expected {len(payloads)}, one per payload, got {len(weights)}")
     first = payloads[0]
-    if _backends.direct(backend, first):
+    if direct(first, backend) and all(map(_is_weight, weights)):
         target = first.new_empty(first.numel()) if out is None else out
-        checked = [_check_weight(w) for w in weights]
-        # A tuple, so that nobody takes a payload away meanwhile.
-        bad = native.weighted_mean(tuple(payloads), checked, target, _backends.threads(), True)
-        if bad is not None:
-            if out is not None:
-                _backends.written(out)
-            _check_finite(bad)
+        if _mean.attempt(payloads, weights, target) is not None:
             return target
-    for p in payloads:
-        _checks.check_tensor("payloads", p)
-        _check_like("payloads", p, first)
-    checked = [_check_weight(w) for w in weights]
+    _mean.check(payloads=payloads, weights=weights, out=out, first=first)
     if out is None:
         out = torch.empty(first.numel(), dtype=first.dtype, device=first.device)
-    else:
-        _checks.check_out("out", out, first.numel(), _checks.FLOAT_DTYPES, first.device)
-    picked = _backends.pick(backend, first.device)
-    _mean_op([_checks.plain(p) for p in payloads], checked, out, picked)
+    numbers = [float(w) for w in weights]
+    _mean([_checks.plain(p) for p in payloads], numbers, out, backend=backend)
     return out
-
-
-def _check_like(name: str, p: Tensor, first: Tensor) -> None:
-    if p.dtype != first.dtype:
-        wanted, got = _checks.short(first.dtype), _checks.short(p.dtype)
-        raise TypeError(f"{name}: expected one dtype, {wanted}, got {got}")
-    _checks.check_numel(name, p, first.numel(), "the size of the first")
-    _checks.check_device(name, p, first.device)
 
 
 class Accumulator:
     """The streaming form of `weighted_mean`: the same bits for the same order.
 
-    Holds one float64 a survivor, whatever the number of clients.
+    Holds one float64 per element, whatever the number of clients.
+
+    Args:
+        numel: size of each payload.
+        device: where payloads are added.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Attributes:
+        sums: float64 tensor [numel], the weighted sums so far.
+        total: the weights added so far.
+
+    Raises:
+        ValueError, RuntimeError: a backend that cannot serve the device or is not available.
 
     >>> import torch
     >>> a = Accumulator(3)
     >>> a.add(torch.tensor([1.0, 2.0, 3.0]), 1)
     >>> a.add(torch.tensor([3.0, 2.0, 1.0]), 3)
+    >>> a
+    Accumulator(numel=3, total=4.0, device=cpu)
     >>> a.mean()
     tensor([2.5000, 2.0000, 1.5000])
     """
@@ -220,23 +249,55 @@ class Accumulator:
     ) -> None:
         self.sums = torch.zeros(numel, dtype=torch.float64, device=device)
         self.total = 0.0
-        self._backend = _backends.pick(backend, self.sums.device)
+        self._backend = _backends.forced(backend, self.sums.device)
+
+    def __repr__(self) -> str:
+        numel, device = self.sums.numel(), self.sums.device
+        return f"Accumulator(numel={numel}, total={self.total}, device={device})"
 
     def add(self, payload: Tensor, weight: float) -> None:
-        """Add `weight * payload`. Arguments and errors as in `weighted_mean`; O(n)."""
-        _checks.check_tensor("payload", payload)
-        _checks.check_numel("payload", payload, self.sums.numel(), "the accumulator's size")
-        _checks.check_device("payload", payload, self.sums.device)
-        checked = _check_weight(weight)
-        _add_op(self.sums, _checks.plain(payload), checked, self._backend)
-        self.total += checked
+        """Add `weight * payload`.
+
+        Args:
+            payload: contiguous float32, float16 or bfloat16 tensor of `numel` elements.
+            weight: a finite number above 0.
+
+        Raises:
+            TypeError: another dtype, or a weight that is no number.
+            ValueError: sizes or devices that differ, a weight out of range; nothing was added.
+
+        O(n).
+        """
+        done = None
+        if direct(payload, self._backend) and _is_weight(weight):
+            done = _add.attempt(self.sums, payload, weight)
+        if done is None:
+            _add.check(sums=self.sums, payload=payload, weight=weight)
+            _add(self.sums, _checks.plain(payload), float(weight), backend=self._backend)
+        self.total += weight
 
     def mean(self, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The mean so far, rounded once to `dtype`; ValueError if empty or not finite."""
+        """The mean so far, rounded once.
+
+        Args:
+            dtype: of the result, without `out`.
+            out: contiguous tensor of `numel` elements to fill.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: nothing was added, a mean that is not finite (`out` is then undefined), or
+                sizes or devices that differ.
+
+        O(n).
+        """
         if self.total == 0.0:
             raise ValueError("mean: expected at least one payload, got none")
         if out is None:
             out = torch.empty(self.sums.numel(), dtype=dtype, device=self.sums.device)
-        _checks.check_out("out", out, self.sums.numel(), _checks.FLOAT_DTYPES, self.sums.device)
-        _round_op(self.sums, self.total, out, self._backend)
+        done = None
+        if direct(out, self._backend):
+            done = _round.attempt(self.sums, self.total, out)
+        if done is None:
+            _round.check(sums=self.sums, out=out)
+            _round(self.sums, self.total, out, backend=self._backend)
         return out

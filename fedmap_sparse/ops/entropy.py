@@ -62,13 +62,7 @@ def ranks_at(mask: Mask, positions: Tensor) -> Tensor:
         out.copy_(_run("ranks_at", mask.words, mask.rank, positions.to(mask.device)))
         return out
     if backend == "cpu":
-        native.ranks_at(
-            mask.words.data_ptr(),
-            mask.rank.data_ptr(),
-            positions.data_ptr(),
-            positions.numel(),
-            out.data_ptr(),
-        )
+        native.ranks_at(mask.words, mask.rank, positions, out)
         return out
     before = torch.nn.functional.pad(bool_from_words(mask.words, mask.numel).cumsum(0), (1, 0))
     return before.cpu()[positions]
@@ -96,18 +90,9 @@ def encode_mask(
     if backend == "reference":
         payload = reference.encode_mask(words.cpu(), runs, codes, chunk)
         return payload.to(words.device) if payload.numel() <= capacity else None
-    out = torch.empty(max(capacity, 0), dtype=torch.uint8)
-    size = native.encode_mask(
-        words.data_ptr(),
-        runs.start.data_ptr(),
-        runs.numel.data_ptr(),
-        runs.start.numel(),
-        codes.data_ptr(),
-        chunk,
-        out.data_ptr(),
-        capacity,
-        _backends.threads(),
-    )
+    out = torch.empty(max(capacity, 0), dtype=torch.uint8, device="cpu")
+    threads = _backends.threads()
+    size = native.encode_mask(words, runs.start, runs.numel, codes, chunk, out, threads)
     return None if size < 0 else out[:size]
 
 
@@ -134,18 +119,9 @@ def decode_mask(
         return _decode_mask_triton(payload, runs, numel, device)
     if backend == "reference":
         return reference.decode_mask(payload.cpu(), runs, numel).to(device)
-    words = torch.empty(num_words(numel), dtype=torch.int32)
-    fault = native.decode_mask(
-        payload.data_ptr(),
-        payload.numel(),
-        runs.start.data_ptr(),
-        runs.numel.data_ptr(),
-        runs.start.numel(),
-        numel,
-        words.data_ptr(),
-        _backends.threads(),
-    )
-    _raise(fault)
+    words = torch.empty(num_words(numel), dtype=torch.int32, device="cpu")
+    threads = _backends.threads()
+    _raise(native.decode_mask(payload, runs.start, runs.numel, numel, words, threads))
     return words
 
 
@@ -194,15 +170,8 @@ def encode_values(values: Tensor, capacity: int, *, backend: str | None = None) 
     if backend == "reference":
         payload = reference.encode_values(values.cpu())
         return payload.to(values.device) if payload.numel() <= capacity else None
-    out = torch.empty(max(capacity, 0), dtype=torch.uint8)
-    size = native.encode_values(
-        values.data_ptr(),
-        _CODES[values.dtype],
-        values.numel(),
-        out.data_ptr(),
-        capacity,
-        _backends.threads(),
-    )
+    out = torch.empty(max(capacity, 0), dtype=torch.uint8, device="cpu")
+    size = native.encode_values(values, out, _backends.threads())
     return None if size < 0 else out[:size]
 
 
@@ -229,12 +198,8 @@ def decode_values(
         return _decode_values_triton(payload, numel, dtype, device)
     if backend == "reference":
         return reference.decode_values(payload.cpu(), numel, dtype).to(device)
-    out = torch.empty(numel, dtype=dtype)
-    size = payload.numel()
-    fault = native.decode_values(
-        payload.data_ptr(), size, _CODES[dtype], numel, out.data_ptr(), _backends.threads()
-    )
-    _raise(fault)
+    out = torch.empty(numel, dtype=dtype, device="cpu")
+    _raise(native.decode_values(payload, out, _backends.threads()))
     return out
 
 
@@ -244,9 +209,7 @@ def check_values(
     """Decode tile by tile without storing: PayloadError, or whether all values are finite."""
     if _backends.pick(backend, payload.device) != "cpu":
         return bool(torch.isfinite(decode_values(payload, numel, dtype, backend=backend)).all())
-    fault, finite = native.check_values(
-        payload.data_ptr(), payload.numel(), _CODES[dtype], numel, _backends.threads()
-    )
+    fault, finite = native.check_values(payload, _CODES[dtype], numel, _backends.threads())
     _raise(fault)
     return bool(finite)
 
@@ -277,16 +240,7 @@ def add_values_(
         values = decode_values(payload, sums.numel(), dtype, backend=backend)
         sums += values.to(torch.float64) * weight
         return
-    fault = native.add_values(
-        payload.data_ptr(),
-        payload.numel(),
-        _CODES[dtype],
-        sums.numel(),
-        sums.data_ptr(),
-        weight,
-        _backends.threads(),
-    )
-    _raise(fault)
+    _raise(native.add_values(payload, _CODES[dtype], sums, weight, _backends.threads()))
 
 
 def _raise(fault: tuple[str, int] | None) -> None:

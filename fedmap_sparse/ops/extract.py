@@ -1,7 +1,7 @@
 """Masks of masks: a child's bits over its parent's survivors, and back.
 
-Since masks only shrink, a child needs one bit per survivor of its parent: `extract` extracts
-those bits, `deposit` deposits them again (pext and pdep on 64-bit words, prefix counts on a GPU).
+Since masks only shrink, a child needs one bit per survivor of its parent: `extract` takes those
+bits out, `deposit` puts them back (pext and pdep on 64-bit words, prefix counts on a GPU).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
+from fedmap_sparse import _backends
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import (
     Mask,
     bool_from_words,
@@ -22,133 +22,158 @@ from fedmap_sparse.mask import (
     unfilled_cpu,
     words_from_bool,
 )
+from fedmap_sparse.ops._library import Op, direct
+from fedmap_sparse.ops._rules import Bitmap
 
 
 def _extract_reference(
-    child: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
+    mask: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
 ) -> tuple[Tensor, Tensor]:
-    words = words_from_bool(bool_from_words(child, numel)[bool_from_words(parent, numel)])
+    words = words_from_bool(bool_from_words(mask, numel)[bool_from_words(parent, numel)])
     return words, rank_index(words, nnz, "reference")
 
 
 def _deposit_reference(
-    kept: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
+    bits: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
 ) -> tuple[Tensor, Tensor]:
     keep = bool_from_words(parent, numel).clone()
-    keep[keep.clone()] = bool_from_words(kept, nnz)
+    keep[keep.clone()] = bool_from_words(bits, nnz)
     words = words_from_bool(keep)
     return words, rank_index(words, numel, "reference")
 
 
 def _extract_cpu(
-    child: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
-) -> tuple[Tensor, Tensor]:
-    return _run(native.extract, child, parent, rank, numel, nnz)
+    mask: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, attempt: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    return _run_cpu(native.extract, mask, parent, rank, numel, nnz, attempt)
 
 
 def _deposit_cpu(
-    kept: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int
-) -> tuple[Tensor, Tensor]:
-    return _run(native.deposit, kept, parent, rank, numel, numel)
+    bits: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, attempt: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    return _run_cpu(native.deposit, bits, parent, rank, numel, numel, attempt)
 
 
-def _run(
+def _run_cpu(
     kernel: Callable[..., int | None],
     source: Tensor,
     parent: Tensor,
     rank: Tensor,
     numel: int,
     size: int,
-) -> tuple[Tensor, Tensor]:
-    words, ranks = out = unfilled(source, size)
-    kernel(source, parent, rank, numel, words, ranks, _backends.threads(), False)
-    return out
+    attempt: bool,
+) -> tuple[Tensor, Tensor] | None:
+    words, ranks = out = unfilled_cpu(size)
+    done = kernel(source, parent, rank, numel, words, ranks, _backends.threads(), attempt)
+    return None if done is None else out
 
 
-_extract_op = define(
-    "extract(Tensor child, Tensor parent, Tensor rank, SymInt numel, SymInt nnz, str backend)"
+_extract = Op(
+    "extract(Tensor mask, Tensor parent, Tensor rank, SymInt numel, SymInt nnz)"
     " -> (Tensor, Tensor)",
-    lambda child, parent, rank, numel, nnz: unfilled(child, nnz),
+    lambda mask, parent, rank, numel, nnz: unfilled(mask, nnz),
     reference=_extract_reference,
     cpu=_extract_cpu,
     triton=lambda *a: _backends.kernels("extract").extract(*a),
+    rules=(
+        Bitmap("parent"),
+        Bitmap("mask", lambda given: given["parent"].numel, "parent"),
+    ),
 )
-_deposit_op = define(
-    "deposit(Tensor kept, Tensor parent, Tensor rank, SymInt numel, SymInt nnz, str backend)"
+_deposit = Op(
+    "deposit(Tensor bits, Tensor parent, Tensor rank, SymInt numel, SymInt nnz)"
     " -> (Tensor, Tensor)",
-    lambda kept, parent, rank, numel, nnz: unfilled(kept, numel),
+    lambda bits, parent, rank, numel, nnz: unfilled(bits, numel),
     reference=_deposit_reference,
     cpu=_deposit_cpu,
     triton=lambda *a: _backends.kernels("extract").deposit(*a),
+    rules=(
+        Bitmap("parent"),
+        Bitmap("bits", lambda given: given["parent"].nnz, "parent"),
+    ),
 )
 
 
-def _direct(
-    stem: str, source: object, parent: object, backend: str | None
-) -> tuple[Tensor, Tensor, int] | None:
-    """Straight to C++: words, rank and survivors; None where that does not do."""
-    if not (isinstance(parent, Mask) and isinstance(source, Mask)):
-        return None
-    wanted, size = parent.numel, parent.nnz
-    if stem == "deposit":
-        wanted, size = size, wanted
-    if source.numel != wanted or not _backends.direct(backend, parent.words):
-        return None
-    words, rank = unfilled_cpu(size)
-    nnz = getattr(native, stem)(
-        source.words,
-        parent.words,
-        parent.rank,
-        parent.numel,
-        words,
-        rank,
-        _backends.threads(),
-        True,
-    )
-    return None if nnz is None else (words, rank, nnz)
+def _attempt(op: Op, source: Any, parent: Any, wanted: str, backend: str | None) -> Any:
+    """Words and rank by C++; None where that does not do. `wanted`: the parent's attribute."""
+    if (
+        isinstance(parent, Mask)
+        and isinstance(source, Mask)
+        and source.numel == getattr(parent, wanted)
+        and direct(parent.words, backend)
+    ):
+        return op.attempt(source.words, parent.words, parent.rank, parent.numel, parent.nnz)
+    return None
 
 
-def _masked(
-    stem: str, op: Callable[..., Any], name: str, source: Mask, parent: Mask, backend: str | None
-) -> tuple[Tensor, Tensor, int | None]:
-    """Words and rank of the op's mask; its survivors too where the way there counts them."""
-    done = _direct(stem, source, parent, backend)
-    if done is not None:
-        return done
-    _checks.check_mask("parent", parent)
-    _checks.check_mask(name, source, parent.nnz if stem == "deposit" else parent.numel)
-    _checks.check_device(name, source.words, parent.device)
-    picked = _backends.pick(backend, parent.device)
-    words, rank = op(source.words, parent.words, parent.rank, parent.numel, parent.nnz, picked)
-    return words, rank, None
+def extract(mask: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
+    """The bits of `mask` over its parent's survivors: a mask of `parent.nnz` elements.
 
+    Args:
+        mask: a subset of `parent`, over as many elements and on the same device.
+        parent: the mask whose survivors are the new index space.
+        backend: "reference", "cpu" or "triton"; None: by device.
 
-def extract(child: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
-    """The child's bits over the parent's survivors: a Mask of `parent.nnz` elements.
-
-    Its nnz is the child's. `deposit(extract(child, parent), parent) == child`. O(numel / 32).
+    Returns:
+        A Mask with the nnz of `mask`: bit i tells whether the parent's i-th survivor is in it.
+        `deposit(extract(mask, parent), parent) == mask`.
 
     Raises:
-        ValueError: sizes or devices that differ, or a child that is no subset of the parent.
+        TypeError: an argument that is no Mask.
+        ValueError: sizes or devices that differ, or a mask that is no subset of the parent.
+
+    O(numel / 32).
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> parent = fs.Mask.from_bool(torch.tensor([True, False, True, True]))
+    >>> mask = fs.Mask.from_bool(torch.tensor([True, False, False, True]))
+    >>> fs.ops.extract(mask, parent).to_bool()
+    tensor([ True, False,  True])
     """
-    words, rank, nnz = _masked("extract", _extract_op, "child", child, parent, backend)
-    if nnz is None:
-        nnz = child.nnz if torch.compiler.is_compiling() else int(rank[-1])
+    made = _attempt(_extract, mask, parent, "numel", backend)
+    if made is None:
+        _extract.check(mask=mask, parent=parent)
+        where = (parent.words, parent.rank, parent.numel, parent.nnz)
+        made = _extract(mask.words, *where, backend=backend)
+    words, rank = made
     # What lies outside the parent is lost on the way, so the counts agree only for a subset.
-    if nnz != child.nnz:
+    nnz = mask.nnz if torch.compiler.is_compiling() else int(rank[-1])
+    if nnz != mask.nnz:
         raise ValueError(
-            f"child: expected a subset of the parent, got {child.nnz - nnz} survivors outside of it"
+            f"mask: expected a subset of the parent, got {mask.nnz - nnz} survivors outside of it"
         )
     return Mask(words, rank, parent.nnz, nnz)
 
 
-def deposit(kept: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
-    """The inverse of `extract`: `kept`, over the parent's survivors, as a mask of `parent.numel`.
+def deposit(bits: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
+    """The inverse of `extract`: bits over the parent's survivors, as a mask of `parent.numel`.
+
+    Args:
+        bits: a mask over `parent.nnz` elements, on the same device.
+        parent: the mask among whose survivors they choose.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Returns:
+        A Mask with the nnz of `bits`, a subset of the parent.
+
+    Raises:
+        TypeError: an argument that is no Mask.
+        ValueError: `bits.numel != parent.nnz`, or devices that differ.
 
     O(numel / 32).
 
-    Raises:
-        ValueError: `kept.numel != parent.nnz`, or devices that differ.
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> parent = fs.Mask.from_bool(torch.tensor([True, False, True, True]))
+    >>> bits = fs.Mask.from_bool(torch.tensor([True, False, True]))
+    >>> fs.ops.deposit(bits, parent).to_bool()
+    tensor([ True, False, False,  True])
     """
-    words, rank, _ = _masked("deposit", _deposit_op, "kept", kept, parent, backend)
-    return Mask(words, rank, parent.numel, kept.nnz)
+    made = _attempt(_deposit, bits, parent, "nnz", backend)
+    if made is None:
+        _deposit.check(bits=bits, parent=parent)
+        where = (parent.words, parent.rank, parent.numel, parent.nnz)
+        made = _deposit(bits.words, *where, backend=backend)
+    words, rank = made
+    return Mask(words, rank, parent.numel, bits.nnz)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fedmap_sparse import _backends
-from fedmap_sparse._backends import define
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
+from fedmap_sparse.ops._library import Op
 from fedmap_sparse.ops._segments import FIRST, MAXIMIZE, NESTEROV, ZEROED, Segments
 
 
@@ -38,14 +38,15 @@ def _reference(*args: Any) -> None:
     )
 
 
-op = define(
+op = Op(
     "masked_sgd_(Tensor(a!) values, Tensor words, Tensor rank, SymInt numel, SymInt nnz,"
     " Tensor?[] grads, Tensor(b!) rows, Tensor scalars, Tensor(c!)? momentum,"
-    " Tensor(d!)? master, str backend) -> ()",
+    " Tensor(d!)? master) -> ()",
     lambda *args: None,
     reference=_reference,
     cpu=_segments.step_cpu("masked_sgd"),
     triton=lambda *a: _backends.kernels("masked_sgd").masked_sgd_(*a),
+    rules=_segments.rules(momentum_buffer=True),
 )
 
 
@@ -58,13 +59,13 @@ def sgd_flags(
 ) -> int:
     """The flags of a segment's row.
 
-    `first`: its momentum starts as the gradient, as in torch. `zeroed`: the caller vouches that its
-    pruned elements are +0.0 already; without it the triton backend writes them at each step.
+    `first`: its momentum starts as the gradient, as in torch. `zeroed`, a precondition: its pruned
+    elements are +0.0 already; without it the triton backend writes them at each step.
     """
     return NESTEROV * nesterov | MAXIMIZE * maximize | FIRST * first | ZEROED * zeroed
 
 
-def masked_sgd_(
+def step_segments_(
     values: Tensor,
     mask: Mask,
     grads: Sequence[Tensor | None],
@@ -74,33 +75,79 @@ def masked_sgd_(
     master: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
+    """`masked_sgd_` over a table of segments, each with hyper-parameters of its own.
+
+    Args:
+        grads: one per segment, or None, which skips the segment and leaves its state as it was.
+        segments: offsets, sizes, and per segment the flags (`sgd_flags`) and the scalars
+            lr, momentum, dampening, weight_decay.
+
+    The other arguments, errors and cost as `masked_sgd_`.
+    """
+    states = {"momentum_buffer": momentum_buffer, "master": master}
+    _segments.step(op, values, mask, grads, segments, states, backend)
+
+
+def masked_sgd_(
+    values: Tensor,
+    mask: Mask,
+    grads: Tensor | Sequence[Tensor | None],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+    momentum_buffer: Tensor | None = None,
+    master: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> None:
     """One SGD step, in place, for the survivors of `values[: mask.numel]` and all of the rest.
 
-    Per segment, in float32, every operation rounded, in this order (as `torch.optim.SGD`):
-    `g = grad` (negated with maximize); `g += weight_decay * p`; with momentum
-    `buf = momentum * buf + (1 - dampening) * g` (`buf = g` at first), then
-    `g = g + momentum * buf` with nesterov, else `g = buf`; `p -= lr * g`. Pruned elements are
-    +0.0 before (`zero_pruned_`) and after, whatever their gradient: memory lines without a survivor
-    are not touched, nor is what no segment covers.
+    In float32, every operation rounded, in this order (as `torch.optim.SGD`): `g = grad` (negated
+    with maximize); `g += weight_decay * p`; with momentum
+    `buf = momentum * buf + (1 - dampening) * g` (`buf = g` with `first`), then
+    `g = g + momentum * buf` with nesterov, else `g = buf`; `p -= lr * g`. Pruned elements have to
+    be +0.0 before (`zero_pruned_`), and are +0.0 after, whatever their gradient: memory lines
+    without a survivor are not touched, nor is what no gradient covers.
 
     Args:
         values: flat buffer, 1-D contiguous, float32, float16 or bfloat16.
-        mask: over the first `mask.numel` elements; the rest is a dense tail.
-        grads: one tensor a segment, contiguous, of the segment's size and the values' dtype, or
-            None, which skips the segment and leaves its state as it was.
-        segments: offsets, sizes, and per segment the flags (`sgd_flags`) and the scalars
-            lr, momentum, dampening, weight_decay.
+        mask: over the first `mask.numel` elements; the rest is a dense tail, for which
+            `mask.numel` has to be a multiple of 8.
+        grads: one contiguous tensor of the values' size and dtype; or a list of them, each for the
+            part of `values` that begins at its offset. None in the list skips that part and leaves
+            its state as it was.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
+        first: whether this is the first step, at which the momentum starts as the gradient.
         momentum_buffer: float32, packed: `mask.nnz` survivors, then the tail. None: no momentum.
-        master: float32 master copies, packed likewise; wanted for 16-bit values, which then
+        master: float32 master copies, packed likewise; required for 16-bit values, which then
             receive the rounded masters. Where a value is not its master rounded, someone wrote it,
             and the step starts from the value.
+        offsets: with a list, where each gradient's part begins: ascending multiples of 128 within
+            the mask and of 8 in the tail, as `FlatLayout.entries` has them.
         backend: "reference", "cpu" or "triton"; None: by device.
 
     Raises:
-        TypeError, ValueError: dtypes, sizes or devices that do not agree; nothing is written.
+        TypeError, ValueError: dtypes, sizes, devices or offsets that do not agree; nothing was
+            written.
 
-    O(touched lines + nnz): `0.125 + 8 d + 12 (1 - (1 - d)^16)` bytes an element at density d.
+    O(touched lines + nnz): `0.125 + 8 d + 12 (1 - (1 - d)^16)` bytes per element at density d.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> values = torch.tensor([1.0, 0.0, 2.0])
+    >>> mask = fs.Mask.from_bool(torch.tensor([True, False, True]))
+    >>> fs.ops.masked_sgd_(values, mask, torch.ones(3), lr=0.5)
+    >>> values
+    tensor([0.5000, 0.0000, 1.5000])
     """
+    offsets, numels, parts = _segments.place(values, mask, grads, offsets)
+    flags = sgd_flags(nesterov=nesterov, maximize=maximize, first=first)
+    scalars = (lr, momentum, dampening, weight_decay)
+    table = _segments.uniform(offsets, numels, flags, scalars)
     states = {"momentum_buffer": momentum_buffer, "master": master}
-    if not _segments.direct("masked_sgd", values, mask, grads, segments, states, backend):
-        _segments.step(op, values, mask, grads, segments, states, backend)
+    _segments.step(op, values, mask, parts, table, states, backend)

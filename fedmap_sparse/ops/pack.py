@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask, bool_from_words
+from fedmap_sparse.ops._library import LIBRARY, Op, direct, follows, transformed
+from fedmap_sparse.ops._rules import Bitmap, Dense
 from fedmap_sparse.ops.quantize import cast_reference
 
 
-def _pack_out_reference(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
+def _pack_reference(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     kept = values.reshape(-1)[bool_from_words(words, values.numel())]
     out.view(-1).copy_(cast_reference(kept, out.dtype))
 
 
-def _pack_out_cpu(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
-    native.pack(values, words, rank, values.numel(), out, _backends.threads(), False)
+def _pack_cpu(
+    values: Tensor, words: Tensor, rank: Tensor, out: Tensor, attempt: bool = False
+) -> Any:
+    return native.pack(values, words, rank, out, _backends.threads(), attempt)
 
 
-def _unpack_out_reference(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
+def _pack_triton(*args: Any) -> None:
+    _backends.kernels("pack").pack_out(*args)
+
+
+def _unpack_reference(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     out.zero_()
     kept = bool_from_words(words, out.numel())
     out.view(-1)[kept] = cast_reference(packed.reshape(-1), out.dtype)
 
 
-def _unpack_out_cpu(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
-    native.unpack(packed, words, rank, out.numel(), out, _backends.threads(), False)
+def _unpack_cpu(
+    packed: Tensor, words: Tensor, rank: Tensor, out: Tensor, attempt: bool = False
+) -> Any:
+    return native.unpack(packed, words, rank, out, _backends.threads(), attempt)
 
 
-def _pack_out_triton(*args: Any) -> None:
-    _backends.kernels("pack").pack_out(*args)
-
-
-def _unpack_out_triton(*args: Any) -> None:
+def _unpack_triton(*args: Any) -> None:
     _backends.kernels("pack").unpack_out(*args)
 
 
-_OUT = {
-    "pack": {"reference": _pack_out_reference, "cpu": _pack_out_cpu, "triton": _pack_out_triton},
-    "unpack": {
-        "reference": _unpack_out_reference,
-        "cpu": _unpack_out_cpu,
-        "triton": _unpack_out_triton,
-    },
-}
-
-
-def _fresh(stem: str, backend: str) -> Any:
+def _fresh(fill: Any) -> Any:
     """The form that returns a new tensor of `size` elements, over the one that fills `out`."""
-    fill = _OUT[stem][backend]
 
     def run(source: Tensor, words: Tensor, rank: Tensor, size: int) -> Tensor:
         out = source.new_empty(size)
@@ -62,64 +58,110 @@ def _fresh(stem: str, backend: str) -> Any:
     return run
 
 
-def _define(stem: str) -> tuple[Any, Any]:
-    fresh = define(
-        f"{stem}(Tensor source, Tensor words, Tensor rank, SymInt size, str backend) -> Tensor",
-        lambda source, words, rank, size: source.new_empty(size),
-        **{name: _fresh(stem, name) for name in _OUT[stem]},
-    )
-    into = define(
-        f"{stem}_out(Tensor source, Tensor words, Tensor rank, Tensor(a!) out, str backend) -> ()",
-        lambda source, words, rank, out: None,
-        **_OUT[stem],
-    )
-    return fresh, into
+_FRESH = "(Tensor source, Tensor words, Tensor rank, SymInt size) -> Tensor"
+_INTO = "(Tensor source, Tensor words, Tensor rank, Tensor(a!) out) -> ()"
+
+_pack = Op(
+    "pack" + _FRESH,
+    lambda source, words, rank, size: source.new_empty(size),
+    reference=_fresh(_pack_reference),
+    cpu=_fresh(_pack_cpu),
+    triton=_fresh(_pack_triton),
+)
+_unpack = Op(
+    "unpack" + _FRESH,
+    lambda source, words, rank, size: source.new_empty(size),
+    reference=_fresh(_unpack_reference),
+    cpu=_fresh(_unpack_cpu),
+    triton=_fresh(_unpack_triton),
+)
+_pack_out = Op(
+    "pack_out" + _INTO,
+    lambda source, words, rank, out: None,
+    reference=_pack_reference,
+    cpu=_pack_cpu,
+    triton=_pack_triton,
+    rules=(
+        Dense("values"),
+        Bitmap("mask", lambda given: given["values"].numel(), "values"),
+        Dense("out", numel=lambda given: given["mask"].nnz, beside="values", optional=True),
+    ),
+)
+_unpack_out = Op(
+    "unpack_out" + _INTO,
+    lambda source, words, rank, out: None,
+    reference=_unpack_reference,
+    cpu=_unpack_cpu,
+    triton=_unpack_triton,
+    rules=(
+        Dense("packed"),
+        Bitmap("mask"),
+        Dense("packed", numel=lambda given: given["mask"].nnz, why="the mask's nnz"),
+        Bitmap("mask", beside="packed"),
+        Dense("out", numel=lambda given: given["mask"].numel, beside="packed", optional=True),
+    ),
+)
 
 
-_pack_op, _pack_out_op = _define("pack")
-_unpack_op, _unpack_out_op = _define("unpack")
-
-
-# Each is the other's adjoint: a pruned element has no gradient, a survivor passes it through.
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, words, rank, _, backend = inputs
+    source, words, rank, *ctx.rest = inputs
     ctx.save_for_backward(words, rank)
-    ctx.shape, ctx.backend = source.shape, backend
+    ctx.shape = source.shape
 
 
-def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    words, rank = ctx.saved_tensors
-    size = ctx.shape.numel()
-    back = _unpack_op(grad.contiguous(), words, rank, size, ctx.backend)
-    return back.view(ctx.shape), None, None, None, None
+def _row_by_row(form: Any, dims: Sequence[int | None], source: Tensor, *rest: Any) -> Any:
+    """A batch of sources under one mask."""
+    if dims[0] is None or any(dim is not None for dim in dims[1:]):
+        raise NotImplementedError("vmap: expected a batch of tensors under one mask")
+    rows = source.movedim(dims[0], 0).unbind()
+    return torch.stack([form(row.contiguous(), *rest) for row in rows]), 0
 
 
-def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    words, rank = ctx.saved_tensors
-    size = ctx.shape.numel()
-    back = _pack_op(grad.contiguous(), words, rank, size, ctx.backend)
-    return back.view(ctx.shape), None, None, None, None
+def _register_transforms(op: Op, adjoint: Op) -> None:
+    """Autograd and vmap for every form of `op`.
+
+    Each op is the other's adjoint: a pruned element has no gradient, a survivor passes it through.
+    """
+    for form, back in zip(op.overloads, adjoint.overloads, strict=True):
+
+        def backward(ctx: Any, grad: Tensor, back: Any = back) -> tuple[Tensor | None, ...]:
+            words, rank = ctx.saved_tensors
+            dense = back(grad.contiguous(), words, rank, ctx.shape.numel())
+            return dense.view(ctx.shape), None, None, None
+
+        def batched(info: Any, dims: tuple[int | None, ...], *args: Any, form: Any = form) -> Any:
+            return _row_by_row(form, dims, *args)
+
+        torch.library.register_autograd(form, backward, setup_context=_setup, lib=LIBRARY)
+        torch.library.register_vmap(form, batched, lib=LIBRARY)
 
 
-_register = torch.library.register_autograd
-_register("fedmap_sparse::pack", _pack_backward, setup_context=_setup, lib=_backends._library)
-_register("fedmap_sparse::unpack", _unpack_backward, setup_context=_setup, lib=_backends._library)
+_register_transforms(_pack, _unpack)
+_register_transforms(_unpack, _pack)
 
 
-def _direct(stem: str, source: Tensor, mask: Mask, size: int, out: Tensor | None) -> Tensor | None:
-    """Straight to C++; None where that does not do, or autograd has to follow."""
-    if out is not None:
-        target = out
-    elif source.requires_grad and torch.is_grad_enabled():
-        return None
-    else:
-        target = source.new_empty(size)
-    kernel, threads = getattr(native, stem), _backends.threads()
-    if kernel(source, mask.words, mask.rank, mask.numel, target, threads, True) is None:
-        return None
-    if out is not None:
-        _backends.written(out)
-    return target
+class _Linear(torch.autograd.Function):
+    """The same for torch.func's transforms, which refuse what torch.library registers."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *rest, op, _, backend = args
+        return op(*rest, backend=backend)
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        words, rank = ctx.saved_tensors
+        _, op, adjoint, backend = ctx.rest
+        grad, numel = grads[0].contiguous(), ctx.shape.numel()
+        where = (grad, words, rank, numel)
+        dense: Any = _Linear.apply(*where, adjoint, op, backend)  # type: ignore[no-untyped-call]
+        return (dense.view(ctx.shape), *[None] * 6)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _row_by_row(_Linear.apply, dims, *args)
 
 
 def pack(
@@ -135,55 +177,99 @@ def pack(
         backend: "reference", "cpu" or "triton"; None: by device.
 
     Returns:
-        Tensor[nnz] of the values' dtype, or `out`. Differentiable in `values` without `out`.
+        Tensor[nnz] of the values' dtype, or `out`. Without `out`: differentiable in `values`, and
+        `torch.func.vmap` maps over them under one mask.
 
     Raises:
         TypeError: another dtype.
         ValueError: sizes or devices that differ, a tensor not contiguous.
 
     O(n / 32 + nnz) reads beyond the memory lines that hold a survivor.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> mask = fs.Mask.from_bool(torch.tensor([True, False, True, False]))
+    >>> fs.ops.pack(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    tensor([1., 3.])
     """
-    if _backends.direct(backend, values) and isinstance(mask, Mask):
-        done = _direct("pack", values, mask, mask.nnz, out)
-        if done is not None:
-            return done
-    _checks.check_tensor("values", values)
-    _checks.check_mask("mask", mask, values.numel())
-    _checks.check_same_device("mask", mask, values)
-    picked = _backends.pick(backend, values.device)
-    if out is None:
-        if values.requires_grad and torch.is_grad_enabled():
-            packed: Tensor = _pack_op(values, mask.words, mask.rank, mask.nnz, picked)
-            return packed
-        out = values.new_empty(mask.nnz)  # autograd's part of the other op costs 6 us
-    else:
-        _checks.check_out("out", out, mask.nnz, _checks.FLOAT_DTYPES, values.device)
-    _pack_out_op(_checks.plain(values), mask.words, mask.rank, out, picked)
-    return out
+    if direct(values, backend) and _covers(mask, values) and not (out is None and follows(values)):
+        target = values.new_empty(mask.nnz) if out is None else out
+        if _pack_out.attempt(values, mask.words, mask.rank, target) is not None:
+            return target
+    values = _row_major(values)
+    _pack_out.check(values=values, mask=mask, out=out)
+    return _run(_pack, _pack_out, values, mask, mask.nnz, out, backend)
 
 
 def unpack(
     packed: Tensor, mask: Mask, *, out: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """The inverse of `pack`: a 1-D tensor of `mask.numel` elements, +0.0 where pruned.
+    """Survivors back in their places: the inverse of `pack`, +0.0 where pruned.
 
-    Arguments, conversion into `out`, errors and cost as in `pack`; every element is written.
+    Args:
+        packed: contiguous float32, float16 or bfloat16 tensor of `mask.nnz` elements.
+        mask: where they belong, on the same device.
+        out: contiguous tensor of `mask.numel` elements to fill and return, of any of these dtypes;
+            every element is written.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Returns:
+        Tensor[numel] of the packed values' dtype, or `out`. Differentiable as `pack` is.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: sizes or devices that differ, a tensor not contiguous.
+
+    O(n): each element is written once.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> mask = fs.Mask.from_bool(torch.tensor([True, False, True, False]))
+    >>> fs.ops.unpack(torch.tensor([1.0, 3.0]), mask)
+    tensor([1., 0., 3., 0.])
     """
-    if _backends.direct(backend, packed) and isinstance(mask, Mask):
-        done = _direct("unpack", packed, mask, mask.numel, out)
-        if done is not None:
-            return done
-    _checks.check_tensor("packed", packed)
-    _checks.check_mask("mask", mask)
-    _checks.check_numel("packed", packed, mask.nnz, "the mask's nnz")
-    _checks.check_same_device("mask", mask, packed)
-    picked = _backends.pick(backend, packed.device)
+    if (
+        direct(packed, backend)
+        and (isinstance(mask, Mask) if out is None else _covers(mask, out))
+        and not (out is None and follows(packed))
+    ):
+        target = packed.new_empty(mask.numel) if out is None else out
+        if _unpack_out.attempt(packed, mask.words, mask.rank, target) is not None:
+            return target
+    packed = _row_major(packed)
+    _unpack_out.check(packed=packed, mask=mask, out=out)
+    return _run(_unpack, _unpack_out, packed, mask, mask.numel, out, backend)
+
+
+def _covers(mask: object, dense: object) -> bool:
+    """Whether the mask is over as many elements as `dense` has: C++ sees no more than its words."""
+    return isinstance(mask, Mask) and isinstance(dense, Tensor) and mask.numel == dense.numel()
+
+
+def _row_major(source: Tensor) -> Tensor:
+    """Under vmap strides are those of the batch, which a user does not see."""
+    return source.contiguous() if transformed() and isinstance(source, Tensor) else source
+
+
+def _run(
+    fresh: Op,
+    into: Op,
+    source: Tensor,
+    mask: Mask,
+    size: int,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    result: Tensor
+    if out is None and transformed():
+        adjoint = _unpack if fresh is _pack else _pack
+        where = (source, mask.words, mask.rank, size)
+        result = _Linear.apply(*where, fresh, adjoint, backend)  # type: ignore[no-untyped-call]
+        return result
+    if out is None and follows(source):
+        result = fresh(source, mask.words, mask.rank, size, backend=backend)
+        return result
     if out is None:
-        if packed.requires_grad and torch.is_grad_enabled():
-            dense: Tensor = _unpack_op(packed, mask.words, mask.rank, mask.numel, picked)
-            return dense
-        out = packed.new_empty(mask.numel)
-    else:
-        _checks.check_out("out", out, mask.numel, _checks.FLOAT_DTYPES, packed.device)
-    _unpack_out_op(_checks.plain(packed), mask.words, mask.rank, out, picked)
+        out = source.new_empty(size)  # autograd's part of the other op costs 6 us
+    into(_checks.plain(source), mask.words, mask.rank, out, backend=backend)
     return out

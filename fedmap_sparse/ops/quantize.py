@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
-
-_CODES = _checks.DTYPE_CODES
+from fedmap_sparse._backends import native
+from fedmap_sparse.ops._library import Op, direct
+from fedmap_sparse.ops._rules import FLOAT32, Block, Dense
 
 
 def cast_reference(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,25 +42,21 @@ def _cast_reference(values: Tensor, out: Tensor) -> Tensor:
     return (cast.isinf() & ~flat.isinf()).sum()
 
 
-def _cast_cpu(values: Tensor, out: Tensor) -> Tensor:
-    return torch.tensor(
-        native.cast(
-            values.data_ptr(),
-            _CODES[values.dtype],
-            out.data_ptr(),
-            _CODES[out.dtype],
-            values.numel(),
-            _backends.threads(),
-        )
-    )
+def _cast_cpu(values: Tensor, out: Tensor, attempt: bool = False) -> Any:
+    count = native.cast(values, out, _backends.threads(), attempt)
+    return count if attempt else torch.tensor(count, device="cpu")
 
 
-_cast_op = define(
-    "cast_out(Tensor values, Tensor(a!) out, str backend) -> Tensor",
+_cast = Op(
+    "cast_out(Tensor values, Tensor(a!) out) -> Tensor",
     lambda values, out: values.new_empty((), dtype=torch.int64),
     reference=_cast_reference,
     cpu=_cast_cpu,
     triton=lambda *a: _backends.kernels("quantize").cast_out(*a),
+    rules=(
+        Dense("values"),
+        Dense("out", numel=lambda given: given["values"].numel(), beside="values", optional=True),
+    ),
 )
 
 
@@ -79,43 +77,78 @@ def cast(
 
     Returns:
         The converted tensor (shape of `values`, or `out`), and how many finite values overflowed
-        to infinity.
+        to infinity. The count makes the host wait for a GPU.
 
     Raises:
         TypeError: another dtype.
         ValueError: sizes or devices that differ, a tensor not contiguous.
 
     O(n). NaN becomes 0x7e00 in float16, 0x7fc0 in bfloat16.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> fs.ops.cast(torch.tensor([1.5, 70000.0]), torch.float16)
+    (tensor([1.5000,    inf], dtype=torch.float16), 1)
     """
-    _checks.check_tensor("values", values)
     if dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
+    _checks.check_tensor("values", values)
     if out is None:
         out = torch.empty(values.shape, dtype=dtype, device=values.device)
     else:
-        _checks.check_out("out", out, values.numel(), (dtype,), values.device)
-    overflowed = _cast_op(_checks.plain(values), out, _backends.pick(backend, values.device))
-    return out, int(overflowed)
+        _checks.check_tensor("out", out, (dtype,))
+    if direct(values, backend):
+        count = _cast.attempt(values, out)
+        if count is not None:
+            return out, int(count)
+    _cast.check(values=values, out=out)
+    return out, int(_cast(_checks.plain(values), out, backend=backend))
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite. O(n), without a temporary of that size."""
-    _checks.check_tensor("values", values)
-    backend = _backends.pick(None, values.device)
-    if backend == "cpu":
-        return bool(
-            native.all_finite(
-                values.data_ptr(), _CODES[values.dtype], values.numel(), _backends.threads()
-            )
-        )
-    if backend == "triton":
-        return bool(_backends.on_device(_backends.kernels("quantize").all_finite, (values,)))
-    return bool(torch.isfinite(values).all())
+def _finite_cpu(values: Tensor, attempt: bool = False) -> Any:
+    answer = native.all_finite(values, _backends.threads(), attempt)
+    return answer if attempt else torch.tensor(bool(answer), device="cpu")
+
+
+_finite = Op(
+    "all_finite(Tensor values) -> Tensor",
+    lambda values: values.new_empty((), dtype=torch.bool),
+    reference=lambda values: torch.isfinite(values).all(),
+    cpu=_finite_cpu,
+    triton=lambda *a: _backends.kernels("quantize").all_finite(*a),
+    rules=(Dense("values"),),
+)
+
+
+def all_finite(values: Tensor, *, backend: str | None = None) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Args:
+        values: contiguous float32, float16 or bfloat16 tensor, any shape.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: a tensor not contiguous.
+
+    O(n), without a temporary of that size.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> fs.ops.all_finite(torch.tensor([1.0, float("nan")]))
+    False
+    """
+    answer = _finite.attempt(values) if direct(values, backend) else None
+    if answer is None:
+        _finite.check(values=values)
+        answer = _finite(_checks.plain(values), backend=backend)
+    return bool(answer)
 
 
 def _quantize_reference(
     values: Tensor, block: int, q: Tensor, scales: Tensor, residual: Tensor | None
 ) -> None:
+    _require_finite(torch.isfinite(values).all())
     x = values.reshape(-1)
     if residual is not None:
         x = x + residual
@@ -130,17 +163,30 @@ def _quantize_reference(
 
 
 def _quantize_cpu(
-    values: Tensor, block: int, q: Tensor, scales: Tensor, residual: Tensor | None
-) -> None:
-    native.quantize_int8(
-        values.data_ptr(),
-        values.numel(),
-        block,
-        q.data_ptr(),
-        scales.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        _backends.threads(),
-    )
+    values: Tensor,
+    block: int,
+    q: Tensor,
+    scales: Tensor,
+    residual: Tensor | None,
+    attempt: bool = False,
+) -> Any:
+    threads = _backends.threads()
+    finite = native.all_finite(values, threads, attempt)
+    if finite is None:
+        return None
+    _require_finite(finite)
+    return native.quantize_int8(values, block, q, scales, residual, threads, attempt)
+
+
+def _quantize_triton(*args: Any) -> None:
+    kernels = _backends.kernels("quantize")
+    _require_finite(bool(kernels.all_finite(args[0])))
+    kernels.quantize_int8_out(*args)
+
+
+def _require_finite(finite: object) -> None:
+    if not finite:
+        raise ValueError("values: expected finite values, got NaN or infinity")
 
 
 def _dequantize_reference(q: Tensor, scales: Tensor, block: int) -> Tensor:
@@ -148,41 +194,54 @@ def _dequantize_reference(q: Tensor, scales: Tensor, block: int) -> Tensor:
     return (rows * scales[:, None]).reshape(-1)[: q.numel()]
 
 
-def _dequantize_cpu(q: Tensor, scales: Tensor, block: int) -> Tensor:
-    out = torch.empty(q.numel(), dtype=torch.float32)
-    native.dequantize_int8(
-        q.data_ptr(), scales.data_ptr(), block, q.numel(), out.data_ptr(), _backends.threads()
-    )
-    return out
+def _dequantize_cpu(q: Tensor, scales: Tensor, block: int, attempt: bool = False) -> Any:
+    out = torch.empty(q.numel(), dtype=torch.float32, device="cpu")
+    threads = _backends.threads()
+    done = native.dequantize_int8(q, scales, block, out, threads, attempt)
+    return None if done is None else out
 
 
-_quantize_op = define(
+_quantize = Op(
     "quantize_int8_out(Tensor values, SymInt block, Tensor(a!) q, Tensor(b!) scales,"
-    " Tensor(c!)? residual, str backend) -> ()",
+    " Tensor(c!)? residual) -> ()",
     lambda values, block, q, scales, residual: None,
     reference=_quantize_reference,
     cpu=_quantize_cpu,
-    triton=lambda *a: _backends.kernels("quantize").quantize_int8_out(*a),
+    triton=_quantize_triton,
+    rules=(
+        Dense("values", FLOAT32),
+        Block(),
+        Dense(
+            "residual",
+            FLOAT32,
+            lambda given: given["values"].numel(),
+            beside="values",
+            optional=True,
+        ),
+    ),
 )
-_dequantize_op = define(
-    "dequantize_int8(Tensor q, Tensor scales, SymInt block, str backend) -> Tensor",
+_dequantize = Op(
+    "dequantize_int8(Tensor q, Tensor scales, SymInt block) -> Tensor",
     lambda q, scales, block: q.new_empty(q.shape, dtype=torch.float32),
     reference=_dequantize_reference,
     cpu=_dequantize_cpu,
     triton=lambda *a: _backends.kernels("quantize").dequantize_int8(*a),
+    rules=(
+        Dense("q", (torch.int8,)),
+        Block(),
+        Dense(
+            "scales",
+            FLOAT32,
+            lambda given: num_blocks(given["q"].numel(), given["block"]),
+            beside="q",
+        ),
+    ),
 )
 
 
 def num_blocks(numel: int, block: int) -> int:
-    """Scales of `numel` values."""
+    """How many scales `numel` values have."""
     return -(-numel // block)
-
-
-def _check_block(block: int) -> None:
-    if isinstance(block, bool) or not isinstance(block, int):
-        raise TypeError(f"block: expected an int, got {type(block).__name__}")
-    if not 64 <= block <= 1024 or block % 64:
-        raise ValueError(f"block: expected a multiple of 64 from 64 to 1024, got {block}")
 
 
 def quantize_int8(
@@ -192,11 +251,13 @@ def quantize_int8(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Eight bits a value, a float32 scale a block: `scale = max|x| / 127`, `q = rint(x / scale)`.
+    """Eight bits per value and a float32 scale per block.
+
+    Per block, `scale = max|x| / 127` and `q = rint(x / scale)`, in IEEE float32.
 
     Args:
         values: contiguous float32 tensor, finite, any shape.
-        block: values a scale, a multiple of 64 from 64 to 1024; the last block may be short.
+        block: values per scale, a multiple of 64 from 64 to 1024; the last block may be short.
         residual: float32 tensor of as many elements, updated in place: the error of the last
             call, added to the values first, then replaced by this call's (error feedback, Seide
             et al. 2014). Start it with zeros.
@@ -210,33 +271,57 @@ def quantize_int8(
         TypeError: another dtype.
         ValueError: sizes or devices that differ, a tensor not contiguous, values not finite.
 
-    O(n).
+    O(n): the values are read twice (once for the check), the codes written once.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> q, scales = fs.ops.quantize_int8(torch.tensor([127.0, -64.0, 1.4]))
+    >>> q, scales
+    (tensor([127, -64,   1], dtype=torch.int8), tensor([1.]))
     """
-    _checks.check_tensor("values", values, (torch.float32,))
-    _check_block(block)
-    if residual is not None:
-        _checks.check_out("residual", residual, values.numel(), (torch.float32,), values.device)
-    if not all_finite(values):
-        raise ValueError("values: expected finite values, got NaN or infinity")
-    q = torch.empty(values.numel(), dtype=torch.int8, device=values.device)
-    scales = torch.empty(num_blocks(values.numel(), block), device=values.device)
-    _quantize_op(
-        _checks.plain(values), block, q, scales, residual, _backends.pick(backend, values.device)
-    )
+    _quantize.check(values=values, block=block, residual=residual)
+    numel, device = values.numel(), values.device
+    q = torch.empty(numel, dtype=torch.int8, device=device)
+    scales = torch.empty(num_blocks(numel, block), dtype=torch.float32, device=device)
+    done = None
+    if direct(values, backend):
+        done = _quantize.attempt(values, block, q, scales, residual)
+    if done is not None:
+        return q, scales
+    _quantize(_checks.plain(values), block, q, scales, residual, backend=backend)
     return q, scales
 
 
 def dequantize_int8(
     q: Tensor, scales: Tensor, *, block: int = 256, backend: str | None = None
 ) -> Tensor:
-    """`float32(q) * scale`: a 1-D float32 tensor. The inverse of `quantize_int8`, within scale / 2.
+    """The inverse of `quantize_int8`, within scale / 2: `float32(q) * scale`.
+
+    Args:
+        q: contiguous int8 tensor.
+        scales: float32 tensor [ceil(n / block)], on the same device.
+        block: values per scale, as given to `quantize_int8`.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Returns:
+        A 1-D float32 tensor of as many elements as `q`.
 
     Raises:
         TypeError: `q` is not int8 or `scales` not float32.
         ValueError: sizes or devices that differ, a tensor not contiguous.
+
+    O(n).
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> q = torch.tensor([127, -64], dtype=torch.int8)
+    >>> fs.ops.dequantize_int8(q, torch.tensor([0.5]))
+    tensor([ 63.5000, -32.0000])
     """
-    _checks.check_tensor("q", q, (torch.int8,))
-    _check_block(block)
-    _checks.check_out("scales", scales, num_blocks(q.numel(), block), (torch.float32,), q.device)
-    out: Tensor = _dequantize_op(q.view(-1), scales, block, _backends.pick(backend, q.device))
+    if direct(q, backend):
+        made = _dequantize.attempt(q, scales, block) if type(block) is int else None
+        if made is not None:
+            return made  # type: ignore[no-any-return]  # of C++
+    _dequantize.check(q=q, scales=scales, block=block)
+    out: Tensor = _dequantize(q.view(-1), scales, block, backend=backend)
     return out

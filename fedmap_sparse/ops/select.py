@@ -8,13 +8,13 @@ lowest flat index is kept, so server and clients that rank the same weights get 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import define, native
+from fedmap_sparse._backends import native
 from fedmap_sparse.mask import (
     Mask,
     bool_from_words,
@@ -23,6 +23,8 @@ from fedmap_sparse.mask import (
     unfilled_cpu,
     words_from_bool,
 )
+from fedmap_sparse.ops._library import Op, direct
+from fedmap_sparse.ops._rules import Alike, Bitmap, Bitmaps, Dense, Keep
 
 
 def magnitude_key(values: Tensor) -> Tensor:
@@ -57,28 +59,35 @@ def _mask_reference(
 
 
 def _mask_cpu(
-    values: list[Tensor], within: list[Tensor | None], eligible: int, keep: int
-) -> list[Tensor]:
-    out = _mask_fake(values, within, eligible, keep)
-    words, ranks = out[: len(values)], out[len(values) :]
+    values: Sequence[Tensor],
+    within: Sequence[Tensor | None],
+    eligible: int,
+    keep: int,
+    attempt: bool = False,
+) -> list[Tensor] | None:
+    made = [unfilled_cpu(v.numel()) for v in values]
+    words, ranks = [m[0] for m in made], [m[1] for m in made]
     if keep == 0:
-        for t in out:
+        if attempt:
+            return None
+        for t in (*words, *ranks):
             t.zero_()
-        return out
-    _native_select(values, within, eligible, keep, words, ranks)
-    return out
+    elif _select(values, within, eligible, keep, words, ranks, attempt) is None:
+        return None
+    return words + ranks
 
 
-def _native_select(
-    values: list[Tensor],
-    within: list[Tensor | None],
+def _select(
+    values: Sequence[Tensor],
+    within: Sequence[Tensor | None],
     eligible: int,
     keep: int,
     words: list[Tensor],
     ranks: list[Tensor],
-) -> int:
+    attempt: bool,
+) -> int | None:
     threads = _backends.threads()
-    key: int = native.select(values, within, eligible, keep, words, ranks, threads, False)
+    key: int | None = native.select(values, within, eligible, keep, words, ranks, threads, attempt)
     return key
 
 
@@ -97,11 +106,17 @@ def _threshold_reference(
 
 
 def _threshold_cpu(
-    values: list[Tensor], within: list[Tensor | None], eligible: int, keep: int
-) -> Tensor:
-    key = _native_select(values, within, eligible, keep, [], [])
+    values: list[Tensor],
+    within: list[Tensor | None],
+    eligible: int,
+    keep: int,
+    attempt: bool = False,
+) -> Tensor | None:
+    key = _select(values, within, eligible, keep, [], [], attempt)
+    if key is None:
+        return None
     bits = torch.int32 if values[0].dtype == torch.float32 else torch.int16
-    return torch.tensor(key, dtype=bits).view(values[0].dtype)
+    return torch.tensor(key, dtype=bits, device="cpu").view(values[0].dtype)
 
 
 def _zero_reference(values: Tensor, before: Tensor | None, after: Tensor) -> None:
@@ -111,85 +126,74 @@ def _zero_reference(values: Tensor, before: Tensor | None, after: Tensor) -> Non
     values.view(-1)[gone] = 0.0
 
 
-def _zero_cpu(values: Tensor, before: Tensor | None, after: Tensor) -> None:
-    native.zero_pruned(
-        values.data_ptr(),
-        0 if before is None else before.data_ptr(),
-        after.data_ptr(),
-        values.numel(),
-        _checks.DTYPE_CODES[values.dtype],
-        _backends.threads(),
-    )
+def _zero_cpu(
+    values: Tensor, before: Tensor | None, after: Tensor, attempt: bool = False
+) -> int | None:
+    done: int | None = native.zero_pruned(values, before, after, _backends.threads(), attempt)
+    return done
 
 
-_mask_op = define(
-    "magnitude_mask(Tensor[] values, Tensor?[] within, SymInt eligible, SymInt keep, str backend)"
-    " -> Tensor[]",
+_LISTS = (Alike("values"), Bitmaps("within", of="values"))
+_mask = Op(
+    "magnitude_mask(Tensor[] values, Tensor?[] within, SymInt eligible, SymInt keep) -> Tensor[]",
     _mask_fake,
     reference=_mask_reference,
     cpu=_mask_cpu,
     triton=lambda *a: _backends.kernels("select").magnitude_mask(*a),
+    rules=(*_LISTS, Keep()),
 )
-_threshold_op = define(
-    "magnitude_threshold(Tensor[] values, Tensor?[] within, SymInt eligible, SymInt keep,"
-    " str backend) -> Tensor",
+_threshold = Op(
+    "magnitude_threshold(Tensor[] values, Tensor?[] within, SymInt eligible, SymInt keep)"
+    " -> Tensor",
     lambda values, within, eligible, keep: values[0].new_empty(()),
     reference=_threshold_reference,
     cpu=_threshold_cpu,
     triton=lambda *a: _backends.kernels("select").magnitude_threshold(*a),
+    rules=(*_LISTS, Keep(least=1)),
 )
-_zero_op = define(
-    "zero_pruned_(Tensor(a!) values, Tensor? before, Tensor after, str backend) -> ()",
+_zero = Op(
+    "zero_pruned_(Tensor(a!) values, Tensor? before, Tensor after) -> ()",
     lambda values, before, after: None,
     reference=_zero_reference,
     cpu=_zero_cpu,
     triton=lambda *a: _backends.kernels("select").zero_pruned_(*a),
+    rules=(
+        Dense("values"),
+        Bitmap("mask", lambda given: given["values"].numel(), "values"),
+        Bitmap("before", lambda given: given["values"].numel(), "values", optional=True),
+    ),
 )
 
 Within = Mask | None
 Many = Sequence[Tensor]
 
 
+def _attempt(op: Op, values: Tensor, within: object, keep: object) -> Any:
+    """The op's result by C++ for one tensor; None where that does not do."""
+    eligible = values.numel()
+    held = None
+    if within is not None:
+        if not isinstance(within, Mask) or within.numel != eligible:
+            return None
+        eligible, held = within.nnz, within.words
+    if type(keep) is not int or not 0 < keep <= eligible:
+        return None
+    return op.attempt((values,), (held,), eligible, keep)
+
+
 def _prepare(
-    values: Tensor | Many, within: Within | Sequence[Within], keep: int, least: int
-) -> tuple[list[Tensor], list[Within], int]:
-    tensors = [values] if isinstance(values, Tensor) else list(values)
+    op: Op, values: Tensor | Many, within: Within | Sequence[Within], keep: int
+) -> tuple[list[Tensor], list[Tensor | None], int]:
+    """The tensors, the words of `within` and the eligible elements, all checked."""
+    tensors = [values] if isinstance(values, Tensor) or values is None else list(values)
     masks: list[Within]
     if within is None:
         masks = [None] * len(tensors)
     else:
         masks = [within] if isinstance(within, Mask) else list(within)
-    if len(masks) != len(tensors):
-        raise ValueError(f"within: expected {len(tensors)} masks, one a tensor, got {len(masks)}")
-    eligible = 0
-    for t, m in zip(tensors, masks, strict=True):
-        _checks.check_tensor("values", t)
-        _checks.check_device("values", t, tensors[0].device)
-        if t.dtype != tensors[0].dtype:
-            wanted, got = _checks.short(tensors[0].dtype), _checks.short(t.dtype)
-            raise TypeError(f"values: expected one dtype in the list, {wanted}, got {got}")
-        if m is not None:
-            _checks.check_mask("within", m, t.numel())
-            _checks.check_same_device("within", m, t)
-        eligible += t.numel() if m is None else m.nnz
-    _checks.check_keep(keep, eligible, least)
-    return tensors, masks, eligible
-
-
-def _direct(values: Tensor, keep: int, within: Within) -> Mask | None:
-    """Straight to C++; None where that does not do."""
-    numel = eligible = values.numel()
-    if within is not None:
-        if not isinstance(within, Mask) or within.numel != numel:
-            return None
-        eligible = within.nnz
-    if type(keep) is not int or not 0 < keep <= eligible:
-        return None
-    words, rank = unfilled_cpu(numel)
-    held = None if within is None else within.words
-    threads = _backends.threads()
-    key = native.select((values,), (held,), eligible, keep, (words,), (rank,), threads, True)
-    return None if key is None else Mask(words, rank, numel, keep)
+    op.check(values=tensors, within=masks, keep=keep)
+    eligible = sum(t.numel() if m is None else m.nnz for t, m in zip(tensors, masks, strict=True))
+    return tensors, [None if m is None else m.words for m in masks], eligible
 
 
 @overload
@@ -232,22 +236,24 @@ def magnitude_mask(
 
     O(n): one read of the values on the usual path, four at most; extra memory below 2% of the
     input plus 1 MB on the cpu backend (the reference sorts).
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> fs.ops.magnitude_mask(torch.tensor([0.5, -2.0, 1.0]), 2).to_bool()
+    tensor([False,  True,  True])
     """
-    if _backends.direct(backend, values):
-        mask = _direct(values, keep, within)  # type: ignore[arg-type]  # `values` is one tensor
-        if mask is not None:
-            return mask
-    tensors, masks, eligible = _prepare(values, within, keep, 0)
-    single = isinstance(values, Tensor)
+    made = None
+    if direct(values, backend):
+        made = _attempt(_mask, values, within, keep)  # type: ignore[arg-type]  # one tensor
+    if made is not None:
+        return Mask(made[0], made[1], values.numel(), keep)  # type: ignore[union-attr]  # likewise
+    tensors, held, eligible = _prepare(_mask, values, within, keep)
     if not tensors:
         return []
-    words_within = [None if m is None else m.words for m in masks]
-    out = _mask_op(
-        tensors, words_within, eligible, keep, _backends.pick(backend, tensors[0].device)
-    )
+    out = _mask([_checks.plain(t) for t in tensors], held, eligible, keep, backend=backend)
     count = len(tensors)
-    if single:
-        return Mask(out[0], out[1], tensors[0].numel(), keep)
+    if isinstance(values, Tensor):
+        return Mask(out[0], out[1], values.numel(), keep)
     return [
         Mask(w, r, t.numel(), int(r[-1]))
         for w, r, t in zip(out[:count], out[count:], tensors, strict=True)
@@ -261,15 +267,37 @@ def magnitude_threshold(
     within: Within | Sequence[Within] = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The keep-th largest |x|: 0-d, of the values' dtype and device. Arguments as magnitude_mask.
+    """The keep-th largest |x|.
+
+    Args:
+        values: contiguous float32, float16 or bfloat16 tensor, or a list of them, ranked globally.
+        keep: 1 for the largest, at most the number of eligible elements.
+        within: only survivors of this mask are eligible; None: every element. With a list: a list.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Returns:
+        A 0-d tensor of the values' dtype, on their device.
 
     Raises:
-        ValueError: also for keep = 0, which has no threshold.
+        TypeError: another dtype, or dtypes mixed in a list.
+        ValueError: `keep` out of range, no tensors, sizes or devices that differ, a tensor not
+            contiguous.
+
+    Cost as `magnitude_mask`.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> fs.ops.magnitude_threshold(torch.tensor([0.5, -2.0, 1.0]), 2)
+    tensor(1.)
     """
-    tensors, masks, eligible = _prepare(values, within, keep, 1)
-    words = [None if m is None else m.words for m in masks]
-    picked = _backends.pick(backend, tensors[0].device)
-    threshold: Tensor = _threshold_op(tensors, words, eligible, keep, picked)
+    made = None
+    if direct(values, backend):
+        made = _attempt(_threshold, values, within, keep)  # type: ignore[arg-type]  # one tensor
+    if made is None:
+        tensors, held, eligible = _prepare(_threshold, values, within, keep)
+        plain = [_checks.plain(t) for t in tensors]
+        made = _threshold(plain, held, eligible, keep, backend=backend)
+    threshold: Tensor = made
     return threshold
 
 
@@ -292,9 +320,29 @@ def prune_(
     within: Within | Sequence[Within] = None,
     backend: str | None = None,
 ) -> Mask | list[Mask]:
-    """`magnitude_mask`, then +0.0 into what was newly pruned: eligible and not kept.
+    """`magnitude_mask`, then +0.0 in place into what was newly pruned: eligible and not kept.
 
-    Nothing is written before the mask is certain, and what `within` excludes is not touched.
+    Args:
+        values: as in `magnitude_mask`; written.
+        keep: number of survivors, exact.
+        within: as in `magnitude_mask`. What it excludes is not touched.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Returns:
+        The Mask of the survivors, or a list of masks for a list of tensors.
+
+    Raises:
+        TypeError, ValueError: as in `magnitude_mask`; then nothing was written.
+
+    The cost of `magnitude_mask`, and the memory lines that change.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> values = torch.tensor([0.5, -2.0, 1.0])
+    >>> fs.ops.prune_(values, 1)
+    Mask(numel=3, nnz=1, density=0.3333)
+    >>> values
+    tensor([ 0., -2.,  0.])
     """
     if isinstance(values, Tensor):
         mask = magnitude_mask(values, keep, within=within, backend=backend)  # type: ignore[arg-type]  # a pair of overloads
@@ -310,19 +358,36 @@ def prune_(
 def zero_pruned_(
     values: Tensor, mask: Mask, *, before: Mask | None = None, backend: str | None = None
 ) -> None:
-    """Write +0.0 in place where `before` kept an element (None: everywhere) and `mask` does not.
+    """Write +0.0 in place where `before` kept an element and `mask` does not.
 
-    Only the memory lines that change are written. Arguments as in `magnitude_mask`.
+    Args:
+        values: contiguous float32, float16 or bfloat16 tensor, any shape.
+        mask: over `values.numel()` elements, on the same device.
+        before: likewise; None: every element was kept.
+        backend: "reference", "cpu" or "triton"; None: by device.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: sizes or devices that differ, a tensor not contiguous.
+
+    O(n / 32), and the memory lines that change.
+
+    >>> import torch
+    >>> import fedmap_sparse as fs
+    >>> values = torch.tensor([1.0, 2.0])
+    >>> fs.ops.zero_pruned_(values, fs.Mask.from_bool(torch.tensor([False, True])))
+    >>> values
+    tensor([0., 2.])
     """
-    _checks.check_tensor("values", values)
-    _checks.check_mask("mask", mask, values.numel())
-    _checks.check_same_device("mask", mask, values)
-    if before is not None:
-        _checks.check_mask("before", before, values.numel())
-        _checks.check_same_device("before", before, values)
-    _zero_op(
-        _checks.plain(values),
-        None if before is None else before.words,
-        mask.words,
-        _backends.pick(backend, values.device),
-    )
+    if (
+        direct(values, backend)
+        and isinstance(mask, Mask)
+        and mask.numel == values.numel()
+        and (before is None or (isinstance(before, Mask) and before.numel == mask.numel))
+    ):
+        held = None if before is None else before.words
+        if _zero.attempt(values, held, mask.words) is not None:
+            return
+    _zero.check(values=values, mask=mask, before=before)
+    held = None if before is None else before.words
+    _zero(_checks.plain(values), held, mask.words, backend=backend)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedmap_sparse import ops
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import masked_adamw
@@ -74,7 +73,9 @@ class MaskedAdamW(MaskedOptimizer):
     def _numbers(self, group: dict[str, Any]) -> Numbers:
         beta1, beta2 = group["betas"]
         given = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        flags = ops.adamw_flags(maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True)
+        flags = masked_adamw.adamw_flags(
+            maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True
+        )
         return tuple(float(x) for x in given), flags
 
     def _advance(self, part: Part, stepping: int) -> None:

@@ -202,8 +202,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             kernel, threads = getattr(native, self._kernel), _backends.threads()
             kernel(*where, None, rows, scalars, *packed, threads, False)
         else:
-            backend = _backends.pick(None, part.values.device)
-            self._op(*where, mask.nnz, grads, rows, scalars, *packed, backend)
+            self._op(*where, mask.nnz, grads, rows, scalars, *packed)
 
     def _settle(self) -> Packing:
         """Take up what users did since: a copy's state, groups, a rebind, edits of `state`."""

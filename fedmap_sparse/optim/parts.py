@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmap_sparse import ops
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
@@ -29,7 +28,7 @@ class Part:
     indices: list[int]  # into layout.entries
     ask: list[int] | None  # the same; None for all
     slot: slice  # of packed state
-    segments: ops.Segments
+    segments: _segments.Segments
     rows: Array
     scalars: Array
     settled: bool = False  # no flag will change at the next step
@@ -87,7 +86,7 @@ def _part(
 ) -> Part:
     chosen = list(indices)
     entries = [flat.layout.entries[i] for i in chosen]
-    segments = ops.Segments([e.offset - start for e in entries], [e.numel for e in entries])
+    segments = _segments.Segments([e.offset - start for e in entries], [e.numel for e in entries])
     ask = None if len(chosen) == len(flat.parameters) else chosen
     seen = set(counts[chosen].tolist())
     together = int(seen.pop()) if len(seen) == 1 else None

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmap_sparse import ops
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments, masked_sgd
@@ -86,7 +85,9 @@ class MaskedSGD(MaskedOptimizer):
 
     def _numbers(self, group: dict[str, Any]) -> Numbers:
         scalars = tuple(float(group[k]) for k in self._scalar_names)
-        flags = ops.sgd_flags(nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True)
+        flags = masked_sgd.sgd_flags(
+            nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True
+        )
         return scalars, flags
 
     def _advance(self, part: Part, stepping: int) -> None:

@@ -18,6 +18,8 @@ from gpucheck import contracts  # beside the checks that need no device
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
+from fedmap_sparse.ops import masked_sgd
+from fedmap_sparse.ops._segments import Segments
 
 pytestmark = pytest.mark.gpu
 FLOATS = contracts.FLOATS
@@ -100,14 +102,14 @@ def test_select_does_not_wait_for_the_device() -> None:
 def test_a_step_in_a_cuda_graph_reads_scalars_from_the_device() -> None:
     n = 100_000
     mask = contracts.mask_of(n, 0.3, "cuda")
-    segments = ops.Segments([0], [n])
+    segments = Segments([0], [n])
     segments.scalars = torch.zeros(1, 8, dtype=torch.float64, device="cuda")
     values = torch.randn(n, device="cuda") * mask.to_bool()
     grad = torch.randn(n, device="cuda")
     start = values.clone()
 
     def step() -> None:
-        ops.masked_sgd_(values, mask, [grad], segments)
+        masked_sgd.step_segments_(values, mask, [grad], segments)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import fedmap_sparse as fs
 from fedmap_sparse import ops
 from fedmap_sparse.federated import FedMapClient, FedMapServer
+from fedmap_sparse.ops import masked_sgd
+from fedmap_sparse.ops._segments import Segments
 from fedmap_sparse.optim import MaskedAdamW, MaskedSGD
 from fedmap_sparse.schedule import Iterative
 
@@ -180,12 +182,12 @@ def test_a_selection_in_a_cuda_graph() -> None:
 
 def test_compiled_whole() -> None:
     values, grad = torch.randn(2, 5000, device="cuda").unbind()
-    segments = ops.Segments([0], [5000])
+    segments = Segments([0], [5000])
     segments.scalars[0, 0] = 0.5
 
     def work(x: Tensor) -> Tensor:
         mask = ops.magnitude_mask(x, 700)
-        ops.masked_sgd_(x, mask, [grad], segments)
+        masked_sgd.step_segments_(x, mask, [grad], segments)
         return ops.pack(x, mask) * 2
 
     eager, compiled = values.clone(), values.clone()
@@ -224,9 +226,9 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     packed = ops.pack(values, mask)
     assert packed.tolist() == [0.25, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert equal(ops.pack(ops.unpack(packed, mask), mask), packed)
-    segments = ops.Segments([0], [n])
+    segments = Segments([0], [n])
     segments.scalars[0, 0] = 1.0
     master = None if dtype == torch.float32 else packed.float()
-    ops.masked_sgd_(values, mask, [torch.ones_like(values)], segments, master=master)
+    masked_sgd.step_segments_(values, mask, [torch.ones_like(values)], segments, master=master)
     assert ops.pack(values, mask).tolist() == [-0.75, -0.75, -0.5, 0.0, 1.0, 2.0, 3.0, 4.0]
     assert int(values.count_nonzero()) == 7

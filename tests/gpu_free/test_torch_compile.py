@@ -11,6 +11,8 @@ from torch import Tensor
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
+from fedmap_sparse.ops import masked_sgd
+from fedmap_sparse.ops._segments import Segments
 
 _INDUCTOR = "inductor" if WHOLE else "aot_eager"  # inductor alone takes a minute
 
@@ -20,7 +22,9 @@ def select_pack_step(
 ) -> Tensor:
     mask = ops.magnitude_mask(values, 1200, backend=backend)
     packed = ops.pack(values, mask, backend=backend)
-    ops.masked_sgd_(values, mask, [grad], segments, momentum_buffer=buffer, backend=backend)
+    masked_sgd.step_segments_(
+        values, mask, [grad], segments, momentum_buffer=buffer, backend=backend
+    )
     return packed * 2
 
 
@@ -29,7 +33,7 @@ def test_fullgraph_over_select_pack_and_step(rung: Any) -> None:
     n = 3000
     start, grad = torch.randn(n), torch.randn(n)
     rung.show(grad=grad)
-    segments = ops.Segments([0], [n])
+    segments = Segments([0], [n])
     segments.scalars[0, :2] = torch.tensor([0.1, 0.9])
     results = []
     for backend, compiled in (("reference", False), ("triton", False), ("triton", True)):

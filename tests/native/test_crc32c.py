@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is
 
 def crc(data: bytes | np.ndarray, start: int = 0, threads: int = 1) -> int:
     array = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
-    return int(native.crc32c(array.ctypes.data, array.size, start, threads))
+    return int(native.crc32c(array, start, threads))
 
 
 def bit_by_bit(data: bytes) -> int:

@@ -24,16 +24,16 @@ def check(n: int, density: float, threads: int) -> None:
     mask = random_mask(n, density)
     words, kept = mask.words, bool_from_words(mask.words, n)
     with guarded(num_ranks(n), torch.int64) as rank:
-        assert native.rank_index(words.data_ptr(), n, rank.data_ptr(), threads) == mask.nnz
+        assert native.rank_index(words, n, rank, threads) == mask.nnz
         assert torch.equal(rank, rank_index(words, n, "reference"))
     with guarded(n, torch.uint8, shift=3) as bools:
-        native.mask_to_bools(words.data_ptr(), n, bools.data_ptr(), threads)
+        native.mask_to_bools(words, bools, threads)
         assert torch.equal(bools, kept.to(torch.uint8))
         bools *= torch.randint(1, 256, (n,), dtype=torch.uint8)  # any nonzero byte is true
         with guarded(num_words(n), torch.int32, shift=1) as back:
-            native.mask_from_bools(bools.data_ptr(), n, back.data_ptr(), threads)
+            native.mask_from_bools(bools, back, threads)
             assert torch.equal(back, words_from_bool(kept))
-    assert native.mask_digest(words.data_ptr(), n, threads) == digest_reference(words, n)
+    assert native.mask_digest(words, n, threads) == digest_reference(words, n)
 
 
 def test_every_edge(isa: str) -> None:
@@ -63,9 +63,9 @@ def test_one_bit_outside_is_seen_wherever_it_is(isa: str, threads: int) -> None:
 def test_the_digest_depends_on_places_and_size(isa: str) -> None:
     n = 4096
     words = torch.zeros(n // 32, dtype=torch.int32)
-    digests = {native.mask_digest(words.data_ptr(), m, 1) for m in (n, n - 1)}
+    digests = {native.mask_digest(words, m, 1) for m in (n, n - 1)}
     for at in range(0, n, 97):
         words.zero_()
         words[at // 32] = 1
-        digests.add(native.mask_digest(words.data_ptr(), n, 1))
+        digests.add(native.mask_digest(words, n, 1))
     assert len(digests) == 2 + len({at // 32 for at in range(0, n, 97)})

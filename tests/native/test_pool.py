@@ -42,9 +42,9 @@ import ctypes
 big = ctypes.create_string_buffer(4 << 20)
 assert native.pool_threads() == 0
 for threads in (1, 2, 1, 3, 2):
-    native.stream_read(ctypes.addressof(big), 4 << 20, threads)
+    native.stream_read(memoryview(big)[: 4 << 20], threads)
     print(native.pool_threads())
-native.stream_read(ctypes.addressof(big), 4000, 7)
+native.stream_read(memoryview(big)[:4000], 7)
 print(native.pool_threads())
 """)
     assert done.stdout.split() == ["0", "1", "1", "2", "2", "2"], done.stderr
@@ -81,7 +81,7 @@ class Packs(Dataset[Tensor]):
         # Straight to the kernel: a loader's workers set torch to one thread.
         out = torch.empty(self.mask.nnz)
         threads = 2 + index % 2
-        native.pack(self.values, self.mask.words, self.mask.rank, N, out, threads, False)
+        native.pack(self.values, self.mask.words, self.mask.rank, out, threads, False)
         return out
 
 
@@ -123,11 +123,11 @@ import threading
 big = ctypes.create_string_buffer(16 << 20)
 def work():
     while True:
-        native.stream_read(ctypes.addressof(big), 16 << 20, 3)
+        native.stream_read(big, 3)
 thread = threading.Thread(target=work, daemon=True)
 thread.start()
 for _ in range(100):
-    native.stream_read(ctypes.addressof(big), 16 << 20, 3)
+    native.stream_read(big, 3)
 print("done")
 """)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -114,11 +114,11 @@ def test_sixteen_bits_are_rounded_once(isa: str, dtype: torch.dtype) -> None:
     sums = torch.cat([tie * (1 + d * 2.0**-45) for d in (-1, 0, 1)])
     assert (sums.to(torch.float32) == torch.cat([tie.to(torch.float32)] * 3)).all()
     out = torch.empty(sums.numel(), dtype=dtype)
-    native.accumulate_mean(sums.data_ptr(), 1.0, sums.numel(), out.data_ptr(), CODES[dtype], 1)
+    native.accumulate_mean(sums, 1.0, out, 1, False)
     assert bits(out).tolist() == [exactly(Fraction(s), dtype) for s in sums.tolist()]
     assert torch.equal(bits(narrow(sums, dtype)), bits(out))
     negative = -sums
-    native.accumulate_mean(negative.data_ptr(), 1.0, sums.numel(), out.data_ptr(), CODES[dtype], 1)
+    native.accumulate_mean(negative, 1.0, out, 1, False)
     assert torch.equal(bits(out), bits(narrow(negative, dtype)))
 
 
@@ -131,7 +131,7 @@ def test_results_that_are_not_finite_are_counted(
     bad = torch.tensor([0, 1, 17, 4000, n - 1])
     sums[bad] = torch.tensor([float("inf"), float("nan"), -float("inf"), 1e39, -1e300]).double()
     out = torch.empty(n, dtype=dtype)
-    count = native.accumulate_mean(sums.data_ptr(), 1.0, n, out.data_ptr(), CODES[dtype], threads)
+    count = native.accumulate_mean(sums, 1.0, out, threads, False)
     assert count == 5
     assert (~out.isfinite()).nonzero().flatten().tolist() == bad.tolist()
     payload = torch.ones(100, dtype=dtype)
@@ -148,15 +148,11 @@ def test_int8_is_the_mean_of_what_it_stands_for(isa: str, threads: int, block: i
     meant = [ops.dequantize_int8(*c, block=block, backend="reference") for c in coded]
     sums = torch.zeros(n, dtype=torch.float64)
     for (q, scales), weight in zip(coded, weights, strict=True):
-        native.accumulate_add_int8(
-            sums.data_ptr(), q.data_ptr(), scales.data_ptr(), block, weight, n, threads
-        )
+        native.accumulate_add_int8(sums, q, scales, block, weight, threads, False)
     for dtype in DTYPES:
         streamed, expected = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
         ops.weighted_mean(meant, weights, out=expected, backend="reference")
-        native.accumulate_mean(
-            sums.data_ptr(), sum(weights), n, streamed.data_ptr(), CODES[dtype], threads
-        )
+        native.accumulate_mean(sums, sum(weights), streamed, threads, False)
         assert torch.equal(bits(streamed), bits(expected))
 
 

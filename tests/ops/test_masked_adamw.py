@@ -6,8 +6,9 @@ import pytest
 import torch
 from masked_steps import DTYPES, EDGES, Problem, bits, make_problem
 
+from fedmap_sparse import Mask
 from fedmap_sparse.ops import masked_adamw_
-from fedmap_sparse.ops.masked_adamw import adamw_flags
+from fedmap_sparse.ops.masked_adamw import adamw_flags, step_segments_
 
 # lr, beta1, beta2, eps, weight_decay; no default among them, except where a name says so.
 SETTINGS = {
@@ -33,7 +34,7 @@ def set_scalars(problem: Problem, names: list[str], t: int) -> None:
 
 def step(problem: Problem, backend: str) -> Problem:
     stepped = problem.copy()
-    masked_adamw_(
+    step_segments_(
         stepped.values,
         problem.mask,
         problem.grads,
@@ -164,3 +165,27 @@ def test_a_dense_mask_is_torch_optim_over_20_steps(name: str, backend: str) -> N
             torch.testing.assert_close(
                 problem.state_of(s, k), theirs.state[twin][state], **TOLERANCE
             )
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_public_form_is_the_step_of_torch(amsgrad: bool) -> None:
+    """Three steps beside `torch.optim.AdamW` over the survivors."""
+    torch.manual_seed(0)
+    mask = Mask.from_bool(torch.rand(1000) < 0.3)
+    kept = mask.to_bool()
+    values = torch.randn(1000) * kept
+    theirs = torch.nn.Parameter(values[kept].clone())
+    options = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-7, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([theirs], amsgrad=amsgrad, **options)
+    m, v = torch.zeros(mask.nnz), torch.zeros(mask.nnz)
+    largest = torch.zeros(mask.nnz) if amsgrad else None
+    for step in range(1, 4):
+        grad = torch.randn(1000)
+        states = {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}
+        masked_adamw_(values, mask, grad, step=step, **states, **options)
+        theirs.grad = grad[kept]
+        optimizer.step()
+    assert torch.allclose(values[kept], theirs, rtol=1e-5, atol=1e-7)
+    assert not values[~kept].any()
+    with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
+        masked_adamw_(values, mask, grad, step=0, exp_avg=m, exp_avg_sq=v)

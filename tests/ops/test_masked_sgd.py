@@ -7,9 +7,10 @@ import torch
 from masked_steps import DTYPES, EDGES, Problem, bits, make_problem
 from page_faults import LINUX, touched_bytes
 
+from fedmap_sparse import Mask
 from fedmap_sparse.ops import masked_sgd_
 from fedmap_sparse.ops._segments import Segments
-from fedmap_sparse.ops.masked_sgd import sgd_flags
+from fedmap_sparse.ops.masked_sgd import sgd_flags, step_segments_
 
 # lr, momentum, dampening, weight_decay; no default among them, except where a name says so.
 SETTINGS = {
@@ -36,7 +37,7 @@ def set_scalars(problem: Problem, names: list[str]) -> None:
 
 def step(problem: Problem, backend: str) -> Problem:
     stepped = problem.copy()
-    masked_sgd_(
+    step_segments_(
         stepped.values,
         problem.mask,
         problem.grads,
@@ -126,7 +127,7 @@ def test_segments_with_momentum_zero_leave_the_buffer_alone(isa: str) -> None:
     stepped = assert_kernel_is_reference(problem)
     assert torch.equal(stepped.states[0], problem.states[0])
     without = problem.copy()
-    masked_sgd_(without.values, problem.mask, problem.grads, problem.segments, backend="cpu")
+    step_segments_(without.values, problem.mask, problem.grads, problem.segments, backend="cpu")
     assert torch.equal(without.values, stepped.values)
 
 
@@ -222,3 +223,63 @@ def test_a_dense_mask_is_torch_optim_over_20_steps(name: str, backend: str) -> N
         if momentum:
             buffer = theirs.state[twin]["momentum_buffer"]
             torch.testing.assert_close(problem.state_of(s, 0), buffer, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tails", [[], [40, 9]], ids=["no tail", "tail"])
+def test_the_public_form_is_the_step_of_torch(dtype: torch.dtype, tails: list[int]) -> None:
+    """One flat gradient, and a list with offsets: the same bits as over a table of segments."""
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}
+    start = make_problem([1000, 300], tails, 0.3, dtype)
+    offsets = start.segments.rows[:, 0].tolist()
+    flat = torch.zeros_like(start.values)
+    for offset, grad in zip(offsets, start.grads, strict=True):
+        flat[offset : offset + grad.numel()] = grad
+    start.segments.scalars[:, :4] = torch.tensor(list(options.values()), dtype=torch.float64)
+    results = []
+    for grads, more in ((flat, {}), (start.grads, {"offsets": offsets})):
+        p = start.copy()
+        states = {"momentum_buffer": p.states[0], "master": p.master}
+        masked_sgd_(p.values, p.mask, grads, **options, **states, **more, nesterov=True)
+        results.append(p)
+    wanted = start.copy()
+    wanted.segments.rows[:, 3] = sgd_flags(nesterov=True)
+    states = {"momentum_buffer": wanted.states[0], "master": wanted.master}
+    step_segments_(wanted.values, wanted.mask, wanted.grads, wanted.segments, **states)
+    results[1].assert_same(wanted)
+    for offset, grad in zip(offsets, start.grads, strict=True):  # what lies between is not stepped
+        part = slice(offset, offset + grad.numel())
+        assert torch.equal(bits(results[0].values[part]), bits(wanted.values[part]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": torch.ones(999)}, "grads: expected 1000 elements"),
+        ({"grads": torch.ones(1000).half()}, "grads: expected dtype float32, got float16"),
+        ({"grads": torch.ones(1000), "offsets": [0]}, "offsets: expected None"),
+        ({"grads": [torch.ones(10)]}, "offsets: expected 1, one per gradient, got None"),
+        ({"grads": [torch.ones(10)], "offsets": [0, 128]}, "offsets: expected 1"),
+        ({"grads": [torch.ones(10)], "offsets": [32]}, "multiples of 128"),
+        ({"grads": [torch.ones(10)] * 2, "offsets": [128, 0]}, "in order"),
+        ({"grads": [torch.ones(200)] * 2, "offsets": [0, 128]}, "apart"),
+        ({"grads": [torch.ones(200)], "offsets": [896]}, "in the mask or in the tail"),
+        ({"mask": None}, "mask: expected a Mask, got NoneType"),
+        ({"values": torch.ones(4, 500)[:, ::2]}, "values: expected a contiguous tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_public_form_names_what_does_not_fit(change: dict, message: str) -> None:
+    given = {"values": torch.ones(1000), "mask": Mask.full(1000), "grads": torch.ones(1000)}
+    kept = given["values"].clone()
+    with pytest.raises((TypeError, ValueError), match=message):
+        masked_sgd_(**(given | change), lr=0.1)
+    assert torch.equal(given["values"], kept)
+
+
+def test_a_tail_begins_at_a_multiple_of_8() -> None:
+    values = torch.ones(20)
+    with pytest.raises(ValueError, match="multiple of 8 elements before a tail, got 12"):
+        masked_sgd_(values, Mask.full(12), torch.ones(20), lr=0.1)
+    masked_sgd_(values, Mask.full(16), torch.ones(20), lr=0.5)
+    assert values.tolist() == [0.5] * 20

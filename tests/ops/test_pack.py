@@ -102,7 +102,7 @@ def test_overflow_is_counted(isa: str) -> None:
     mask = random_mask(values.numel(), 0.7)
     large = (values.abs() >= 65520) & values.isfinite()
     out = torch.empty(mask.nnz, dtype=torch.float16)
-    count = native.pack(values, mask.words, mask.rank, values.numel(), out, 1, False)
+    count = native.pack(values, mask.words, mask.rank, out, 1, False)
     assert count == int((large & mask.to_bool()).sum())
 
 

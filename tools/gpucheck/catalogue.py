@@ -121,7 +121,7 @@ def _stepping(n: int) -> Iterator[Workload]:
         for dtype, density in ((F32, 1.0), (F32, 0.5), (F32, 0.1), (F32, 0.01), (BF16, 0.1)):
             mask, values = _masks(n, density), torch.randn(n).to(dtype)
             grads: list[Tensor | None] = [torch.randn(n).to(dtype)]
-            segments = fs.ops.Segments([0], [n])
+            segments = fs.Segments([0], [n])
             segments.rows[0, 3] = ZEROED
             scalars = [0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.5, 0.0]
             segments.scalars[0] = torch.tensor(scalars)

@@ -17,7 +17,9 @@ from torch import Tensor
 import fedmap_sparse as fs
 from fedmap_sparse import ops
 from fedmap_sparse.mask import digest_reference
-from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.ops import masked_adamw as adamw
+from fedmap_sparse.ops import masked_sgd as sgd
+from fedmap_sparse.ops._segments import ZEROED, Segments
 
 Show = Callable[..., None]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,7 +95,7 @@ def deposit(n: int, density: float, device: str, show: Show) -> None:
 
 def _model(
     density: float, dtype: torch.dtype, device: str, aligned: bool
-) -> tuple[fs.Mask, Tensor, ops.Segments, list[Tensor | None]]:
+) -> tuple[fs.Mask, Tensor, Segments, list[Tensor | None]]:
     """A flat buffer with prunable tensors and a tail; sizes odd, one gradient missing.
 
     The first tensor is kept whole, so that flat streams are exercised at every density.
@@ -107,7 +109,7 @@ def _model(
     mask = fs.Mask.from_bool(keep.to(device))
     values = torch.randn(numel).to(dtype)
     values[:prunable][~keep] = 0.0
-    segments = ops.Segments([o for o, _ in shapes], [s for _, s in shapes])
+    segments = Segments([o for o, _ in shapes], [s for _, s in shapes])
     grads: list[Tensor | None] = []
     for _, size in shapes:
         room = torch.randn(size + 8, device=device).to(dtype)
@@ -136,7 +138,7 @@ def _compare_steps(
 def masked_sgd(density: float, dtype: torch.dtype, device: str, show: Show, **how: bool) -> None:
     mask, values, segments, grads = _model(density, dtype, device, how.get("aligned", True))
     size = mask.nnz + values.numel() - mask.numel
-    flags = [ops.sgd_flags(nesterov=i % 2 == 0, maximize=i == 2, first=i == 4) for i in range(5)]
+    flags = [sgd.sgd_flags(nesterov=i % 2 == 0, maximize=i == 2, first=i == 4) for i in range(5)]
     for i, flag in enumerate(flags):
         segments.rows[i, 3] = flag | (ZEROED if how.get("zeroed") else 0)
         momentum, decay = (0.0 if i == 1 else 0.9), (0.0 if i == 2 else 0.01)
@@ -149,7 +151,9 @@ def masked_sgd(density: float, dtype: torch.dtype, device: str, show: Show, **ho
     master = None if dtype == torch.float32 else torch.randn(size, device=device)
 
     def step(v: Tensor, m: Tensor | None, master: Tensor | None, backend: str) -> None:
-        ops.masked_sgd_(v, mask, grads, segments, momentum_buffer=m, master=master, backend=backend)
+        sgd.step_segments_(
+            v, mask, grads, segments, momentum_buffer=m, master=master, backend=backend
+        )
 
     _compare_steps(step, values, [momentum_buffer, master], show, grads)
 
@@ -159,7 +163,7 @@ def masked_adamw(density: float, dtype: torch.dtype, device: str, show: Show, **
     size = mask.nnz + values.numel() - mask.numel
     amsgrad = how.get("amsgrad", False)
     for i in range(5):
-        flag = ops.adamw_flags(maximize=i == 2, amsgrad=amsgrad and i % 2 == 0)
+        flag = adamw.adamw_flags(maximize=i == 2, amsgrad=amsgrad and i % 2 == 0)
         segments.rows[i, 3] = flag | (ZEROED if how.get("zeroed") else 0)
         decay, t = (0.0 if i == 1 else 0.02), i + 1
         scalars = [0.01 * t, 0.9, 0.999, 1e-8, decay, 0.9**t, 0.999**t, 0.0]
@@ -173,7 +177,7 @@ def masked_adamw(density: float, dtype: torch.dtype, device: str, show: Show, **
 
     def step(v: Tensor, *args: Any) -> None:
         first, second, largest, master, backend = args
-        ops.masked_adamw_(
+        adamw.step_segments_(
             v, mask, grads, segments, exp_avg=first, exp_avg_sq=second, max_exp_avg_sq=largest,
             master=master, backend=backend,
         )  # fmt: skip
