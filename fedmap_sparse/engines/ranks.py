@@ -21,9 +21,9 @@ Group = dist.ProcessGroup | None
 class RanksEngine:
     """The rounds of one `FedMapServer` over clients that are spread over the ranks.
 
-    Rank 0 holds the server. Each rank trains its own clients, then rank 0 adds the updates one by
-    one in order of client id: the same bits as `InProcessEngine`, at any number of ranks. Messages
-    are those of a deployment, so their bytes are counted in the same way.
+    Rank 0 holds the server. Each rank trains its own clients, then rank 0 gets all updates and
+    aggregates them in order of client id: the same bits as `InProcessEngine`, at any number of
+    ranks. Messages are those of a deployment, so their bytes are counted in the same way.
 
     Args:
         server: on rank 0; None on the others.
@@ -36,7 +36,7 @@ class RanksEngine:
         ValueError: a server on another rank than 0 or none there, an id on two ranks, no clients,
             a cohort or dropout out of range.
 
-    Memory: each rank holds the updates of its own clients of a cohort, rank 0 one more.
+    Memory: each rank holds the updates of its own clients of a cohort, rank 0 those of all.
     """
 
     def __init__(
@@ -104,25 +104,21 @@ class RanksEngine:
                 updates[c] = client.update(*self.train(c, client, received))
             if not client.keep_optimizer:
                 client.optimizer = None
-        for c in cohort:
-            if c not in silent:
-                self._hand_over(c, updates.get(c))
-        result = self._on_server(lambda s: s.close_round())
+        sent = [(c, self._hand_over(c, updates.get(c))) for c in cohort if c not in silent]
+        result = self._on_server(lambda s: s.aggregate(sent))
         dropped = tuple(c for c in cohort if c in silent)
         sent = sum(len(messages[have[c]]) for c in cohort)
         return Round(result, tuple(cohort), dropped, sent, result.uplink_bytes)
 
-    def _hand_over(self, client: ClientId, update: bytes | None) -> None:
-        """One update from the rank that has it into rank 0's sum."""
+    def _hand_over(self, client: ClientId, update: bytes | None) -> bytes:
+        """One update from the rank that has it to rank 0; elsewhere the result means nothing."""
         box = [update]
         owner = self.owner[client]
         if owner and owner == self.rank:
             dist.send_object_list(box, group=self.group, group_dst=0)
-        if self.server is not None:
-            if owner:
-                dist.recv_object_list(box, group=self.group, group_src=owner)
-            assert box[0] is not None
-            self.server.add(client, box[0])
+        elif owner and self.server is not None:
+            dist.recv_object_list(box, group=self.group, group_src=owner)
+        return box[0] or b""
 
 
 def _begin(server: FedMapServer) -> int:
