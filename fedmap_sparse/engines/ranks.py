@@ -104,8 +104,8 @@ class RanksEngine:
                 updates[c] = client.update(*self.train(c, client, received))
             if not client.keep_optimizer:
                 client.optimizer = None
-        sent = [(c, self._hand_over(c, updates.get(c))) for c in cohort if c not in silent]
-        result = self._on_server(lambda s: s.aggregate(sent))
+        came = [(c, self._hand_over(c, updates.get(c))) for c in cohort if c not in silent]
+        result = self._on_server(lambda s: s.aggregate(came))
         dropped = tuple(c for c in cohort if c in silent)
         sent = sum(len(messages[have[c]]) for c in cohort)
         return Round(result, tuple(cohort), dropped, sent, result.uplink_bytes)

@@ -11,6 +11,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedmap_sparse.codec import Message as Broadcast
+from fedmap_sparse.engines.files import replace_file
 from fedmap_sparse.engines.flower.codec import message_of, record_of
 from fedmap_sparse.errors import NeedsMask, StateError
 from fedmap_sparse.federated import FedMapClient
@@ -76,16 +77,6 @@ class FileState:
     def save(self, context: Context, federation: str, data: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         replace_file(self._path(context), federation.encode() + b"\n" + data)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file such that it is either the old or the new one, whenever the process ends."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def fedmap_train(

@@ -16,7 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedmap_sparse.engines.flower.client import ARRAYS, CONFIG, METRICS, replace_file
+from fedmap_sparse.engines.files import replace_file
+from fedmap_sparse.engines.flower.client import ARRAYS, CONFIG, METRICS
 from fedmap_sparse.engines.flower.codec import message_of, record_of
 from fedmap_sparse.engines.in_process import generator
 from fedmap_sparse.errors import RoundFailed
