@@ -32,8 +32,8 @@ class FedMapEncoder(DXOFilter):  # type: ignore[misc, unused-ignore]
     """Weights as one message, on the way out of server or client.
 
     Args:
-        dtype: of the values on the wire; float32 keeps every bit.
-        sparse: leave out zeros; False for models that have none.
+        dtype: of the values on the wire; float32 loses nothing.
+        sparse: leave out the zeros of matrices, which come back as +0.0; False keeps -0.0.
 
     NVFlare runs the server's filters once per client: a broadcast is encoded for each.
     """

@@ -1,6 +1,6 @@
 """FedAvg across ranks: a federated round whose clients are spread over torch.distributed.
 
-    torchrun --nproc-per-node 2 examples/ranks.py
+    torchrun --nproc-per-node 2 examples/distributed/ranks.py
 
 Rank 0 has the server; each rank trains its own clients; messages travel between the ranks.
 """

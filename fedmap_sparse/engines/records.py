@@ -19,8 +19,6 @@ from fedmap_sparse.layout import FlatLayout
 #: The most elements that a receiver accepts if it says nothing: 4 GiB of float32.
 MAX_NUMEL = 1 << 30
 
-_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 def encode_arrays(
     arrays: Mapping[str, np.ndarray], *, dtype: str = "float32", sparse: bool = True
@@ -30,16 +28,13 @@ def encode_arrays(
     Args:
         arrays: as `encode_state_dict` takes them. float64 travels as float32.
         dtype: of the values on the wire.
-        sparse: leave out the zeros of floating-point arrays with two or more dimensions; -0.0 is
-            kept, so float32 arrays come back with the same bits.
+        sparse: leave out the zeros of prunable arrays (two or more dimensions). Zeros of both signs
+            come back as +0.0: a weight times a mask is often -0.0. False keeps every bit.
     """
     described = {name: [list(a.shape), a.dtype.str] for name, a in arrays.items()}
     native = {name: a.astype(a.dtype.newbyteorder("="), copy=False) for name, a in arrays.items()}
     layout = _layout(native)
-    masks = {}
-    for e in layout.prunable_entries if sparse else ():
-        a = np.ascontiguousarray(native[e.name])
-        masks[e.name] = a.view(_BITS[a.dtype.itemsize]) != 0
+    masks = {e.name: native[e.name] != 0 for e in layout.prunable_entries} if sparse else None
     message = codec.encode_state_dict(native, masks, layout=layout, dtype=dtype)
     return message, json.dumps(described)
 

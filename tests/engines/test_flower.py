@@ -361,7 +361,7 @@ def theirs(mods: list[Any]) -> ClientApp:
         with torch.no_grad():
             for p, k in zip(model.parameters(), kept):
                 if p.dim() == 2:
-                    p.mul_(k)
+                    p[~k] = 0.0
         metrics = MetricRecord({"num-examples": 10 + name})
         content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
         return Message(content, reply_to=message)
@@ -380,7 +380,6 @@ def fedavg(mods: list[Any], coded: bool, private: bool = False) -> tuple[dict[st
     torch.manual_seed(2)
     with torch.no_grad():
         model[0].weight[torch.rand(30, 20) < 0.9] = 0.0  # type: ignore[index]
-        model[0].weight[3, 4] = -0.0  # type: ignore[index]
     grid = LocalGrid(theirs(mods), NODES)
     seen = CodecGrid(grid) if coded else grid
     result = strategy.start(seen, ArrayRecord(model.state_dict()), num_rounds=3)
@@ -462,9 +461,18 @@ def test_descriptions_that_do_not_fit_are_refused(spec: str) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (4, 5), (2, 0, 3)])
 def test_arrays_come_back_as_they_were(dtype: str, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)
-    a = (rng.integers(-3, 4, shape) * 0.5).astype(dtype)
+    a = (rng.integers(-3, 4, shape) * 0.5 + 0.0).astype(dtype)
     arrays = {"w": np.ones((2, 3), np.float32), "a": a, "b": a}
     again = decode_arrays(*encode_arrays(arrays))
     for name, b in arrays.items():
         assert again[name].dtype == b.dtype
         assert again[name].tobytes() == b.tobytes()
+
+
+def test_the_sign_of_a_zero_travels_only_with_the_dense_form() -> None:
+    arrays = {"w": np.array([[-0.0, 0.0, -1.0]], np.float32), "b": np.array([-0.0], np.float32)}
+    sparse = decode_arrays(*encode_arrays(arrays))
+    assert not np.signbit(sparse["w"][0, 0])
+    assert np.signbit(sparse["b"][0])
+    dense = decode_arrays(*encode_arrays(arrays, sparse=False))
+    assert dense["w"].tobytes() == arrays["w"].tobytes()

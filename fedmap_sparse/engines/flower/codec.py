@@ -75,8 +75,8 @@ class CodecMod:
     The server needs `CodecGrid`.
 
     Args:
-        dtype: of the values that the client sends. float32 keeps every bit.
-        sparse: leave out zeros; False for models that have none.
+        dtype: of the values that the client sends. float32 loses nothing.
+        sparse: leave out the zeros of matrices, which come back as +0.0; False keeps -0.0.
         max_numel: the most elements that a message may claim.
     """
 

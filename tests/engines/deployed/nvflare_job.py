@@ -44,17 +44,17 @@ def site() -> None:
         with torch.no_grad():
             for p, k in zip(model.parameters(), kept):
                 if p.dim() == 2:
-                    p.mul_(k)
-        params = {k: v.numpy() for k, v in model.state_dict().items()}
-        flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": part}))
+                    p[~k] = 0.0
+        meta = {"NUM_STEPS_CURRENT_ROUND": part}
+        flare.send(flare.FLModel(params=model.state_dict(), meta=meta))
 
 
 def job(workspace: Path, coded: bool) -> None:
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
     from nvflare.recipe.sim_env import SimEnv
+    from nvflare_job import Net as named  # NVFlare's JSON has to name its module
 
     from fedmap_sparse.engines.nvflare import FedMapDecoder, FedMapEncoder
-    from nvflare_job import Net as named  # NVFlare's JSON has to name its module
 
     recipe = FedAvgRecipe(
         name="job",
@@ -62,7 +62,6 @@ def job(workspace: Path, coded: bool) -> None:
         min_clients=2,
         num_rounds=2,
         train_script=Path(__file__).name,
-        save_filename="final.pt",
     )
     if coded:
         recipe.add_server_output_filter(FedMapEncoder(), tasks=["train"])

@@ -1,4 +1,6 @@
-"""Sparse data-parallel training: `torchrun --standalone --nproc-per-node 2 examples/ddp.py`.
+"""Sparse data-parallel training.
+
+    torchrun --standalone --nproc-per-node 2 examples/distributed/ddp.py
 
 One hook, and the ranks exchange the gradients of survivors alone. The weights are those of plain
 DDP, bit for bit, on two ranks. On GPUs: move the model, and `init_process_group("nccl")`.

@@ -1,4 +1,6 @@
-"""FedMap across processes: `torchrun --standalone --nproc-per-node 2 examples/ranks.py`.
+"""FedMap across processes.
+
+    torchrun --standalone --nproc-per-node 2 examples/distributed/ranks.py
 
 Rank 0 has the server; the ranks share out ten clients. The model is the same, bit for bit, at any
 number of ranks (try 1 and 4). Over two machines: torchrun's `--nnodes` and `--rdzv-endpoint`.

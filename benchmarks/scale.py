@@ -1,0 +1,98 @@
+"""What a client costs the server in a round, and whether memory grows with clients.
+
+`python benchmarks/scale.py cost` prints bytes and CPU seconds per message; `python
+benchmarks/scale.py flat MESSAGES` streams many messages through one aggregator and prints its peak
+memory on the way. One thread.
+"""
+
+import resource
+import sys
+import time
+
+import torch
+from torch import nn
+
+import fedmap_sparse as fs
+
+DENSITY = 0.1
+REPEATS = 5
+
+
+def model(parameters: int) -> fs.FlatParameters:
+    return fs.flatten(nn.Linear(parameters // 1000, 1000, bias=False))
+
+
+def peak() -> int:
+    """This process's largest resident memory so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def started(parameters: int) -> tuple[fs.FedMapServer, fs.FedMapClient]:
+    """A server in a pruned round, and a client that has received its broadcast."""
+    schedule = fs.schedule.OneShot(1 - DENSITY, at=0)
+    server = fs.FedMapServer(model(parameters), schedule, max_samples=1000)
+    server.begin_round()
+    client = fs.FedMapClient(model(parameters))
+    client.receive(server.broadcast())
+    return server, client
+
+
+def cpu(call) -> float:
+    """CPU seconds of a call, the least of some."""
+    found = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        call()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def cost(parameters: int) -> None:
+    server, client = started(parameters)
+    full, short = server.broadcast(), server.broadcast(client.have)
+    update = client.update(10)
+    names = iter(range(10**6))
+    seconds = {
+        "broadcast": cpu(lambda: server.snapshot(client.have)),
+        "receive": cpu(lambda: client.receive(short)),
+        "update": cpu(lambda: client.update(10)),
+        "add": cpu(lambda: server.add(next(names), update)),
+    }
+    sizes = {"broadcast with mask": full, "broadcast": short, "update": update}
+    print(f"{parameters:,} parameters:", ", ".join(f"{n} {len(m):,} B" for n, m in sizes.items()))
+    start = time.process_time()
+    server.close_round()
+    seconds["close_round"] = time.process_time() - start
+    print("  CPU ms:", ", ".join(f"{n} {1e3 * s:.2f}" for n, s in seconds.items()))
+    print(f"  peak {peak():,} MB", flush=True)
+
+
+def flat(messages: int) -> None:
+    """Ten clients' updates, under as many names as there are messages."""
+    server, client = started(10**7)
+    updates = []
+    for seed in range(10):
+        with torch.no_grad():
+            client.params.prunable.add_(1e-3 * (seed + 1) * client.params.prunable)
+        updates.append(client.update(10 + seed))
+    began, wall = time.process_time(), time.perf_counter()
+    for n in range(messages):
+        refused = server.add(n, updates[n % len(updates)])
+        assert refused is None, refused
+        if (n + 1) in (10, 100, 1000, 10_000, messages):
+            spent = time.process_time() - began
+            print(f"{n + 1:,} messages: peak {peak():,} MB, {spent:.1f} CPU s", flush=True)
+    result = server.close_round()
+    done = sum(map(len, updates)) / len(updates) * messages / 1e9
+    print(
+        f"{len(result.accepted):,} in the mean, {done:.1f} GB in {time.perf_counter() - wall:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["flat"]:
+        flat(int(sys.argv[2]))
+    else:
+        for size in (10**6, 10**7, 10**8):
+            cost(size)

@@ -1,0 +1,1 @@
+"""A Flower app whose clients share one mask and send survivors alone."""
