@@ -13,6 +13,16 @@ def keep_count(eligible: int, sparsity: float | str | Decimal) -> int:
     As a decimal, because 0.9 as a binary float would prune one weight too many or too few: 90% is
     90% to the element.
 
+    Args:
+        eligible: number of weights that may be pruned.
+        sparsity: the share of them to prune, from 0 to 1.
+
+    Returns:
+        How many weights survive.
+
+    Raises:
+        decimal.InvalidOperation: a sparsity that is not a number.
+
     >>> keep_count(1_000_005, 0.9)
     100001
     """
@@ -33,7 +43,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Dense(Schedule):
-    """Nothing is pruned: plain FedAvg."""
+    """Nothing is pruned: plain FedAvg.
+
+    >>> Dense().keep(7, 1000)
+    1000
+    """
 
     kind: ClassVar[str] = "dense"
 
@@ -43,7 +57,19 @@ class Dense(Schedule):
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """All of `target` at once, at round `at`."""
+    """All of `target` at once, at round `at`.
+
+    Args:
+        target: final sparsity, from 0 to 1.
+        at: the round that prunes, counted from 0.
+
+    Raises:
+        TypeError, ValueError: a target outside 0 to 1, a round below 0.
+
+    >>> schedule = OneShot(target=0.9, at=5)
+    >>> [schedule.keep(round, 1000) for round in (4, 5, 6)]
+    [1000, 100, 100]
+    """
 
     target: float
     at: int
@@ -65,6 +91,18 @@ class Iterative(Schedule):
     sparsity is `target`. After k of K prunings the density is `(1 - target) ** (k / K)`, so each
     keeps the same share of what the one before left (Han et al. 2015; Frankle and Carbin 2019).
     A target of 1 has no such share: it keeps everything until the last pruning, then nothing.
+
+    Args:
+        target: final sparsity, from 0 to 1.
+        start, end: first and last round in which to prune, counted from 0.
+        every: rounds from one pruning to the next.
+
+    Raises:
+        TypeError, ValueError: a target outside 0 to 1, a round below 0, an end before the start.
+
+    >>> schedule = Iterative(target=0.75, start=1, end=2)
+    >>> [schedule.keep(round, 1000) for round in range(4)]
+    [1000, 500, 250, 250]
     """
 
     target: float
@@ -98,6 +136,18 @@ class Cubic(Schedule):
     From `start` to `end`, every `every` rounds, the sparsity is
     `target * (1 - (1 - (round - start) / (end - start)) ** 3)`; it is `target` from `end` on. With
     `start == end` all of it happens there.
+
+    Args:
+        target: final sparsity, from 0 to 1.
+        start, end: rounds between which sparsity grows, counted from 0.
+        every: rounds from one pruning to the next.
+
+    Raises:
+        TypeError, ValueError: a target outside 0 to 1, a round below 0, an end before the start.
+
+    >>> schedule = Cubic(target=0.8, start=0, end=4)
+    >>> [schedule.keep(round, 1000) for round in range(5)]
+    [1000, 538, 300, 212, 200]
     """
 
     target: float

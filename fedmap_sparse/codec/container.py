@@ -104,6 +104,7 @@ class Header:
         return self._pack(0, 0)[12:112]
 
     def pack(self, length: int, sections: int) -> bytes:
+        """The 128 bytes of the header of a message of `length` bytes."""
         head = self._pack(length, sections)
         return head + _CRC.pack(crc32c(head))
 
@@ -138,6 +139,7 @@ class Section:
 
     @property
     def ignorable(self) -> bool:
+        """Whether a reader that does not know the id skips the section."""
         return self.id >= _IGNORABLE_ID
 
     def pack(self) -> bytes:
@@ -176,7 +178,13 @@ def join(header: Header, sections: Sequence[Section]) -> bytes:
 
 
 def parse_header(data: Buffer) -> tuple[Header, int, int]:
-    """(header, length of the message, number of sections) from its first 128 bytes.
+    """The header of a message.
+
+    Args:
+        data: at least the first 128 bytes of the message.
+
+    Returns:
+        The header, the length of the message in bytes, and its number of sections.
 
     Raises:
         FormatError: they are not a sound header of version 1. The length is not compared.

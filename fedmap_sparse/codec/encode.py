@@ -39,13 +39,20 @@ class Source(Protocol):
     """What `encode` reads: a FlatParameters is one."""
 
     @property
-    def layout(self) -> FlatLayout: ...
+    def layout(self) -> FlatLayout:
+        """Names, shapes and offsets."""
+
     @property
-    def prunable(self) -> Tensor: ...
+    def prunable(self) -> Tensor:
+        """Values that the mask covers: Tensor[layout.prunable_numel]."""
+
     @property
-    def tail(self) -> Tensor: ...
+    def tail(self) -> Tensor:
+        """The rest: Tensor[layout.tail_numel]."""
+
     @property
-    def buffers(self) -> Mapping[str, Any]: ...
+    def buffers(self) -> Mapping[str, Any]:
+        """Name to tensor or array of each persistent buffer."""
 
 
 def encode(
@@ -149,6 +156,9 @@ def compose(
         dtype: on the wire; None: values and tail keep theirs.
         base, coding, block, residual, stamp: as in `encode`.
 
+    Returns:
+        The message; `made.encode(mask_section)` gives its bytes.
+
     Raises:
         TypeError, ValueError: as `encode`.
 
@@ -207,7 +217,14 @@ def _header(layout: FlatLayout, mask: Mask, base: bytes, stamp: Stamp) -> Header
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ValueError unless values can travel as `dtype`."""
+    """Raise unless values can travel as `dtype`.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16" or "int8".
+
+    Raises:
+        ValueError: another word.
+    """
     if dtype not in (*DTYPES, "int8"):
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, int8, got {dtype!r}")
 

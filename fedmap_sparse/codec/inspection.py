@@ -95,6 +95,12 @@ def inspect_file(path: Path) -> Inspection:
     The header is checked before the rest is read, so that what is no message is refused at once.
     The rest is mapped, not read into memory.
 
+    Args:
+        path: of a regular file that holds one message.
+
+    Returns:
+        As `inspect`.
+
     Raises:
         FormatError: as `inspect`.
         OSError: the file cannot be read, or is none: a folder, a pipe, a device.
@@ -110,6 +116,12 @@ def inspect_file(path: Path) -> Inspection:
 
 def inspect(data: Buffer) -> Inspection:
     """Header, sections and digests of a message, with no layout: `print(inspect(data))`.
+
+    Args:
+        data: the whole message.
+
+    Returns:
+        What it holds; `print` shows a table.
 
     Raises:
         FormatError: the container is not sound; what only a layout can tell is not checked.

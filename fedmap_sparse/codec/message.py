@@ -72,6 +72,7 @@ class Message:
 
     @property
     def round(self) -> int:
+        """Number of the round, from 0."""
         return self.header.round
 
     @property
@@ -81,6 +82,7 @@ class Message:
 
     @property
     def num_samples(self) -> int:
+        """The update's weight in the mean; 0 in a broadcast."""
         return self.header.samples
 
     @property
@@ -248,12 +250,21 @@ def decode(
         device: where mask, values and tail are wanted: coded payloads are copied there once and
             decoded there. None: where `mask` is, or the CPU.
 
+    Returns:
+        The message: `packed` holds the survivors' values, `mask`, `tail` and `buffers` the rest.
+
     Raises:
         NeedsMask: the message needs a mask other than `mask`; see its `wanted`.
         FormatError: anything that docs/format.md, 7, says to refuse.
         TypeError: `data` is not bytes, bytearray or a contiguous memoryview.
 
     O(bytes + layout.prunable_numel / 32).
+
+    >>> import torch, fedmap_sparse as fs
+    >>> params = fs.flatten(torch.nn.Linear(3, 2))
+    >>> message = fs.decode(fs.encode(params, params.mask, mask_section="full"), params.layout)
+    >>> message.mask == params.mask, message.packed.shape
+    (True, torch.Size([6]))
     """
     if mask is not None:
         check_mask("mask", mask, layout.prunable_numel)

@@ -42,7 +42,14 @@ _BUFFERS = {
 
 
 def check_coding(coding: str) -> None:
-    """Raise ValueError unless masks and values can travel so."""
+    """Raise unless masks and values can travel so.
+
+    Args:
+        coding: "entropy" or "raw".
+
+    Raises:
+        ValueError: another word.
+    """
     if coding not in get_args(Coding):
         raise ValueError(f"coding: expected 'entropy' or 'raw', got {coding!r}")
 
@@ -66,6 +73,7 @@ class Quantized:
         return ops.dequantize_int8(self.codes, self.scales, block=self.block)
 
     def to(self, device: torch.device) -> Quantized:
+        """The same values on another device."""
         return Quantized(self.codes.to(device), self.scales.to(device), self.block)
 
     def payload(self) -> Tensor:

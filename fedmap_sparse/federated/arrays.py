@@ -27,6 +27,18 @@ def array_sections(layout: FlatLayout, mask: Mask) -> tuple[ArraySection, ...]:
 
     First the `mask.nnz` survivors in index order, then the tail with its gaps (which are 0), then
     each float buffer in the layout's order, row-major. Integer and bool buffers are no part of it.
+
+    Args:
+        layout: of the model.
+        mask: over `layout.prunable_numel` elements.
+
+    Returns:
+        The parts of the vector, in order.
+
+    >>> import torch, fedmap_sparse as fs
+    >>> params = fs.flatten(torch.nn.Linear(3, 2))
+    >>> [(s.name, s.start, s.stop) for s in array_sections(params.layout, params.mask)]
+    [('survivors', 0, 6), ('tail', 6, 14)]
     """
     end = mask.nnz + layout.tail_numel
     found = [

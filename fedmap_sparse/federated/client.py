@@ -52,6 +52,17 @@ class FedMapClient(saved.BytesState):
             `prox_mu * (w - w_received)` to the gradient. 0: off.
         key, client_id: the secret that the server has for this id. Messages then travel in
             envelopes that prove their sender (docs/format.md, 9). None: no envelopes.
+
+    Raises:
+        ValueError: an unknown dtype or coding, a negative `prox_mu`, or one without an optimizer.
+
+    >>> import torch, fedmap_sparse as fs
+    >>> server = fs.FedMapServer(fs.flatten(torch.nn.Linear(3, 2)), fs.schedule.Dense())
+    >>> client = fs.FedMapClient(fs.flatten(torch.nn.Linear(3, 2)))
+    >>> server.begin_round()
+    >>> client.receive(server.broadcast(client.have)).round
+    0
+    >>> update = client.update(num_samples=10)  # bytes; train before it
     """
 
     _kind = "client"

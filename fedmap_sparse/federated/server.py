@@ -71,6 +71,17 @@ class FedMapServer(ModelServer):
     Raises:
         ValueError: `min_updates` or `max_samples` below 1, an unknown dtype or coding, a weight
             that is not finite or beyond the range of `dtype`.
+
+    >>> import torch, fedmap_sparse as fs
+    >>> params = fs.flatten(torch.nn.Linear(20, 5))
+    >>> server = fs.FedMapServer(params, fs.schedule.OneShot(target=0.9, at=0))
+    >>> client = fs.FedMapClient(fs.flatten(torch.nn.Linear(20, 5)))
+    >>> server.begin_round()
+    >>> server.mask.nnz
+    10
+    >>> _ = client.receive(server.broadcast(client.have))
+    >>> server.aggregate([("phone", client.update(num_samples=10))]).accepted
+    ('phone',)
     """
 
     def __init__(
