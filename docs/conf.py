@@ -53,6 +53,8 @@ autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# A short name in backticks may fit several methods, `round` for one: then any of them is the link.
+suppress_warnings = ["ref.python"]
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 

@@ -39,6 +39,7 @@ class FlatParameters(Writes):
         parameters: its parameters, in the layout's order; tied ones once.
         mask: the current mask over `prunable`; `layout.initial_mask()` at first.
 
+    >>> import torch, fedmap_sparse as fs
     >>> params = fs.flatten(torch.nn.Linear(4, 2))
     >>> params.module.weight.data_ptr() == params.values.data_ptr()
     True
@@ -320,6 +321,9 @@ def flatten(model: nn.Module, *, prunable: Prunable | None = None) -> FlatParame
             modules the tensors of two or more dimensions that are no normalisation, scale, bias or
             table of positions. `params.layout.describe()` prints what that gave, and why.
 
+    Returns:
+        The buffer, its layout and a mask that keeps everything.
+
     Raises:
         ValueError: no parameters, mixed dtypes or devices, an uninitialised lazy parameter, or
             parameters that share a part of their memory.
@@ -327,6 +331,7 @@ def flatten(model: nn.Module, *, prunable: Prunable | None = None) -> FlatParame
 
     O(parameters): one copy.
 
+    >>> import torch, fedmap_sparse as fs
     >>> params = fs.flatten(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4)))
     >>> [e.name for e in params.layout.prunable_entries]
     ['0.weight']

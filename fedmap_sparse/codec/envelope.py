@@ -27,7 +27,18 @@ Direction = Literal["update", "broadcast"]
 
 
 def check_key(key: object) -> bytes:
-    """The key, if it is bytes of at least 32."""
+    """Raise unless a key is long enough.
+
+    Args:
+        key: at least 32 random bytes (`secrets.token_bytes(32)`).
+
+    Returns:
+        The key.
+
+    Raises:
+        TypeError: it is not bytes.
+        ValueError: it is shorter.
+    """
     if not isinstance(key, bytes):
         raise TypeError(f"key: expected bytes, got {type(key).__name__}")
     if len(key) < KEY_BYTES:
@@ -47,6 +58,9 @@ def seal(
         client: the id of the client that sends or gets it: an int of 0 to 2^64 - 1, or text.
         at_round: the round of the message.
         direction: "update" from a client, "broadcast" to one.
+
+    Returns:
+        The envelope, for `unseal`.
 
     Raises:
         TypeError, ValueError: a key that is no bytes or too short, an id or round out of range.
@@ -71,6 +85,9 @@ def unseal(
     Args:
         data: what `seal` gave.
         key, client, at_round, direction: what the receiver expects; the sender's must be the same.
+
+    Returns:
+        The message.
 
     Raises:
         AuthenticationError: anything else. It does not say which part differs.

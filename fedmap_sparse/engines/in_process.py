@@ -1,4 +1,4 @@
-"""Server and clients in one process: clients run one after another, over real messages.
+"""Server and clients in one process: clients run one after another, over real messages::
 
     server.begin_round()
     for each client of the cohort:

@@ -127,6 +127,9 @@ def all_finite(values: Tensor, *, backend: str | None = None) -> bool:
         values: contiguous float32, float16 or bfloat16 tensor, any shape.
         backend: "reference", "cpu" or "triton"; None: by device.
 
+    Returns:
+        True if every element is finite, and for no elements.
+
     Raises:
         TypeError: another dtype.
         ValueError: a tensor not contiguous.

@@ -24,6 +24,7 @@ class MaskedAdamW(MaskedOptimizer):
 
     Otherwise as MaskedSGD. The bias correction is torch's, of the betas as they are at the step.
 
+    >>> import torch, fedmap_sparse as fs
     >>> params = fs.flatten(torch.nn.Linear(8, 4))
     >>> optimizer = fs.optim.MaskedAdamW(params, lr=1e-3)
     >>> params.module(torch.ones(2, 8)).sum().backward()

@@ -35,6 +35,7 @@ class MaskedSGD(MaskedOptimizer):
         ValueError: hyper-parameters out of range.
         TypeError: `params` is not flat.
 
+    >>> import torch, fedmap_sparse as fs
     >>> params = fs.flatten(torch.nn.Linear(8, 4))
     >>> mask = fs.ops.prune_(params.prunable, 16, within=params.mask)
     >>> optimizer = fs.optim.MaskedSGD(params, mask, lr=0.1, momentum=0.9)
