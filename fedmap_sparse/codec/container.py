@@ -309,7 +309,7 @@ def to_host(payloads: Sequence[Tensor]) -> list[Tensor]:
     starts = [0]
     for payload in payloads:
         starts.append(starts[-1] + padded(payload.numel()))
-    block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    block = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
     parts = [block[at : at + p.numel()] for at, p in zip(starts, payloads, strict=False)]
     for part, payload in zip(parts, payloads, strict=True):
         part.copy_(payload, non_blocking=True)
@@ -324,7 +324,7 @@ def tensor_view(payload: memoryview, dtype: torch.dtype, align: int | None = Non
     """
     size = align or dtype.itemsize
     if not len(payload):
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     array = np.frombuffer(payload, np.uint8)
     if array.__array_interface__["data"][0] % size:
         array = array.copy()

@@ -53,8 +53,8 @@ def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding: C
 def _full_runs(layout: FlatLayout) -> Runs:
     entries = layout.prunable_entries
     return Runs(
-        torch.tensor([e.offset for e in entries], dtype=torch.int64),
-        torch.tensor([e.numel for e in entries], dtype=torch.int64),
+        torch.tensor([e.offset for e in entries], dtype=torch.int64, device="cpu"),
+        torch.tensor([e.numel for e in entries], dtype=torch.int64, device="cpu"),
     )
 
 

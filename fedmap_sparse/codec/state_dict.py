@@ -157,7 +157,7 @@ def _flat(state: Mapping[str, Any], layout: FlatLayout) -> tuple[Tensor, dict[st
     }
     dtypes = {t.dtype for t in found.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # the others embed into it
-    values = torch.zeros(layout.numel, dtype=dtype)
+    values = torch.zeros(layout.numel, dtype=dtype, device="cpu")
     for e in layout.entries:
         values[e.offset : e.offset + e.numel] = found[e.name].reshape(-1)
     return values, {b.name: _integers(b.name, state[b.name]) for b in layout.buffers}
@@ -172,7 +172,7 @@ def _torch(value: Any) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():  # read-only arrays are only read
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(array)
+        return torch.as_tensor(array, device="cpu")
 
 
 def _tensor(

@@ -148,7 +148,7 @@ class PackedHook:
         self.dense_above = dense_above
         self.bytes = 0
         self._mask: Mask | None = None
-        self._keep = torch.empty(0, dtype=torch.bool)
+        self._keep = torch.empty(0, dtype=torch.bool, device="cpu")
         self._buckets: dict[tuple[int, ...], Mask] = {}
 
     def register(self, ddp: DistributedDataParallel) -> None:

@@ -198,7 +198,7 @@ class FedMapClient(saved.BytesState):
             residual = self._spent[1]  # the round went on: what was sent counts as used
         if residual is not None and old is not None and message.mask <= old:
             return ops.pack(residual, ops.extract(message.mask, old))
-        return torch.zeros(message.mask.nnz, device=message.mask.device)
+        return torch.zeros(message.mask.nnz, dtype=torch.float32, device=message.mask.device)
 
     def _renew_optimizer(self, lr: float | None) -> None:
         if self._make_optimizer is None or self._mask is None:

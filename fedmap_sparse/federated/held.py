@@ -59,7 +59,7 @@ class HeldModel:
     def _taken(self, mask: Mask) -> tuple[Tensor, Tensor]:
         """Survivors and tail of the parameters in float32; ValueError if one cannot be sent."""
         params = self.params
-        out = torch.empty(mask.nnz, device=params.values.device)
+        out = torch.empty(mask.nnz, dtype=torch.float32, device=params.values.device)
         values = ops.pack(params.prunable.detach(), mask, out=out)
         tail = params.tail.detach().to(torch.float32, copy=True)
         if max(peak(values), peak(tail)) > self.limit:

@@ -305,6 +305,7 @@ class FedMapServer(ModelServer):
     def close_round(self) -> RoundResult:
         """End a stream of `add`: the mean becomes the model. Raises as `aggregate`."""
         with self._lock:
+            self.params.check_bound()
             aggregation = self._streaming("close_round")
             under_way = self._require("close_round")
             under_way.aggregation = None
@@ -349,6 +350,7 @@ class FedMapServer(ModelServer):
         accepted = tuple(range(clients)) if isinstance(clients, int) else tuple(clients)
         arrived.check_least("clients", len(accepted))
         with self._lock:
+            self.params.check_bound()
             under_way = self._idle("apply_mean")
             if len(accepted) < self.min_updates:
                 reason = f"expected at least {self.min_updates} clients, got {len(accepted)}"

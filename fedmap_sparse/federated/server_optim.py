@@ -125,7 +125,10 @@ KINDS: dict[str, type[ServerOptimizer]] = {c.kind: c for c in (FedAvg, FedAvgM, 
 
 
 def fresh_state(optimizer: ServerOptimizer, size: int, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.zeros(size, device=device) for name in optimizer.state_names}
+    return {
+        name: torch.zeros(size, dtype=torch.float32, device=device)
+        for name in optimizer.state_names
+    }
 
 
 def _check(name: str, value: float, good: bool, wanted: str) -> None:

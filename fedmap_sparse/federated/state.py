@@ -171,7 +171,11 @@ def _reader(view: memoryview, start: int) -> Read:
         at += len(part)
         if dtype == torch.bool and part and max(part) > 1:
             raise ValueError("a Boolean that is not 0 or 1")
-        flat = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+        flat = (
+            torch.frombuffer(part, dtype=dtype)
+            if part
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
         return flat.view(shape)
 
     return read

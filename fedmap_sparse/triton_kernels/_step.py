@@ -73,7 +73,10 @@ def _update_lanes(
     if master is None:
         p = widen(tl.load(weights + at, mask=live, other=0), KIND)
     else:
+        # A value that is not its master rounded was written by someone.
+        value = tl.load(weights + at, mask=live, other=0)
         p = tl.load(master + state, mask=live, other=0.0)
+        p = tl.where(narrow(p, KIND) == value, p, widen(value, KIND))
     a, b, c = p, p, p
     if first is not None:
         a = tl.load(first + state, mask=live, other=0.0)

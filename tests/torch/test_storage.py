@@ -1,0 +1,89 @@
+"""Storage that leaks: what is saved of a flat model costs what is saved, not the buffer a view."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fedmap_sparse as fs
+
+
+def net():
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(10)])
+
+
+def pickled(x):
+    return len(pickle.dumps(x))
+
+
+def saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    return file.tell()
+
+
+def tensors(x):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    return len(safetensors.save(x))
+
+
+@pytest.mark.parametrize("size", [pickled, saved, tensors])
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m[3]], ids=["whole", "a layer"])
+def test_a_state_dict_costs_itself(size, part):
+    m = net()
+    before = size(part(m).state_dict())
+    fs.flatten(m)
+    assert size(part(m).state_dict()) < 1.1 * before + 1000
+
+
+def test_one_tensor_of_a_state_dict_costs_itself():
+    m = net()
+    before = saved(m.state_dict()["0.weight"].clone())
+    fs.flatten(m)
+    assert saved(m.state_dict()["0.weight"]) < 1.1 * before
+
+
+def test_tied_tensors_are_saved_once():
+    m = nn.ModuleList([nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)])
+    m[1].weight = m[0].weight
+    before = saved(m.state_dict())
+    fs.flatten(m)
+    assert saved(m.state_dict()) < 1.1 * before
+
+
+@pytest.mark.parametrize("size", [pickled, saved])
+def test_optimizer_state_and_flat_state_cost_themselves(size):
+    m = net()
+    flat = fs.flatten(m)
+    o = fs.optim.MaskedAdamW(flat)
+    for p in m.parameters():
+        p.grad = torch.ones_like(p)
+    o.step()
+    values = 4 * sum(p.numel() for p in m.parameters())
+    assert size(o.state_dict()) < 2.2 * values
+    assert size(flat.to_state_dict()) < 1.1 * values
+
+
+def test_a_state_dict_is_the_parameters_memory():
+    m = net()
+    flat = fs.flatten(m)
+    state = m.state_dict()
+    state["0.weight"].fill_(3.0)
+    assert flat.values[: 64 * 64].eq(3).all()
+    assert state["0.weight"].data_ptr() == m[0].weight.data_ptr()
+    assert m.state_dict(keep_vars=True)["0.weight"] is m[0].weight
+    del m, flat
+    assert state["0.weight"].eq(3).all()  # it keeps the memory alive
+
+
+def test_copies_of_modules_are_ordinary():
+    m = net()
+    flat = fs.flatten(m)
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        with torch.no_grad():
+            twin[0].weight.fill_(9.0)
+        assert not flat.values.eq(9).any()
+        fs.flatten(twin).check_bound()
