@@ -82,6 +82,9 @@ class Mask:
 
     def __init__(self, words: Tensor, rank: Tensor, numel: int, nnz: int) -> None:
         # For the package's own use. Precondition: the four agree.
+        if not torch.compiler.is_compiling() and words.is_inference():
+            with torch.inference_mode(False):  # a mask outlives the mode: autograd saves it
+                words, rank = words.clone(), rank.clone()
         self.words = words
         self.rank = rank
         self.numel = numel
