@@ -12,12 +12,18 @@ from torch import nn
 from fedmap_sparse.codec import Coding
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
-from fedmap_sparse.experiments import report
+from fedmap_sparse.experiments import measures, report
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset, Split
 from fedmap_sparse.experiments.folder import Record
 from fedmap_sparse.experiments.partition import Index
-from fedmap_sparse.experiments.training import LocalTraining, evaluate, make_optimizer, share_out
+from fedmap_sparse.experiments.training import (
+    Evaluation,
+    LocalTraining,
+    evaluate,
+    make_optimizer,
+    share_out,
+)
 from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
 from fedmap_sparse.flat import flatten
 from fedmap_sparse.schedule import Schedule
@@ -42,6 +48,11 @@ class Arm:
         self.name = name
         self.config = config
         self._validation = _to(dataset.validation, device)
+        parts, held = measures.hold_out(
+            parts, dataset.train.labels.numpy(), config.holdout, config.seed
+        )
+        self._clients = measures.ClientAccuracy(dataset.train, parts, held, dataset.classes, device)
+        self._survivors: tuple[int, dict[str, int]] = (-1, {})
         self._test = dataset.test
         self._device = device
         coding = cast(Coding, config.coding)
@@ -98,23 +109,36 @@ class Arm:
         phases.clear()
         done = self.engine.round()
         with phases("evaluate"):
-            accuracy, loss = evaluate(self.server.params.module, self._validation)
+            module = self.server.params.module
+            found = evaluate(module, self._validation)
+            clients = self._clients(module, self._validation, found.right)
         seconds = {**phases, "save": saving}
         seconds["total"] = perf_counter() - start + saving
-        return self._record(done, accuracy, loss, seconds)
+        return self._record(done, found, clients, seconds)
+
+    def layers(self) -> dict[str, int]:
+        """Weights left in each prunable tensor; counted anew when the mask has changed."""
+        if self._survivors[0] != self.server.epoch:
+            found = measures.layer_survivors(self.server.layout, self.server.mask)
+            self._survivors = self.server.epoch, found
+        return self._survivors[1]
 
     def _record(
-        self, done: Round, accuracy: float, loss: float | None, seconds: dict[str, float]
+        self, done: Round, found: Evaluation, clients: dict[str, Any], seconds: dict[str, float]
     ) -> Record:
         result = done.result
+        layout, survivors = self.server.layout, self.layers()
         return {
             "arm": self.name,
             "round": result.round,
-            "accuracy": accuracy,
-            "loss": loss,
+            "accuracy": found.accuracy,
+            "loss": found.loss,
+            "clients": clients,
             "train_loss": result.loss,
             "density": self.server.params.density,
             "keep": self.server.mask.nnz,
+            "layers": {e.name: survivors[e.name] / e.numel for e in layout.prunable_entries},
+            "starving": measures.starving(layout, survivors),
             "lr": self.config.learning_rate(result.round),
             "uplink_bytes": done.uplink_bytes,
             "downlink_bytes": done.downlink_bytes,
@@ -127,12 +151,15 @@ class Arm:
 
     def summary(self, records: list[Record]) -> dict[str, Any]:
         """The arm's result; this is where test data are looked at."""
-        accuracy, loss = evaluate(self.server.params.module, _to(self._test, self._device))
+        found = evaluate(self.server.params.module, _to(self._test, self._device))
         phases = report.phases(records)
         return {
-            "accuracy": accuracy,
-            "loss": loss,
-            "validation_accuracy": records[-1]["accuracy"],
+            "accuracy": found.accuracy,
+            "loss": found.loss,
+            **measures.over_rounds([r["accuracy"] for r in records]),
+            "clients": {**records[-1]["clients"], "on": self._clients.on},
+            "layers": records[-1]["layers"],
+            "starving": list(records[-1]["starving"].values()),
             "density": self.server.params.density,
             "survivors": self.server.mask.nnz,
             "prunable": self.server.layout.eligible,

@@ -103,6 +103,13 @@ class Config:
         needs=("partition", ("pathological",)),
         fill=2,
     )
+    holdout: float = option(
+        0.0,
+        "federation",
+        "share of its samples that each client holds out, to measure the global model on",
+        least=0,
+        most=0.5,
+    )
     server_optimizer: str = option(
         "fedavg",
         "federation",

@@ -2,14 +2,16 @@
 
 Every data set has three splits. Training is what clients share out; validation is where schedules
 and rates are chosen; test is reported once, at the end. Where a source has no validation split, it
-is the last tenth of each class of its training images, in file order: no seed, so that every run
-and every machine has the same one.
+is a tenth of each class of its training images, drawn with a seed of its own, so that every run and
+every machine has the same one. Fashion-MNIST's files are in a random order, so there it is the last
+tenth of each class.
 """
 
 import gzip
 import hashlib
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,7 +173,8 @@ def read_fashion_mnist(folder: Path) -> tuple[Array, Array, Array, Array]:
 def hold_out(labels: Array, share: int) -> tuple[Index, Index]:
     """Indices that stay and indices held out: of each class the last 1/``share``, at least one.
 
-    Both are ascending. A class of one sample keeps it.
+    Both are ascending. A class of one sample keeps it. For Fashion-MNIST alone, whose files are in
+    a random order already.
     """
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -181,13 +184,28 @@ def hold_out(labels: Array, share: int) -> tuple[Index, Index]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def draw_out(
+    labels: Array, count: Callable[[int], int], rng: np.random.Generator
+) -> tuple[Index, Index]:
+    """Indices that stay and indices held out: ``count(n)`` of each class of n, drawn by ``rng``.
+
+    Both are ascending. Each class keeps at least one sample.
+    """
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held[members[: min(count(len(members)), len(members) - 1)]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 def _fashion_mnist(folder: Path, name: str, origin: str) -> Dataset:
     images, labels, test_images, test_labels = read_fashion_mnist(folder)
-    train, validation = _split(f"{folder}, train", images, labels, 10)
+    _check_split(f"{folder}, train", images, labels)
+    stay, held = hold_out(labels, 10)
     return _dataset(
         name,
-        train,
-        validation,
+        (images[stay], labels[stay]),
+        (images[held], labels[held]),
         (test_images, test_labels),
         f"Fashion-MNIST (Zalando SE, MIT licence): {origin}",
         classes=10,
@@ -224,8 +242,13 @@ def _npz(path: Path) -> Dataset:
 
 
 def _split(what: str, images: Array, labels: Array, share: int) -> tuple[Labelled, Labelled]:
+    """What stays and what is held out: of each class 1/``share``, at least one, drawn by seed 0.
+
+    Drawn, because a file may be sorted by site or time, and its tail would be another population.
+    """
     _check_split(what, images, labels)
-    stay, held = hold_out(labels, share)
+    rng = np.random.Generator(np.random.PCG64(0))
+    stay, held = draw_out(labels, lambda n: max(1, n // share), rng)
     return (images[stay], labels[stay]), (images[held], labels[held])
 
 

@@ -40,6 +40,7 @@ class Lines(Observer):
 
     def __init__(self) -> None:
         self._rounds = 0
+        self._starving: set[tuple[str, str]] = set()
 
     def begin(self, lines: list[str]) -> None:
         say(*lines)
@@ -56,7 +57,15 @@ class Lines(Observer):
             f"accuracy {record['accuracy']:.2%}  density {record['density']:.2%}  "
             f"{sent}  {record['seconds']['total']:.1f} s{_troubles(record)}"
         )
-        say(line)
+        say(line, *self._new_starving(record))
+
+    def _new_starving(self, record: Record) -> list[str]:
+        """A warning for each layer that starves since this round."""
+        new = {
+            k: v for k, v in record["starving"].items() if (record["arm"], k) not in self._starving
+        }
+        self._starving |= {(record["arm"], name) for name in new}
+        return [f"warning: {record['arm']}, round {record['round']}: {v}" for v in new.values()]
 
     def end(self, lines: list[str]) -> None:
         say(*lines)
@@ -93,12 +102,11 @@ class Bar(Lines):
             f"{human_bytes(self._sent)}"
         )
         self._progress.update(self._task, advance=1, state=state)
+        lines = self._new_starving(record)
         if troubles := _troubles(record):
-            self._progress.console.print(
-                printable(f"{record['arm']}, round {record['round']}:{troubles}"),
-                highlight=False,
-                markup=False,
-            )
+            lines.append(f"{record['arm']}, round {record['round']}:{troubles}")
+        for line in lines:
+            self._progress.console.print(printable(line), highlight=False, markup=False)
 
     def end(self, lines: list[str]) -> None:
         self.close()

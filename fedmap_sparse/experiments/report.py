@@ -79,6 +79,19 @@ def closing(summary: Summary) -> list[str]:
             "validation accuracy",
             *(f"{arm['validation_accuracy']:.2%}" for arm in summary.values()),
         ],
+        [
+            "its mean over the last 3 rounds",
+            *(f"{arm['validation_last_mean']:.2%}" for arm in summary.values()),
+        ],
+        [
+            "its best, in round",
+            *(
+                f"{arm['validation_best']:.2%}, {arm['validation_best_round']}"
+                for arm in summary.values()
+            ),
+        ],
+        ["clients' mean accuracy", *(_client(arm, "mean") for arm in summary.values())],
+        ["worst client's", *(_client(arm, "worst") for arm in summary.values())],
         ["pruned", *(f"{1 - arm['density']:.3%}" for arm in summary.values())],
         [
             "weights left",
@@ -96,7 +109,19 @@ def closing(summary: Summary) -> list[str]:
     table = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-    return ["", *table, *_comparison(summary), *_where(summary), ""]
+    return ["", *table, *_comparison(summary), *_starving(summary), *_where(summary), ""]
+
+
+def _client(arm: dict[str, Any], key: str) -> str:
+    value = arm["clients"][key]
+    return "unknown" if value is None else f"{value:.2%}"
+
+
+def _starving(summary: Summary) -> list[str]:
+    lines = [
+        f"warning: {_NAMES[n]}: {line}" for n, arm in summary.items() for line in arm["starving"]
+    ]
+    return ["", *lines] if lines else []
 
 
 def _comparison(summary: Summary) -> list[str]:
@@ -125,7 +150,7 @@ def _where(summary: Summary) -> list[str]:
 
 
 def curves(records: list[Record]) -> bytes:
-    """Accuracy, density and cumulated bytes over rounds, as a PNG picture.
+    """Accuracy, bytes so far, and density of the model and of each layer over rounds, as a PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -136,31 +161,44 @@ def curves(records: list[Record]) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    accuracy, density, sent = figure.subplots(1, 3)
+    (accuracy, sent), (density, layers) = figure.subplots(2, 2)
     for name in dict.fromkeys(r["arm"] for r in records):
         own = [r for r in records if r["arm"] == name]
         rounds = [r["round"] + 1 for r in own]
         style: dict[str, Any] = {"color": _COLOURS[name], "label": _NAMES[name], "linewidth": 2}
         marker = "o" if len(own) == 1 else None
         accuracy.plot(rounds, [100 * r["accuracy"] for r in own], marker=marker, **style)
+        worst = [100 * r["clients"]["worst"] for r in own if r["clients"]["worst"] is not None]
+        if len(worst) == len(own):
+            worst_style = {**style, "linewidth": 1, "label": f"{_NAMES[name]}, worst client"}
+            accuracy.plot(rounds, worst, linestyle="--", marker=marker, **worst_style)
         density.step(rounds, [100 * r["density"] for r in own], where="mid", marker=marker, **style)
         total = accumulate(r["uplink_bytes"] + r["downlink_bytes"] for r in own)
         sent.plot(rounds, [b / 1e6 for b in total], marker=marker, **style)
+    first = [r for r in records if r["arm"] == records[0]["arm"]]
+    for layer in first[0]["layers"]:
+        shares = [100 * r["layers"][layer] for r in first]
+        layers.step([r["round"] + 1 for r in first], shares, where="mid", label=layer)
+    layers.set_title(f"density of each layer, {_NAMES[first[0]['arm']]}, %")
+    # Logarithmic from a thousandth on, so that a layer with nothing left is in the picture too.
+    layers.set_yscale("symlog", linthresh=0.1)
+    layers.set_ylim(0, 120)
     accuracy.set_title("validation accuracy, %")
     density.set_title("density: weights left, %")
     density.set_ylim(0, 105)
     sent.set_title("bytes sent so far, both ways, MB")
     sent.set_ylim(bottom=0)
-    for axes in (accuracy, density, sent):
+    for axes in (accuracy, density, sent, layers):
         axes.set_xlabel("rounds")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False)
+        if len(first[0]["layers"]) <= 12 or axes is not layers:
+            axes.legend(frameon=False, fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,16 +106,25 @@ def share_out(split: Split, parts: list[Index], device: torch.device) -> dict[Cl
     }
 
 
+class Evaluation(NamedTuple):
+    """Accuracy, mean cross-entropy (None where it is not finite), and which samples were right."""
+
+    accuracy: float
+    loss: float | None
+    right: Tensor
+
+
 @torch.no_grad()
-def evaluate(module: nn.Module, split: Split) -> tuple[float, float | None]:
-    """Accuracy and mean cross-entropy (None where it is not finite) over held-out samples."""
+def evaluate(module: nn.Module, split: Split) -> Evaluation:
+    """How a module does on held-out samples, in evaluation mode."""
     module.eval()
-    right, total = 0, 0.0
+    right, total = [], 0.0
     for images, labels in zip(
         split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
     ):
         logits: Tensor = module(images)
-        right += int((logits.argmax(1) == labels).sum())
+        right.append(logits.argmax(1) == labels)
         total += F.cross_entropy(logits, labels, reduction="sum").item()
+    found = torch.cat(right)
     loss = total / len(split)
-    return right / len(split), loss if math.isfinite(loss) else None
+    return Evaluation(int(found.sum()) / len(split), loss if math.isfinite(loss) else None, found)

@@ -147,7 +147,7 @@ def test_the_model_file_is_a_state_dict_with_the_survivors(tmp_path: Path) -> No
     summary = runner.run(config)
     model = mlp((1, 8, 8), 10)
     model.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
-    accuracy, loss = training.evaluate(model, load("digits").test)
+    accuracy, loss, _ = training.evaluate(model, load("digits").test)
     assert accuracy == summary["fedmap"]["accuracy"]
     assert loss == pytest.approx(summary["fedmap"]["loss"])
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
@@ -390,7 +390,7 @@ def test_validation_each_round_and_test_once(
     seen = []
     evaluate = training.evaluate
 
-    def spy(module: nn.Module, split: Split) -> tuple[float, float | None]:
+    def spy(module: nn.Module, split: Split) -> training.Evaluation:
         seen.append(len(split))
         return evaluate(module, split)
 
