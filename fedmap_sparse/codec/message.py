@@ -117,9 +117,10 @@ class Message:
 
     @cached_property
     def _bound(self) -> float:
-        if self.base is None and self.mask.device == values.CPU:
-            return values.bound(self._values)
-        return values.peak(self.packed)
+        decoded = "packed" in self.__dict__
+        if decoded or self.base is not None or self.mask.device != values.CPU:
+            return values.peak(self.packed)
+        return values.bound(self._values)
 
     def within(self, limit: float) -> bool:
         """Whether all values and the tail are finite and of magnitude `limit` at most.

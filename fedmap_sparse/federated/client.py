@@ -119,8 +119,8 @@ class FedMapClient(saved.BytesState):
         """Take a broadcast or a snapshot: weights (+0.0 where pruned), tail, buffers and mask.
 
         Returns:
-            The decoded message; `.round` and `.meta` (with "lr") may be of use. Its tensors view
-            `data`.
+            The decoded message; its round and its `meta` (with "lr") may be of use. Its tensors
+            view `data`.
 
         Raises:
             NeedsMask: it builds on a mask that this client lacks.
