@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
-.PHONY: help run test test-gpu-free test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
+.PHONY: help run test test-gpu-free test-engines test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ test: lint ## lint, types and every test
 
 test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, whole; make test runs a selection
 	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
+
+test-engines: $(VENV)/engines.stamp ## torch.distributed, Flower's processes on loopback, NVFlare's simulator: some minutes
+	FEDMAP_SPARSE_ENGINES=1 $(BIN)/python -m pytest tests/engines --timeout 900 $(TEST_ARGS)
 
 test-crash: $(VENV)/dev.stamp ## kill, starve and interrupt CRASHES runs (50), and resume each to the same bits
 	$(BIN)/python tests/experiments/crashes.py $(or $(CRASHES),50)
@@ -64,6 +67,10 @@ clean: ## remove .venv and what builds left
 
 $(VENV)/run.stamp: $(BUILD_INPUTS)
 	tools/venv.sh $(VENV) experiments
+	touch $@
+
+$(VENV)/engines.stamp: $(VENV)/dev.stamp
+	tools/venv.sh $(VENV) test,dev,engines
 	touch $@
 
 # The larger set of packages holds the smaller, so that `make run` after it has nothing to do.
