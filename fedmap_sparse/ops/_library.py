@@ -32,6 +32,8 @@ _transforms: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpre
 _bypass = None not in (native, _modes, _tracing, _profiling)
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _overridden = torch.overrides.has_torch_function
+_compiling = torch.compiler.is_dynamo_compiling
+_increment_version = torch.autograd.graph.increment_version
 
 
 def direct(first: Any, backend: str | None) -> bool:
@@ -42,7 +44,7 @@ def direct(first: Any, backend: str | None) -> bool:
     arguments are for C++ to judge (`Op.attempt`).
     """
     return (
-        not torch.compiler.is_dynamo_compiling()
+        not _compiling()
         and _bypass
         and type(first) in _ORDINARY
         and first.is_cpu
@@ -57,7 +59,9 @@ def follows(t: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a function transform (`torch.func.vmap`, `grad`) is active."""
+    """Whether a transform of torch.func is active, outside of a graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        return False
     return _transforms is not None and _transforms() is not None
 
 
@@ -128,7 +132,7 @@ class Op:
         """A graph that saved what these tensors held raises in its backward, as in torch."""
         changed = [args[i] for i in self._changed if args[i] is not None]
         if changed:
-            torch.autograd.graph.increment_version(changed)
+            _increment_version(changed)
 
     @property
     def overloads(self) -> list[Any]:
@@ -144,9 +148,9 @@ class Op:
 
         It declines unless all are plain CPU tensors that fit. Only where `direct` was true.
         """
-        result = self._cpu(*args, attempt=True)  # type: ignore[misc]  # `direct` says it is there
-        if result is not None and self._changed:
-            self._bump_versions(args)
+        result = self._cpu(*args, True)  # type: ignore[misc]  # `direct` says that it is there
+        if self._changed and result is not None:
+            _increment_version([args[i] for i in self._changed if args[i] is not None])
         return result
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:

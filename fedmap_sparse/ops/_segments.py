@@ -207,8 +207,10 @@ def step_cpu(kernel: str) -> Callable[..., Any]:
         numel: int,
         nnz: int,
         *rest: Any,
-        attempt: bool = False,
     ) -> Any:
+        # An attempt's last argument is True; else it is the masters, a tensor or None.
+        attempt = rest[-1] is True
+        rest = rest[:-1] if attempt else rest
         threads = _backends.threads()
         return getattr(native, kernel)(values, words, rank, numel, *rest, threads, attempt)
 

@@ -89,8 +89,8 @@ def _finite(fill: Callable[..., Tensor | int | None]) -> Callable[..., int | Non
     Inside of the op: to return the count as a tensor and read it took 3 us of 14.
     """
 
-    def run(*args: Any, **attempt: bool) -> int | None:
-        counted = fill(*args, **attempt)
+    def run(*args: Any) -> int | None:
+        counted = fill(*args)
         if counted is None:
             return None
         if bad := int(counted):

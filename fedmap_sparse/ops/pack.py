@@ -192,7 +192,12 @@ def pack(
     >>> fs.ops.pack(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     tensor([1., 3.])
     """
-    if direct(values, backend) and _covers(mask, values) and not (out is None and follows(values)):
+    if (
+        direct(values, backend)
+        and isinstance(mask, Mask)
+        and mask.numel == values.numel()
+        and not (out is None and follows(values))
+    ):
         target = values.new_empty(mask.nnz) if out is None else out
         if _pack_out.attempt(values, mask.words, mask.rank, target) is not None:
             return target
@@ -230,7 +235,8 @@ def unpack(
     """
     if (
         direct(packed, backend)
-        and (isinstance(mask, Mask) if out is None else _covers(mask, out))
+        and isinstance(mask, Mask)
+        and (out is None or (isinstance(out, Tensor) and out.numel() == mask.numel))
         and not (out is None and follows(packed))
     ):
         target = packed.new_empty(mask.numel) if out is None else out
@@ -239,11 +245,6 @@ def unpack(
     packed = _row_major(packed)
     _unpack_out.check(packed=packed, mask=mask, out=out)
     return _run(_unpack, _unpack_out, packed, mask, mask.numel, out, backend)
-
-
-def _covers(mask: object, dense: object) -> bool:
-    """Whether the mask is over as many elements as `dense` has: C++ sees no more than its words."""
-    return isinstance(mask, Mask) and isinstance(dense, Tensor) and mask.numel == dense.numel()
 
 
 def _row_major(source: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ def _run(
         where = (source, mask.words, mask.rank, size)
         result = _Linear.apply(*where, fresh, adjoint, backend)  # type: ignore[no-untyped-call]
         return result
-    if out is None and follows(source):
+    if out is None and (follows(source) or torch.compiler.is_compiling()):
         result = fresh(source, mask.words, mask.rank, size, backend=backend)
         return result
     if out is None:

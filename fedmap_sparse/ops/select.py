@@ -65,30 +65,19 @@ def _mask_cpu(
     keep: int,
     attempt: bool = False,
 ) -> list[Tensor] | None:
-    made = [unfilled_cpu(v.numel()) for v in values]
-    words, ranks = [m[0] for m in made], [m[1] for m in made]
-    if keep == 0:
-        if attempt:
-            return None
-        for t in (*words, *ranks):
-            t.zero_()
-    elif _select(values, within, eligible, keep, words, ranks, attempt) is None:
-        return None
-    return words + ranks
-
-
-def _select(
-    values: Sequence[Tensor],
-    within: Sequence[Tensor | None],
-    eligible: int,
-    keep: int,
-    words: list[Tensor],
-    ranks: list[Tensor],
-    attempt: bool,
-) -> int | None:
     threads = _backends.threads()
-    key: int | None = native.select(values, within, eligible, keep, words, ranks, threads, attempt)
-    return key
+    if attempt:  # of one tensor, and something to keep
+        words, rank = unfilled_cpu(values[0].numel())
+        done = native.select(values, within, eligible, keep, (words,), (rank,), threads, True)
+        return None if done is None else [words, rank]
+    made = [unfilled_cpu(v.numel()) for v in values]
+    every, ranks = [m[0] for m in made], [m[1] for m in made]
+    if keep == 0:
+        for t in (*every, *ranks):
+            t.zero_()
+    else:
+        native.select(values, within, eligible, keep, every, ranks, threads, False)
+    return every + ranks
 
 
 def _mask_fake(
@@ -112,7 +101,8 @@ def _threshold_cpu(
     keep: int,
     attempt: bool = False,
 ) -> Tensor | None:
-    key = _select(values, within, eligible, keep, [], [], attempt)
+    threads = _backends.threads()
+    key = native.select(values, within, eligible, keep, [], [], threads, attempt)
     if key is None:
         return None
     bits = torch.int32 if values[0].dtype == torch.float32 else torch.int16

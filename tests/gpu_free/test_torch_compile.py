@@ -56,12 +56,10 @@ def test_opcheck(rung: Any) -> None:
     packed = ops.pack(values, mask, backend="reference")
     library, check = torch.ops.fedmap_sparse, torch.library.opcheck
     tests = ("test_schema", "test_faketensor")
-    check(
-        library.pack.default, (values, mask.words, mask.rank, mask.nnz, "triton"), test_utils=tests
-    )
-    check(library.unpack.default, (packed, mask.words, mask.rank, 500, "triton"), test_utils=tests)
-    check(library.magnitude_mask.default, ([values], [None], 500, 50, "triton"), test_utils=tests)
+    check(library.pack.triton, (values, mask.words, mask.rank, mask.nnz), test_utils=tests)
+    check(library.unpack.triton, (packed, mask.words, mask.rank, 500), test_utils=tests)
+    check(library.magnitude_mask.triton, ([values], [None], 500, 50), test_utils=tests)
     out = torch.empty(500, dtype=torch.float16)
-    check(library.cast_out.default, (values, out, "triton"), test_utils=tests)
-    parent = (mask.words, mask.rank, 500, mask.nnz, "triton")
-    check(library.extract.default, (mask.words, *parent), test_utils=tests)
+    check(library.cast_out.triton, (values, out), test_utils=tests)
+    parent = (mask.words, mask.rank, 500, mask.nnz)
+    check(library.extract.triton, (mask.words, *parent), test_utils=tests)
