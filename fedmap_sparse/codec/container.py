@@ -132,10 +132,12 @@ class Section:
     offset: int = 0
 
     @staticmethod
-    def make(id: int, dtype: int, count: int, payload: Buffer | Tensor, **fields: Any) -> Section:
+    def make(
+        number: int, dtype: int, count: int, payload: Buffer | Tensor, **fields: Any
+    ) -> Section:
         """A section to write; a tensor's memory is viewed, not copied."""
         view = tensor_bytes(payload) if isinstance(payload, Tensor) else memoryview(payload)
-        return Section(id, dtype, count, view, crc=crc32c(view), **fields)
+        return Section(number, dtype, count, view, crc=crc32c(view), **fields)
 
     @property
     def ignorable(self) -> bool:

@@ -39,15 +39,15 @@ def delta_section(
     return _write(Id.DELTA, kept, runs, nnz, parent.digest(), coding)
 
 
-def _write(id: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding: Coding) -> Section:
+def _write(kind: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding: Coding) -> Section:
     raw = 4 * num_words(bits.numel)
     if coding == "entropy" and raw:
         coded = entropy.encode_mask(bits.words, runs, nnz, raw - 1)
         if coded is not None:
             (payload,) = to_host([coded])
-            return Section.make(id, Wire.BIT, bits.numel, payload, encoding=RANS, parent=parent)
+            return Section.make(kind, Wire.BIT, bits.numel, payload, encoding=RANS, parent=parent)
     (payload,) = to_host([bits.words.view(torch.uint8)])
-    return Section.make(id, Wire.BIT, bits.numel, payload, parent=parent)
+    return Section.make(kind, Wire.BIT, bits.numel, payload, parent=parent)
 
 
 def _full_runs(layout: FlatLayout) -> Runs:

@@ -81,14 +81,14 @@ class Quantized:
         return torch.cat([t.view(torch.uint8) for t in (self.scales, self.codes)])
 
 
-def write(id: Id, values: Tensor, coding: Coding = "raw") -> Section:
+def write(kind: Id, values: Tensor, coding: Coding = "raw") -> Section:
     """A section of the elements of a CPU tensor, whose memory it views unless it is coded."""
     wire = WIRE_OF_TORCH[values.dtype]
     if coding == "entropy" and values.numel():
         coded = entropy.encode_values(values, values.nbytes - 1)
         if coded is not None:
-            return Section.make(id, wire, values.numel(), coded, encoding=RANS)
-    return Section.make(id, wire, values.numel(), values)
+            return Section.make(kind, wire, values.numel(), coded, encoding=RANS)
+    return Section.make(kind, wire, values.numel(), values)
 
 
 def write_model(packed: Tensor | Quantized, tail: Tensor, coding: Coding) -> list[Section]:
@@ -122,9 +122,9 @@ def _bytes(t: Tensor | Quantized) -> Tensor:
     return t.payload() if isinstance(t, Quantized) else t.detach().reshape(-1).view(torch.uint8)
 
 
-def _floats(id: Id, values: Tensor, payload: Tensor, encoding: int) -> Section:
+def _floats(kind: Id, values: Tensor, payload: Tensor, encoding: int) -> Section:
     wire = WIRE_OF_TORCH[values.dtype]
-    return Section.make(id, wire, values.numel(), payload, encoding=encoding)
+    return Section.make(kind, wire, values.numel(), payload, encoding=encoding)
 
 
 def _int8(values: Quantized, payload: Tensor) -> Section:
@@ -289,7 +289,7 @@ def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Sectio
         wanted = [b.name for b in layout.buffers]
         raise ValueError(f"buffers: expected {wanted}, got {list(buffers)}")
     sections = []
-    for kind, (id, dtypes) in _BUFFERS.items():
+    for kind, (number, dtypes) in _BUFFERS.items():
         entries = _of_kind(layout, kind)
         tensors = [torch.as_tensor(buffers[b.name]).detach() for b in entries]
         for b, t in zip(entries, tensors, strict=True):
@@ -300,7 +300,7 @@ def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Sectio
         wide = any(t.dtype == torch.float64 for t in tensors)
         dtype = TORCH_OF_WIRE[dtypes[-1] if wide else dtypes[0]]
         flat = torch.cat([t.reshape(-1).to(tensors[0].device, dtype) for t in tensors])
-        sections.append(write(id, flat.cpu()))
+        sections.append(write(number, flat.cpu()))
     return sections
 
 
@@ -311,14 +311,14 @@ def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[st
         FormatError: a section that is missing, or that the layout does not ask for.
     """
     flat = {}
-    for kind, (id, dtypes) in _BUFFERS.items():
+    for kind, (number, dtypes) in _BUFFERS.items():
         count = sum(_numel(b) for b in _of_kind(layout, kind))
-        section = sections.get(id)
+        section = sections.get(number)
         if (section is None) is (count > 0):
             got = "none" if section is None else "one"
             at = 0 if section is None else section.offset
             raise FormatError(
-                f"{count} elements of {kind} buffers, got {got} section {id.name}", at
+                f"{count} elements of {kind} buffers, got {got} section {number.name}", at
             )
         if section is None:
             flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]])

@@ -111,9 +111,9 @@ class InProcessEngine:
         self.seed = seed
         self.phases = Phases() if phases is None else phases
 
-    def draw(self, round: int, attempt: int = 0) -> tuple[list[ClientId], set[ClientId]]:
+    def draw(self, at_round: int, attempt: int = 0) -> tuple[list[ClientId], set[ClientId]]:
         """The cohort of a round, ascending, and those of it that will not answer."""
-        return draw(self.clients, round, self.cohort, self.dropout, self.seed, attempt)
+        return draw(self.clients, at_round, self.cohort, self.dropout, self.seed, attempt)
 
     def round(self) -> Round:
         """One round, from `begin_round` to `aggregate`, in at most `attempts` draws.
@@ -230,7 +230,7 @@ def check_draw(clients: int, cohort: int | None, dropout: float) -> int:
 
 def draw(
     clients: Iterable[ClientId],
-    round: int,
+    at_round: int,
     cohort: int,
     dropout: float,
     seed: int,
@@ -241,7 +241,7 @@ def draw(
     It depends on the arguments alone, so that every process of a run can draw it. The first draw
     of a round is from (seed, 0, round), further ones from (seed, 0, round, attempt).
     """
-    rng = generator(seed, 0, round, *([attempt] if attempt else []))
+    rng = generator(seed, 0, at_round, *([attempt] if attempt else []))
     ids = sorted(clients)
     chosen = [ids[i] for i in np.sort(rng.permutation(len(ids))[:cohort])]
     silent = rng.random(cohort) < dropout
