@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedmap_sparse.codec import Coding
+from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.experiments import measures, report
@@ -64,6 +65,7 @@ class Arm:
             min_updates=config.min_updates,
             server_optimizer=config.make_server_optimizer(),
             coding=coding,
+            max_samples=MAX_INTEGER,  # the clients are our own: a mean by their true samples
         )
         local = flatten(copy.deepcopy(template))
         make = make_optimizer(config)
