@@ -146,6 +146,61 @@ static int64_t add(const double* sums, const Group<T>& group, double total, int6
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+
+// Elements at once: their sums are half of the registers.
+constexpr int kAtOnce = 32;
+
+template <class T>
+inline void values(const Group<T>& group, int c, int64_t i, float32x4_t (&x)[2]) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    const int16x8_t codes = vmovl_s8(vld1_s8(group.payload[c] + i));
+    x[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(codes))) * group.scale[c];
+    x[1] = vcvtq_f32_s32(vmovl_high_s16(codes)) * group.scale[c];
+  } else {
+    x[0] = load(group.payload[c] + i);
+    x[1] = load(group.payload[c] + i + 4);
+  }
+}
+
+template <class T, class Out>
+static int64_t add(const double* sums, const Group<T>& group, double total, int64_t n, Out* out) {
+  int64_t i = 0;
+  uint32x4_t bad = vdupq_n_u32(0);
+  for (; i + kAtOnce <= n; i += kAtOnce) {
+    float64x2_t sum[kAtOnce / 2];
+    for (int k = 0; k < kAtOnce / 2; ++k)
+      sum[k] = sums ? vld1q_f64(sums + i + 2 * k) : vdupq_n_f64(0);
+    for (int c = 0; c < group.count; ++c) {
+      const double weight = group.weight[c];
+#pragma GCC unroll 4
+      for (int k = 0; k < kAtOnce / 2; k += 4) {
+        float32x4_t x[2];
+        values(group, c, i + 2 * k, x);
+        sum[k] += weight * vcvt_f64_f32(vget_low_f32(x[0]));
+        sum[k + 1] += weight * vcvt_high_f64_f32(x[0]);
+        sum[k + 2] += weight * vcvt_f64_f32(vget_low_f32(x[1]));
+        sum[k + 3] += weight * vcvt_high_f64_f32(x[1]);
+      }
+    }
+    for (int k = 0; k < kAtOnce / 2; k += 2) {
+      if constexpr (std::is_same_v<Out, double>) {
+        vst1q_f64(out + i + 2 * k, sum[k]);
+        vst1q_f64(out + i + 2 * k + 2, sum[k + 1]);
+      } else {
+        const float32x4_t mean =
+            vcombine_f32(shorten<Out>(sum[k] / total), shorten<Out>(sum[k + 1] / total));
+        bad = vsubq_u32(bad, not_finite<Out>(mean));
+        store(out + i + 2 * k, mean);
+      }
+    }
+  }
+  return vaddvq_u32(bad) + scalar::add_from(i, sums, group, total, n, out);
+}
+
+} // namespace neon
 #endif
 
 namespace {

@@ -92,30 +92,14 @@ static uint32_t checksum(const uint8_t* data, int64_t nbytes, uint32_t crc) {
 FEDMAP_TARGET_AVX2
 namespace avx2 {
 
-// The instruction gives a result three cycles later but takes a new operand every cycle: three
-// stretches at once, joined by what appends a stretch of zeros.
-template <int64_t kStretch>
-static uint32_t three_stretches(const uint8_t*& data, int64_t& nbytes, uint32_t crc) {
-  static const Multiplier append(power_of_bytes(kStretch));
-  for (; nbytes >= 3 * kStretch; nbytes -= 3 * kStretch, data += 3 * kStretch) {
-    uint64_t first = crc, second = 0, third = 0;
-    for (int64_t i = 0; i < kStretch; i += 8) {
-      first = _mm_crc32_u64(first, load_64(data + i));
-      second = _mm_crc32_u64(second, load_64(data + kStretch + i));
-      third = _mm_crc32_u64(third, load_64(data + 2 * kStretch + i));
-    }
-    crc = append(append(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second)) ^
-          static_cast<uint32_t>(third);
-  }
-  return crc;
+static uint64_t append_8(uint64_t crc, uint64_t bytes) {
+  return _mm_crc32_u64(crc, bytes);
 }
 
+#include "codec/crc32c_body.h"
+
 static uint32_t checksum(const uint8_t* data, int64_t nbytes, uint32_t crc) {
-  crc = three_stretches<4096>(data, nbytes, crc);
-  crc = three_stretches<256>(data, nbytes, crc);
-  for (; nbytes >= 8; nbytes -= 8, data += 8)
-    crc = static_cast<uint32_t>(_mm_crc32_u64(crc, load_64(data)));
-  return scalar::checksum(data, nbytes, crc);
+  return checksum_by_instruction(data, nbytes, crc);
 }
 
 } // namespace avx2
@@ -124,6 +108,24 @@ FEDMAP_TARGET_END
 namespace avx512 {
 using avx2::checksum;
 } // namespace avx512
+
+#elif FEDMAP_ARM64
+namespace neon {
+
+// In assembly, because compilers offer it only to files that are compiled for such processors.
+static uint64_t append_8(uint64_t crc, uint64_t bytes) {
+  __asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(crc) : "r"(bytes));
+  return crc;
+}
+
+#include "codec/crc32c_body.h"
+
+static uint32_t checksum(const uint8_t* data, int64_t nbytes, uint32_t crc) {
+  return has_arm_crc32() ? checksum_by_instruction(data, nbytes, crc)
+                         : scalar::checksum(data, nbytes, crc);
+}
+
+} // namespace neon
 #endif
 
 uint32_t crc32c(const void* data, int64_t nbytes, uint32_t crc, int threads) {

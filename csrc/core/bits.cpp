@@ -49,6 +49,26 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
 } // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+namespace {
+
+int64_t count_bits(const uint32_t* words, int64_t count) {
+  int64_t bits = 0, j = 0;
+  while (j + 4 <= count) {
+    // A byte of the sums has room for the counts of 31 vectors.
+    const int64_t end = std::min(count / 4 * 4, j + 4 * 31);
+    uint8x16_t sums = vdupq_n_u8(0);
+    for (; j < end; j += 4)
+      sums = vaddq_u8(sums, vcntq_u8(vreinterpretq_u8_u32(vld1q_u32(words + j))));
+    bits += vaddlvq_u8(sums);
+  }
+  return bits + scalar::count_bits(words + j, count - j);
+}
+
+} // namespace
+} // namespace neon
 #endif
 
 int64_t count_bits(const uint32_t* words, int64_t count) {

@@ -157,6 +157,12 @@ static const char* probe() {
 }
 } // namespace avx512
 FEDMAP_TARGET_END
+#elif FEDMAP_ARM64
+namespace neon {
+static const char* probe() {
+  return "neon";
+}
+} // namespace neon
 #endif
 
 const char* isa_probe() {

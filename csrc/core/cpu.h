@@ -57,7 +57,7 @@
 #define FEDMAP_DISPATCH(...)                                                                       \
   ::fedmap::choose(&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
 #elif FEDMAP_ARM64
-#define FEDMAP_DISPATCH(...) (&scalar::__VA_ARGS__)
+#define FEDMAP_DISPATCH(...) ::fedmap::choose(&scalar::__VA_ARGS__, &neon::__VA_ARGS__)
 #else
 #define FEDMAP_DISPATCH(...) (&scalar::__VA_ARGS__)
 #endif

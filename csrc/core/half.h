@@ -267,6 +267,55 @@ inline __m256 shorten(__m512d x) {
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+
+inline float32x4_t load(const float* src) {
+  return vld1q_f32(src);
+}
+inline float32x4_t load(const Float16* src) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&src->bits)));
+}
+inline float32x4_t load(const Bfloat16* src) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&src->bits), 16));
+}
+
+inline uint16x4_t narrow(float32x4_t x, const Float16*) {
+  const uint16x4_t half = vreinterpret_u16_f16(vcvt_f16_f32(x));
+  const uint16x4_t number = vmovn_u32(vceqq_f32(x, x));
+  return vbsl_u16(number, half, vdup_n_u16(0x7e00));
+}
+inline uint16x4_t narrow(float32x4_t x, const Bfloat16*) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(x);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint16x4_t half = vaddhn_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+  return vbsl_u16(vmovn_u32(vceqq_f32(x, x)), half, vdup_n_u16(0x7fc0));
+}
+
+inline void store(float* dst, float32x4_t x) {
+  vst1q_f32(dst, x);
+}
+template <class T>
+inline void store(T* dst, float32x4_t x) {
+  vst1_u16(&dst->bits, narrow(x, dst));
+}
+
+// All ones in the lanes that are NaN or infinite once in T.
+template <class T>
+inline uint32x4_t not_finite(float32x4_t x) {
+  const uint32x4_t magnitude = vreinterpretq_u32_f32(vabsq_f32(x));
+  return vcgeq_u32(magnitude, vdupq_n_u32(kOverflowBits<T>));
+}
+
+template <class T>
+inline float32x2_t shorten(float64x2_t x) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return vcvt_f32_f64(x);
+  return vcvtx_f32_f64(x); // the instruction for it: to odd
+}
+
+} // namespace neon
 #endif
 
 } // namespace fedmap

@@ -143,6 +143,10 @@ namespace avx512 {
 FEDMAP_LOOPS
 } // namespace avx512
 FEDMAP_TARGET_END
+#elif FEDMAP_ARM64
+namespace neon {
+FEDMAP_LOOPS
+} // namespace neon
 #endif
 #undef FEDMAP_LOOPS
 

@@ -292,6 +292,12 @@ static bool decode(int streams, uint8_t* const nibbles[], int64_t steps, const R
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+using scalar::decode;
+using scalar::encode;
+} // namespace neon
 #endif
 
 void rans_encode(const uint8_t* nibbles, int64_t steps, const RansTable& table, RansWriter* out) {

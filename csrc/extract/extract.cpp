@@ -226,6 +226,12 @@ namespace avx512 {
 using avx2::deposit;
 using avx2::extract;
 } // namespace avx512
+
+#elif FEDMAP_ARM64
+namespace neon {
+using scalar::deposit;
+using scalar::extract;
+} // namespace neon
 #endif
 
 void extract(const uint32_t* child, const uint32_t* parent, const int64_t* parent_rank,

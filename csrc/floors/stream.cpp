@@ -100,6 +100,15 @@ using avx2::inplace;
 using avx2::read;
 using avx2::touched;
 } // namespace avx512
+
+#elif FEDMAP_ARM64
+// Compilers make vectors of these loops by themselves.
+namespace neon {
+using scalar::copy;
+using scalar::inplace;
+using scalar::read;
+using scalar::touched;
+} // namespace neon
 #endif
 
 uint64_t stream_read(const void* src, int64_t nbytes, int threads) {

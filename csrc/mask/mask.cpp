@@ -208,6 +208,42 @@ Sums digest(const uint32_t* words, int64_t count, int64_t position) {
 } // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+namespace {
+
+void from_bools(const uint8_t* bools, int64_t numel, uint32_t* words) {
+  const auto is_set = [](const uint8_t* at) {
+    const uint8x16_t v = vld1q_u8(at);
+    return vtstq_u8(v, v);
+  };
+  const int64_t whole = numel / 64 * 64;
+  for (int64_t i = 0; i < whole; i += 64)
+    store_64(words + i / 32, bits_of(is_set(bools + i), is_set(bools + i + 16),
+                                     is_set(bools + i + 32), is_set(bools + i + 48)));
+  scalar::from_bools(bools + whole, numel - whole, words + whole / 32);
+}
+
+void to_bools(const uint32_t* words, int64_t numel, uint8_t* bools) {
+  const int64_t whole = numel / 32 * 32;
+  const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+  const uint8x16_t first = vcombine_u8(vdup_n_u8(0), vdup_n_u8(1));
+  const uint8x16_t second = vcombine_u8(vdup_n_u8(2), vdup_n_u8(3));
+  for (int64_t i = 0; i < whole; i += 32) {
+    const uint8x16_t word = vreinterpretq_u8_u32(vdupq_n_u32(words[i / 32]));
+    vst1q_u8(bools + i, vshrq_n_u8(vtstq_u8(vqtbl1q_u8(word, first), bit), 7));
+    vst1q_u8(bools + i + 16, vshrq_n_u8(vtstq_u8(vqtbl1q_u8(word, second), bit), 7));
+  }
+  scalar::to_bools(words + whole / 32, numel - whole, bools + whole);
+}
+
+// Compilers make vectors of the one; the other is 64-bit products, which NEON has not.
+using scalar::digest;
+using scalar::subset;
+
+} // namespace
+} // namespace neon
 #endif
 
 int64_t rank_index(const uint32_t* words, int64_t numel, int64_t* rank, int threads) {

@@ -48,12 +48,17 @@ inline void square_root(__m512& x) {
   x = _mm512_sqrt_ps(x);
 }
 FEDMAP_TARGET_END
+#elif FEDMAP_ARM64
+inline void square_root(float32x4_t& x) {
+  x = vsqrtq_f32(x);
+}
 #endif
 
 // A Rule holds one segment's hyper-parameters. It is made from (scalars, flags, states),
 // `uses(k)` tells whether it reads and writes state k, and `apply(p, g, s)` is its arithmetic, for
-// V = float, __m256 or __m512 alike: compilers give vectors the operators of float. Everything
-// goes by reference, because a vector argument outside a target region would change the ABI.
+// V = float or the vector of a level alike: compilers give vectors the operators of float.
+// Everything goes by reference, because a vector argument outside a target region would change the
+// ABI.
 #define FEDMAP_ARITHMETIC                                                                          \
   template <class V>                                                                               \
   __attribute__((always_inline)) inline void
@@ -169,6 +174,32 @@ void update(const Rule& shared_rule, const Run<T>& shared_run) {
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+
+template <class T, class Rule>
+void update(const Rule& shared_rule, const Run<T>& shared_run) {
+  const Rule rule = shared_rule; // copies, which stores cannot alias
+  const Run<T> run = shared_run;
+  int64_t i = 0;
+  for (; i + 4 <= run.n; i += 4) {
+    float32x4_t p = load(run.weights + i), g = load(run.gradient + i), s[kMaxStates] = {};
+    for (int k = 0; k < Rule::kStates; ++k)
+      if (rule.uses(k))
+        s[k] = load(run.states[k] + i);
+    rule.apply(p, g, s);
+    for (int k = 0; k < Rule::kStates; ++k)
+      if (rule.uses(k))
+        store(run.states[k] + i, s[k]);
+    store(run.weights + i, p);
+    if constexpr (!std::is_same_v<T, float>)
+      store(run.out + i, p);
+  }
+  scalar::update_from(i, rule, run);
+}
+
+} // namespace neon
 #endif
 
 // One ISA level's share of a step.

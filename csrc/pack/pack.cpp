@@ -115,6 +115,22 @@ static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* d
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+// No store of baseline ARM goes past the cache for sure: kStream changes nothing.
+namespace neon {
+
+template <bool>
+static void copy_lines(const char* from, char* to, int64_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+
+template <class T, bool>
+static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
+  unpack_block(packed, words, n, dst);
+}
+
+} // namespace neon
 #endif
 
 namespace {

@@ -241,6 +241,9 @@ static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
 
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+#include "quantize/quantize_neon.h"
 #endif
 
 namespace {

@@ -94,6 +94,40 @@ void zero_pruned(T* values, const uint32_t* before, const uint32_t* after, int64
 } // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+namespace {
+
+// Clears the lanes of 32 elements whose bits are set.
+void clear(uint32_t* values, uint32_t gone) {
+  static constexpr uint32_t kFirst[4] = {1, 2, 4, 8};
+  uint32x4_t bit = vld1q_u32(kFirst);
+  const uint32x4_t word = vdupq_n_u32(gone);
+  for (int k = 0; k < 32; k += 4, bit = vshlq_n_u32(bit, 4))
+    vst1q_u32(values + k, vbicq_u32(vld1q_u32(values + k), vtstq_u32(word, bit)));
+}
+void clear(uint16_t* values, uint32_t gone) {
+  static constexpr uint16_t kFirst[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  const uint16x8_t bit = vld1q_u16(kFirst);
+  for (int k = 0; k < 32; k += 8) {
+    const uint16x8_t word = vdupq_n_u16(static_cast<uint16_t>(gone >> k & 0xff));
+    vst1q_u16(values + k, vbicq_u16(vld1q_u16(values + k), vtstq_u16(word, bit)));
+  }
+}
+
+template <class T>
+void zero_pruned(T* values, const uint32_t* before, const uint32_t* after, int64_t numel) {
+  const int64_t whole = numel / 32 * 32;
+  for (int64_t i = 0; i < whole; i += 32)
+    if (const uint32_t gone = (before ? before[i / 32] : ~0u) & ~after[i / 32])
+      clear(values + i, gone);
+  scalar::zero_pruned(values + whole, before ? before + whole / 32 : before, after + whole / 32,
+                      numel - whole);
+}
+
+} // namespace
+} // namespace neon
 #endif
 
 namespace {

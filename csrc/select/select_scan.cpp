@@ -346,6 +346,9 @@ using avx2::locate;
 } // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+#include "select/select_scan_neon.h"
 #endif
 
 Scan scan_for(int dtype, bool count_ties) {

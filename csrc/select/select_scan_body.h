@@ -1,4 +1,4 @@
-// The scan of the two vector levels: select_scan.cpp includes this once in each one's target
+// The scan of the vector levels: select_scan.cpp includes this once in each one's target
 // region, after its `Keys`, since a template outside of the region would be compiled for no level.
 //
 // `within` is tested before the values are read, so that its empty words cost no memory.
