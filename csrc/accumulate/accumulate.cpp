@@ -46,8 +46,8 @@ static float value(const Group<T>& group, int c, int64_t i) {
 }
 
 template <class T, class Out>
-static int64_t add_from(int64_t i, const double* sums, const Group<T>& group, double total,
-                        int64_t n, Out* out) {
+[[gnu::always_inline]] inline int64_t add_from(int64_t i, const double* sums, const Group<T>& group,
+                                               double total, int64_t n, Out* out) {
   int64_t bad = 0;
   for (; i < n; ++i) {
     double sum = sums ? sums[i] : 0.0;

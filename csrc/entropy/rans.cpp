@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "core/bits.h"
 #include "core/cpu.h"
 
 namespace fedmap {
@@ -294,10 +295,7 @@ static bool decode(int streams, uint8_t* const nibbles[], int64_t steps, const R
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64
-namespace neon {
-using scalar::decode;
-using scalar::encode;
-} // namespace neon
+#include "entropy/rans_neon.h"
 #endif
 
 void rans_encode(const uint8_t* nibbles, int64_t steps, const RansTable& table, RansWriter* out) {

@@ -206,14 +206,18 @@ void update(const Rule& shared_rule, const Run<T>& shared_run) {
 template <class T, class Rule>
 struct StepKernels {
   int64_t (*count)(const uint32_t* words, int64_t n);
+  int64_t (*next_chunk)(const uint32_t* words, int64_t n);
   int64_t (*find)(const uint32_t* words, int64_t n, uint16_t* places);
   int64_t (*pack)(const T* src, const uint32_t* words, int64_t n, T* out);
+  int64_t (*pack_both)(const T* a, const T* b, const uint32_t* words, int64_t n, T* a_out,
+                       T* b_out);
   void (*unpack)(const T* packed, const uint32_t* words, int64_t n, T* dst);
   void (*update)(const Rule& rule, const Run<T>& run);
 
   static StepKernels chosen() {
-    return {FEDMAP_DISPATCH(count_block), FEDMAP_DISPATCH(find_block),
-            FEDMAP_DISPATCH(pack_block<T>), FEDMAP_DISPATCH(unpack_block<T>),
+    return {FEDMAP_DISPATCH(count_block),    FEDMAP_DISPATCH(next_chunk),
+            FEDMAP_DISPATCH(find_block),     FEDMAP_DISPATCH(pack_block<T>),
+            FEDMAP_DISPATCH(pack_both<T>),   FEDMAP_DISPATCH(unpack_block<T>),
             FEDMAP_DISPATCH(update<T, Rule>)};
   }
 };
@@ -255,8 +259,7 @@ class MaskedStep {
   // Parts of kSpan elements are stepped in one of three ways, by the density of each: whole,
   // survivor by survivor, or by chunks, whose values, gradients and packed forms stay in L1 until
   // they are unpacked. 26 M float32 on one thread of Zen 4, density .5: chunks of 512 took 9.8 ms,
-  // of 256 11.0, of 2048 13.8; packing gradients and values in one pass 10.6.
-  static constexpr int64_t kChunk = 512;
+  // of 256 11.0, of 2048 13.8; there packing gradients and values in one pass 10.6.
   static constexpr int64_t kPieceBlocks = 128;
   // Bytes for each thread. 270 k float32 at density .1 took 51 us on one thread, 54 on two of which
   // the second was awake, 112 where it had to be woken.
@@ -289,9 +292,10 @@ class MaskedStep {
       else if (count * kSparse < n)
         step_sparse(rule, gradient, values, words, n, state);
       else
-        for (int64_t i = 0; i < n; i += kChunk)
-          state += step_chunk(rule, gradient + i, values + i, words + i / 32,
-                              std::min(kChunk, n - i), state);
+        for (int64_t i = 0, size; i < n; i += size) {
+          size = k_.next_chunk(words + i / 32, n - i);
+          state += step_chunk(rule, gradient + i, values + i, words + i / 32, size, state);
+        }
     }
   }
 
@@ -301,8 +305,8 @@ class MaskedStep {
                      int64_t n, int64_t state) const {
     constexpr int64_t kRoom = kChunk + kPackSlack / sizeof(T);
     alignas(64) T packed_gradient[kRoom], packed_values[kRoom];
-    const int64_t count = k_.pack(gradient, words, n, packed_gradient);
-    k_.pack(values, words, n, packed_values);
+    const int64_t count =
+        k_.pack_both(gradient, values, words, n, packed_gradient, packed_values);
     update(rule, packed_gradient, packed_values, state, count);
     k_.unpack(packed_values, words, n, values);
     return count;

@@ -122,7 +122,8 @@ namespace neon {
 
 template <bool>
 static void copy_lines(const char* from, char* to, int64_t bytes) {
-  std::memcpy(to, from, bytes);
+  for (int64_t i = 0; i < bytes; i += 64)
+    std::memcpy(to + i, from + i, 64);
 }
 
 template <class T, bool>
@@ -218,6 +219,7 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
                 int64_t numel, void* out, int out_dtype, int threads) {
   const auto pack_block = FEDMAP_DISPATCH(pack_block<T>);
   const auto find_block = FEDMAP_DISPATCH(find_block);
+  const auto next_chunk = FEDMAP_DISPATCH(next_chunk);
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
   const bool stream =
       rank[blocks] * width >= kPastCache && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0;
@@ -238,9 +240,10 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
                           gather(from, places, count, writer.room());
                           writer.added(count);
                         } else {
-                          for (int64_t i = 0; i < n; i += kChunk)
-                            writer.added(pack_block(from + i, bits + i / 32,
-                                                    std::min(kChunk, n - i), writer.room()));
+                          for (int64_t i = 0, size; i < n; i += size) {
+                            size = next_chunk(bits + i / 32, n - i);
+                            writer.added(pack_block(from + i, bits + i / 32, size, writer.room()));
+                          }
                         }
                       }
                       writer.finish();

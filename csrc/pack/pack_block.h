@@ -45,6 +45,12 @@ inline int64_t count_block(const uint32_t* words, int64_t n) {
   return count;
 }
 
+// Of n elements, how many to move at once: a level may take more where few survive, kChunk
+// survivors at most.
+inline int64_t next_chunk(const uint32_t* /*words*/, int64_t n) {
+  return n < kChunk ? n : kChunk;
+}
+
 // Lists the survivors' places.
 inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
   int64_t at = 0;
@@ -80,6 +86,13 @@ int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
   return pack_from(0, 0, src, words, n, out);
 }
 
+// Two arrays by one mask.
+template <class T>
+int64_t pack_both(const T* a, const T* b, const uint32_t* words, int64_t n, T* a_out, T* b_out) {
+  pack_block(a, words, n, a_out);
+  return pack_block(b, words, n, b_out);
+}
+
 template <class T>
 inline void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   for (int64_t i = 0; i < n; i += 32)
@@ -104,6 +117,7 @@ inline int64_t count_block(const uint32_t* words, int64_t n) {
 }
 
 using scalar::find_block;
+using scalar::next_chunk;
 
 // A shuffle of bytes from one of 2-byte elements; 0x80 saturates and stays "zero".
 inline __m128i byte_pairs(__m128i elements) {
@@ -154,6 +168,12 @@ int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
 }
 
 template <class T>
+int64_t pack_both(const T* a, const T* b, const uint32_t* words, int64_t n, T* a_out, T* b_out) {
+  pack_block(a, words, n, a_out);
+  return pack_block(b, words, n, b_out);
+}
+
+template <class T>
 void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -173,6 +193,7 @@ FEDMAP_TARGET_AVX512
 namespace avx512 {
 
 using avx2::count_block;
+using scalar::next_chunk;
 
 // Zen 4 and 5: the zero-masked forms of compress and expand wait for their destination's old
 // value, and the forms that go to or from memory are microcoded. Merging into a register runs at
@@ -259,6 +280,12 @@ int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
 }
 
 template <class T>
+int64_t pack_both(const T* a, const T* b, const uint32_t* words, int64_t n, T* a_out, T* b_out) {
+  pack_block(a, words, n, a_out);
+  return pack_block(b, words, n, b_out);
+}
+
+template <class T>
 void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
   constexpr int kLanes = 64 / sizeof(T);
   const __m512i zero = opaque_zero();
@@ -276,114 +303,7 @@ void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64
-namespace neon {
-
-// Below one survivor in 5 they are moved one by one, by 5 instructions each; else 8 elements are
-// shuffled at once, by 9.
-constexpr int64_t kOneByOne = 5;
-
-inline int64_t count_block(const uint32_t* words, int64_t n) {
-  int64_t sums = 0, i = 0;
-  uint8x16_t counts = vdupq_n_u8(0); // of 16 vectors at most: a block has no more
-  for (; i + 128 <= n; i += 128)
-    counts = vaddq_u8(counts, vcntq_u8(vreinterpretq_u8_u32(vld1q_u32(words + i / 32))));
-  sums = vaddlvq_u8(counts);
-  return sums + scalar::count_block(words + i / 32, n - i);
-}
-
-inline int64_t find_block(const uint32_t* words, int64_t n, uint16_t* places) {
-  uint16_t* next = places;
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64)
-    for_each_set(reversed(load_64(words + i / 32)),
-                 [&](int place) { *next++ = static_cast<uint16_t>(i + place); });
-  for (; i < n; i += 32)
-    for (uint32_t word = words[i / 32] & low_bits(n - i); word; word &= word - 1)
-      *next++ = static_cast<uint16_t>(i + __builtin_ctz(word));
-  return next - places;
-}
-
-// 8 elements by a row of kShuffles. All 8 are stored: what follows packed survivors is of no use.
-template <class T>
-inline void shuffle_8(const T* src, const uint8_t* row, T* dst) {
-  const auto* from = reinterpret_cast<const uint8_t*>(src);
-  auto* to = reinterpret_cast<uint8_t*>(dst);
-  if constexpr (sizeof(T) == 4) {
-    const uint8x16x2_t values = {{vld1q_u8(from), vld1q_u8(from + 16)}};
-    vst1q_u8(to, vqtbl2q_u8(values, vld1q_u8(row)));
-    vst1q_u8(to + 16, vqtbl2q_u8(values, vld1q_u8(row + 16)));
-  } else {
-    vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vld1q_u8(row)));
-  }
-}
-
-// Two at once, which shares the store.
-template <class T>
-inline T* pack_64(const T* src, uint64_t word, T* out) {
-  constexpr uint64_t kFirst = uint64_t{1} << 63;
-  for (uint64_t left = reversed(word); left;) {
-    const int first = __builtin_clzll(left);
-    left &= ~(kFirst >> first);
-    if (!left) {
-      *out++ = src[first];
-      break;
-    }
-    const int second = __builtin_clzll(left);
-    left &= ~(kFirst >> second);
-    out[0] = src[first];
-    out[1] = src[second];
-    out += 2;
-  }
-  return out;
-}
-
-template <class T>
-int64_t pack_block(const T* src, const uint32_t* words, int64_t n, T* out) {
-  int64_t i = 0, at = 0;
-  if (count_block(words, n) * kOneByOne < n) {
-    T* next = out;
-    for (; i + 64 <= n; i += 64)
-      next = pack_64(src + i, load_64(words + i / 32), next);
-    at = next - out;
-  } else {
-    for (; i + 64 <= n; i += 64) {
-      const uint64_t word = load_64(words + i / 32), counts = counts_before(word);
-      for (int bit = 0; bit < 64; bit += 8)
-        shuffle_8(src + i + bit, kShuffles<sizeof(T)>.pack[word >> bit & 0xff],
-                  out + at + (counts << 8 >> bit & 0xff));
-      at += counts >> 56;
-    }
-  }
-  return scalar::pack_from(i, at, src, words, n, out);
-}
-
-template <class T>
-inline const T* spread_64(const T* packed, uint64_t word, T* dst) {
-  for_each_set(reversed(word), [&](int place) { dst[place] = *packed++; });
-  return packed;
-}
-
-template <class T>
-void unpack_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
-  int64_t i = 0;
-  if (count_block(words, n) * kOneByOne < n) {
-    for (; i + 64 <= n; i += 64) {
-      std::memset(static_cast<void*>(dst + i), 0, 64 * sizeof(T));
-      packed = spread_64(packed, load_64(words + i / 32), dst + i);
-    }
-  } else {
-    for (; i + 64 <= n; i += 64) {
-      const uint64_t word = load_64(words + i / 32), counts = counts_before(word);
-      for (int bit = 0; bit < 64; bit += 8)
-        shuffle_8(packed + (counts << 8 >> bit & 0xff),
-                  kShuffles<sizeof(T)>.unpack[word >> bit & 0xff], dst + i + bit);
-      packed += counts >> 56;
-    }
-  }
-  scalar::unpack_block(packed, words + i / 32, n - i, dst + i);
-}
-
-} // namespace neon
+#include "pack/pack_block_neon.h"
 #endif
 
 } // namespace fedmap

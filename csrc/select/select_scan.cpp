@@ -21,8 +21,9 @@ uint32_t candidate(const T* values, int64_t position, const Bracket& bracket) {
 // From element `begin`, a multiple of 32; `counts` of its block and of those after it are zeroed or
 // started already.
 template <class T, bool kTies>
-Tally scan_from(int64_t begin, const T* values, const uint32_t* within, int64_t n,
-                const Bracket& bracket, uint32_t* words, int64_t* counts, uint32_t* candidates) {
+[[gnu::always_inline]] inline Tally
+scan_from(int64_t begin, const T* values, const uint32_t* within, int64_t n, const Bracket& bracket,
+          uint32_t* words, int64_t* counts, uint32_t* candidates) {
   Tally tally;
   uint32_t* out = candidates;
   for (int64_t i = begin; i < n; i += 32) {

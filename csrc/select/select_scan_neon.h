@@ -12,13 +12,18 @@ class Keys {
   template <bool kTies>
   uint64_t take(const T* values, uint64_t eligible, int64_t at, Tally& tally,
                 uint16_t*& next) const {
-    const uint64_t kept = above(values, top_) & eligible;
     if (kTies) {
       tally.at_below += __builtin_popcountll(equal(values, below_) & eligible);
       tally.above_top += __builtin_popcountll(equal(values, after_) & eligible);
     }
+    uint8x16_t high[4], low[4]; // one read serves both comparisons
+    for (int k = 0; k < 4; ++k) {
+      high[k] = bytes(values + 16 * k, [this](auto keys) { return greater(keys, top_); });
+      low[k] = bytes(values + 16 * k, [this](auto keys) { return greater(keys, below_); });
+    }
+    const uint64_t kept = bits_of(high[0], high[1], high[2], high[3]) & eligible;
     // One element in a hundred is a candidate.
-    const uint64_t between = above(values, below_) & eligible & ~kept;
+    const uint64_t between = bits_of(low[0], low[1], low[2], low[3]) & eligible & ~kept;
     if (between)
       for_each_set(reversed(between),
                    [&](int place) { *next++ = static_cast<uint16_t>(at + place); });

@@ -32,7 +32,7 @@ namespace {
 
 using namespace selfcheck;
 
-constexpr int64_t kCount = 1 << 18;
+constexpr int64_t kCount = 1 << 18, kLarge = 1 << 22;
 
 struct Kernel {
   const char* name;
@@ -49,8 +49,9 @@ struct Data {
   Buffer<float> scales{kCount / 128};
   Buffer<double> sums{kCount};
   Buffer<uint8_t> bools{kCount}, payload{8 * kCount};
-  Buffer<uint32_t> words{kCount / 32 + 1};
-  Buffer<int64_t> rank{kCount / fedmap::kBlock + 2};
+  Buffer<uint32_t> words{kLarge / 32 + 1};
+  Buffer<int64_t> rank{kLarge / fedmap::kBlock + 2};
+  Buffer<uint32_t> many{kLarge}; // bits of two values of 16, or of one of 32
   int64_t size = 0;
 
   Data() {
@@ -58,6 +59,11 @@ struct Data {
     fill(gradient.data(), fedmap::kFloat32, kCount, 5, Kind::normal);
     fill(packed.data(), fedmap::kFloat32, kCount, 6, Kind::normal);
     fill(halves.data(), fedmap::kBfloat16, kCount, 7, Kind::normal);
+    for (int64_t i = 0; i < kLarge; ++i) { // two bfloat16 make one float32
+      uint16_t pair[2];
+      std::memcpy(pair, halves.data() + 2 * i % kCount, sizeof pair);
+      many[i] = static_cast<uint32_t>(pair[1]) << 16 | (pair[0] ^ static_cast<uint32_t>(i));
+    }
     for (int64_t i = 0; i < kCount; ++i)
       sums[i] = first[i] = second[i] = 0;
   }
@@ -94,14 +100,13 @@ std::vector<Kernel> kernels(Data& d) {
     fedmap::weighted_mean(payloads, dtype, std::vector<double>(10, 1.5), kCount, d.packed.data(),
                           kFloat32, 1);
   };
-  const auto select_share = [&d](int64_t keep, int dtype, const void* values) {
-    fedmap::select({{values, kCount, nullptr, d.words.data(), d.rank.data()}}, dtype, kCount, keep,
-                   1);
+  const auto select_tenth = [&d](int dtype, const void* values) {
+    fedmap::select({{values, kLarge, nullptr, d.words.data(), d.rank.data()}}, dtype, kLarge,
+                   kLarge / 10, 1);
   };
   return {
-      {"select .1", kCount, [=, &d] { select_share(kCount / 10, kFloat32, d.values.data()); }},
-      {"select .1 bfloat16", kCount,
-       [=, &d] { select_share(kCount / 10, kBfloat16, d.halves.data()); }},
+      {"select .1", kLarge, [=, &d] { select_tenth(kFloat32, d.many.data()); }},
+      {"select .1 bfloat16", kLarge, [=, &d] { select_tenth(kBfloat16, d.many.data()); }},
       {"zero_pruned", kCount,
        [&d] {
          fedmap::zero_pruned(d.values.data(), d.half.words.data(), d.tenth.words.data(), kCount,

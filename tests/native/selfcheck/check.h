@@ -140,6 +140,5 @@ void check_accumulate();
 void check_quantize();
 void check_crc();
 void check_entropy();
-int check_golden(const char* path); // the number of lines
 
 } // namespace selfcheck

@@ -1,6 +1,6 @@
 // Weighted means, casts, and int8 by blocks.
-#include "check.h"
 #include "accumulate/accumulate.h"
+#include "check.h"
 #include "core/dtype.h"
 #include "core/half.h"
 #include "quantize/quantize.h"
