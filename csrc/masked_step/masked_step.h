@@ -178,6 +178,14 @@ FEDMAP_TARGET_END
 #elif FEDMAP_ARM64
 namespace neon {
 
+// The masters, or the values where these are not the masters rounded.
+template <class T>
+inline float32x4_t unless_written(float32x4_t masters, const T* values) {
+  const uint16x4_t same = vceq_u16(narrow(masters, values), vld1_u16(&values->bits));
+  const int32x4_t wide = vmovl_s16(vreinterpret_s16_u16(same));
+  return vbslq_f32(vreinterpretq_u32_s32(wide), masters, load(values));
+}
+
 template <class T, class Rule>
 void update(const Rule& shared_rule, const Run<T>& shared_run) {
   const Rule rule = shared_rule; // copies, which stores cannot alias
@@ -188,6 +196,8 @@ void update(const Rule& shared_rule, const Run<T>& shared_run) {
     for (int k = 0; k < Rule::kStates; ++k)
       if (rule.uses(k))
         s[k] = load(run.states[k] + i);
+    if constexpr (!std::is_same_v<T, float>)
+      p = unless_written(p, run.out + i);
     rule.apply(p, g, s);
     for (int k = 0; k < Rule::kStates; ++k)
       if (rule.uses(k))
@@ -305,8 +315,7 @@ class MaskedStep {
                      int64_t n, int64_t state) const {
     constexpr int64_t kRoom = kChunk + kPackSlack / sizeof(T);
     alignas(64) T packed_gradient[kRoom], packed_values[kRoom];
-    const int64_t count =
-        k_.pack_both(gradient, values, words, n, packed_gradient, packed_values);
+    const int64_t count = k_.pack_both(gradient, values, words, n, packed_gradient, packed_values);
     update(rule, packed_gradient, packed_values, state, count);
     k_.unpack(packed_values, words, n, values);
     return count;

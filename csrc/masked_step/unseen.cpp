@@ -87,6 +87,41 @@ bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
 } // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+namespace {
+
+// Whether a value of 32 whose bit is not set has a bit set.
+bool any_of_32(const uint32_t* values, uint32_t word) {
+  static constexpr uint32_t kFirst[4] = {1, 2, 4, 8};
+  uint32x4_t bit = vld1q_u32(kFirst), found = vdupq_n_u32(0);
+  for (int k = 0; k < 32; k += 4, bit = vshlq_n_u32(bit, 4))
+    found = vorrq_u32(found, vbicq_u32(vld1q_u32(values + k), vtstq_u32(vdupq_n_u32(word), bit)));
+  return vmaxvq_u32(found);
+}
+bool any_of_32(const uint16_t* values, uint32_t word) {
+  static constexpr uint16_t kFirst[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  const uint16x8_t bit = vld1q_u16(kFirst);
+  uint16x8_t found = vdupq_n_u16(0);
+  for (int k = 0; k < 32; k += 8) {
+    const uint16x8_t byte = vdupq_n_u16(static_cast<uint16_t>(word >> k & 0xff));
+    found = vorrq_u16(found, vbicq_u16(vld1q_u16(values + k), vtstq_u16(byte, bit)));
+  }
+  return vmaxvq_u16(found);
+}
+
+template <class T>
+bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    if (any_of_32(values + i, words[i / 32]))
+      return true;
+  return scalar::any_pruned(values + i, words + i / 32, n - i);
+}
+
+} // namespace
+} // namespace neon
 #endif
 
 namespace {
