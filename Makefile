@@ -8,7 +8,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
-.PHONY: help run test test-gpu-free test-engines test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
+.PHONY: help run test test-arm test-gpu-free test-engines test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest --timeout 300 $(TEST_ARGS)
+
+test-arm: ## the kernels for 64-bit ARM, cross-compiled and run under QEMU against the scalar level
+	tools/arm/test.sh
 
 test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, whole; make test runs a selection
 	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
