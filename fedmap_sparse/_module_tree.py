@@ -78,7 +78,7 @@ def _alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> Non
             state[prefix + key] = _own_storage(t)
 
 
-# By address, size and so on: what is in here lives, so its address is nobody else's. Tied
+# By address, size and so on: what is in here lives, so no other object has its address. Tied
 # parameters are one tensor in a state dict, and stored once.
 _made: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 

@@ -163,7 +163,7 @@ def test_saved_masks_load(save, tmp_path):
 
 
 def test_what_was_saved_is_checked(tmp_path):
-    """Whoever wrote the file may have set any bit."""
+    """The writer of the file may have set any bit."""
     file = tmp_path / "mask.pt"
     broken = Mask(torch.tensor([-1], dtype=torch.int32), torch.zeros(2, dtype=torch.int64), 3, 3)
     torch.save(broken, file)

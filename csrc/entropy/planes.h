@@ -23,7 +23,7 @@ struct Float32Planes {
   using Bits = uint32_t;
   using Low = uint16_t;
   static constexpr int kMaxExponent = 255;
-  static constexpr bool kPacked = false; // the high plane: 8 bits a value, else 3
+  static constexpr bool kPacked = false; // the high plane: 8 bits per value, else 3
   static uint8_t exponent(Bits v) { return static_cast<uint8_t>(v >> 23); }
   static Low low(Bits v) { return static_cast<Low>(v); }
   static uint8_t high(Bits v) { return static_cast<uint8_t>((v >> 24 & 0x80) | (v >> 16 & 0x7f)); }

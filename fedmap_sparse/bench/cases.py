@@ -30,7 +30,7 @@ from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops.quantize import cast_reference
 from fedmap_sparse.ops.select import magnitude_key
 
-#: Above this the reference of select, a stable sort, costs seconds and 30 bytes an element.
+#: Above this the reference of select, a stable sort, costs seconds and 30 bytes per element.
 SORTABLE = 1 << 21
 
 

@@ -9,7 +9,7 @@ from fedmap_sparse._backends import native
 
 
 def crc32c(data: bytes | bytearray | memoryview) -> int:
-    """CRC-32C of a contiguous buffer. C++ at memory speed; without it 10 MB a second."""
+    """CRC-32C of a contiguous buffer. C++ at memory speed; without it 10 MB per second."""
     if native is None:
         return crc32c_reference(data)
     return int(native.crc32c(data, 0, _backends.threads()))

@@ -118,8 +118,8 @@ class InProcessEngine:
     def round(self) -> Round:
         """One round, from `begin_round` to `aggregate`, in at most `attempts` draws.
 
-        A client that answered in vain is as it was before: error feedback and kept optimizer are
-        put back.
+        A client whose answer was not used is as it was before: its error feedback and kept
+        optimizer are put back.
 
         Raises:
             RoundFailed: fewer usable updates than the server's `min_updates` in every draw; model

@@ -111,7 +111,7 @@ def load(name: str = "fashion-mnist-subset", data_dir: Path | str | None = None)
     if name == "fashion-mnist":
         folder = Path(data_dir) if data_dir is not None else DEBIAN_DIR
         if data_dir is None and not folder.is_dir():
-            origin = f"the subset shipped with fedmap_sparse, for want of {folder}"
+            origin = f"the subset shipped with fedmap_sparse; {folder} was not found"
             return _fashion_mnist(SUBSET_DIR, "fashion-mnist-subset", origin)
         return _fashion_mnist(folder, name, str(folder))
     if name == "digits":

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar on a terminal, a line a round elsewhere."""
+"""What a run shows while it runs: a bar on a terminal, elsewhere one line per round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Observer:
 
 
 class Lines(Observer):
-    """A line a round, for logs."""
+    """One line per round, for logs."""
 
     def __init__(self) -> None:
         self._rounds = 0

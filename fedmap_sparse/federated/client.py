@@ -39,7 +39,7 @@ class FedMapClient(saved.BytesState):
         params: the flattened local model; same layout as the server's, any of the three dtypes.
         optimizer: `(params, mask, lr) -> MaskedOptimizer`, called at each `receive` (state is fresh
             each round); lr is the broadcast's, or None. Its result is `client.optimizer`. None:
-            the caller trains as it likes.
+            the caller trains without one.
         keep_optimizer: keep one optimizer over rounds; its state follows the mask, its learning
             rate the broadcast.
         dtype: of the values in an update: "float32", "float16", "bfloat16" or "int8". With int8 the

@@ -74,7 +74,7 @@ def size(data: object) -> int:
 
 
 def held(data: object) -> bytes:
-    """The message as bytes, which nobody can change after they were checked.
+    """The message as bytes, which cannot change after they were checked.
 
     Raises:
         TypeError: it is not bytes, bytearray or a contiguous memoryview.

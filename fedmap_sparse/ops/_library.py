@@ -19,7 +19,7 @@ from fedmap_sparse import _backends
 from fedmap_sparse._backends import native
 from fedmap_sparse.ops._rules import Rule, check
 
-#: `define` and `impl` cost 1.7-2.6 us a call, `custom_op` 7.5-17 us.
+#: `define` and `impl` cost 1.7-2.6 us per call, `custom_op` 7.5-17 us.
 LIBRARY = torch.library.Library("fedmap_sparse", "DEF")
 #: Every op by name.
 OPS: dict[str, Op] = {}
@@ -144,7 +144,7 @@ class Op:
         check(self.rules, arguments)
 
     def attempt(self, *args: Any) -> Any:
-        """The result of C++ for arguments that nobody checked, None if it declined.
+        """The result of C++ for unchecked arguments, None if it declined.
 
         It declines unless all are plain CPU tensors that fit. Only where `direct` was true.
         """

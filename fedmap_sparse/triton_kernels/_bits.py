@@ -126,7 +126,7 @@ def survivor(words, before, j, WORDS: tl.constexpr, STEPS: tl.constexpr):
 def tile_words(density: float) -> int:
     """Words a program takes, so that some hundred to two thousand survivors fall to its lanes.
 
-    At least one a thread: fewer would be loaded by several warps each.
+    At least one per thread: fewer would be loaded by several warps each.
     """
     if density > 0.25:
         return 128
@@ -136,8 +136,8 @@ def tile_words(density: float) -> int:
 def block_of(*tensors: Tensor) -> tuple[int, int]:
     """Elements a program takes of flat streams, and its warps.
 
-    Two accesses of 16 bytes a thread; one where the streams' widths differ, since a thread's share
-    by the narrowest would make its two accesses to the wider each touch all of the warp's sectors.
+    Two accesses of 16 bytes per thread; one where the streams' widths differ, since a share by the
+    narrowest would make its two accesses to the wider each touch all of the warp's sectors.
     One element where a stream starts at no multiple of 16 bytes, for the same reason.
     """
     warps, widths = 4, {t.element_size() for t in tensors}

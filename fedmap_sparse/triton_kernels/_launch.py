@@ -3,7 +3,7 @@
 Triton works out at each launch what its arguments mean for the code, and whether the constants
 that the kernel read have changed: 8 to 14 us of Python on the machine of the tests, several times
 that on a slow host, where a selection's launches made its caller wait longer than the device
-needed. Here a kernel is found by a key that tells apart whatever Triton does, and more. What has no
+needed. Here a kernel is found by a key at least as fine as Triton's own. What has no
 entry goes through Triton, and so does everything where the key might not do.
 """
 

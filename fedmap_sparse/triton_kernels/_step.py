@@ -33,7 +33,7 @@ from fedmap_sparse.triton_kernels._tables import to_device
 
 _ZEROED = tl.constexpr(ZEROED)
 # One lane a thread, else the compiler gives a thread four neighbouring lanes and splits each access
-# into four that touch the same sectors (measured: 43 requested bytes an element instead of 17).
+# into four that touch the same sectors (measured: 43 requested bytes per element instead of 17).
 _WARPS = 8
 _LANES = 32 * _WARPS
 

@@ -1,4 +1,4 @@
-"""rANS on the device: one warp a chunk, a lane a state. docs/format.md, 4.1 and 5, has the bytes.
+"""rANS on the device: one warp per chunk, one lane per state. Bytes: docs/format.md, 4.1 and 5.
 
 What limits it is latency. A chunk is a chain of steps, each waiting for the one before, and a mask
 of 26 M weights is 50 chunks of 4096 steps at density 0.1 (13 of 16384 at 0.01), its survivors 80

@@ -167,7 +167,7 @@ def extract(
     """The child's bits over the parent's survivors, and their rank index."""
     out = torch.empty(num_words(nnz), dtype=torch.int32, device=parent.device)
     if nnz:
-        # One warp a program: its loops wait for nobody.
+        # One warp per program: its loops need no barrier.
         launch(
             _extract,
             (cdiv(out.numel(), _OUT),),

@@ -107,7 +107,7 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     if not out.numel():
         return
     density = out.numel() / values.numel()
-    # Few survivors: one warp waits for nobody (on an H100 9 us instead of 23 at density 0.01, but
+    # Few survivors: one warp needs no barrier (on an H100 9 us instead of 23 at density 0.01, but
     # 233 instead of 145 at 1).
     size, lanes, warps = (128, 64, 1) if density < 0.0625 else (tile_words(density), _LANES, 4)
     launch(

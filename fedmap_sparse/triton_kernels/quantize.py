@@ -1,4 +1,4 @@
-"""Fewer bits a value: casts between the float dtypes, int8 by blocks with scales."""
+"""Fewer bits per value: casts between the float dtypes, int8 by blocks with scales."""
 
 from __future__ import annotations
 

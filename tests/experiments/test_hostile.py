@@ -1,4 +1,4 @@
-"""Options, files and streams that nobody means well with: one line, a documented code, no harm."""
+"""Options, files and streams with hostile contents: one line, a documented code, no harm."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What may enter the model: numbers that are finite where they land, and nobody speaks for all."""
+"""What may enter the model: finite numbers, and no client decides for all."""
 
 from __future__ import annotations
 

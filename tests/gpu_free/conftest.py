@@ -43,7 +43,7 @@ def summary() -> list[str]:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN, or the largest integer, so that what nobody wrote shows."""
+    """Fresh memory holds NaN, or the largest integer, so that what was not written shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -74,7 +74,7 @@ def test_each_level_is_compiled_for_its_registers() -> None:
 
 
 def test_csrc_compiles_as_one_unit(tmp_path: Path) -> None:
-    """No two files give one name two meanings: whoever vendors them may concatenate them."""
+    """No two files give one name two meanings: so that they can be compiled as one."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         pytest.skip("neither g++ nor clang++ is installed")

@@ -96,7 +96,7 @@ def test_workers_of_a_data_loader() -> None:
 
 
 def test_many_callers_at_once() -> None:
-    """Whoever finds the pool in use works alone; results do not differ."""
+    """A caller that finds the pool in use works alone; results do not differ."""
     wanted = [solve(seed) for seed in range(4)]
     failures: list[int] = []
 

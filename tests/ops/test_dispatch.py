@@ -1,4 +1,4 @@
-"""Ops as torch sees them: which implementation runs, and that whoever watches sees the op, though
+"""Ops as torch sees them: which implementation runs, and what modes and profilers see, though
 plain calls go straight to C++, past the dispatcher.
 """
 

@@ -201,7 +201,7 @@ def test_int8_by_hand(isa: str, backend: str) -> None:
 
 
 def test_error_feedback_makes_up_for_what_was_lost(isa: str) -> None:
-    """Over many rounds the codes sum to the values, but for one residual, not one a round."""
+    """Over many rounds the codes sum to the values, but for one residual, not one per round."""
     x = torch.randn(4096)
     residual, total = torch.zeros(4096), torch.zeros(4096, dtype=torch.float64)
     for _ in range(50):

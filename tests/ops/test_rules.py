@@ -1,5 +1,5 @@
 """The rules for arguments stand twice: in Python, which says what is wrong, and in C++, which looks
-at what nobody checked. Both refuse whatever breaks a rule, and nothing is written.
+at unchecked arguments. Both refuse whatever breaks a rule, and nothing is written.
 """
 
 from __future__ import annotations

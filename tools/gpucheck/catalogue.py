@@ -33,7 +33,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Workload:
-    """One op at one size; `floor` is the bytes an element that any method must move."""
+    """One op at one size; `floor` is the bytes per element that any method must move."""
 
     name: str
     numel: int
@@ -219,7 +219,7 @@ def _selecting(n: int) -> Iterator[Workload]:
             n,
             lambda v=values: select.magnitude_mask([v], [None], n, n // 10),
             size + 0.125,
-            # 5.2 and 3.2 bytes an element from a million on; scratch of fixed size below
+            # 5.2 and 3.2 bytes per element from a million on; scratch of fixed size below
             5.2 / 4.125 if dtype == F32 else 3.2 / 2.125,
             # Candidates (3% of the values) are loaded again one by one, and each counts in a bin of
             # its own: a sector for 4 bytes, from the caches. The sample likewise, a fixed number.

@@ -48,7 +48,7 @@ def machine_code(workload: Workload, arch: int) -> list[Code]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one run moved: launches, and bytes an element touched and asked for."""
+    """What one run moved: launches, and bytes per element touched and asked for."""
 
     launches: int
     touched: float
