@@ -46,7 +46,7 @@ def watch_imports() -> None:
 
 
 def _fill_closed_streams() -> None:
-    """Where the caller closed standard streams (`>&-`), no file of ours may take their numbers."""
+    """Fill the numbers of closed standard streams (`>&-`), so that no file of ours gets them."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -82,10 +82,10 @@ def _lines(layout: FlatLayout) -> dict[str, str]:
 
 
 def guess(layout: FlatLayout, digest: bytes, eligible: int) -> str:
-    """What of `layout` would have to be otherwise for this digest; "" if nothing simple would.
+    """Which change of `layout` would give this digest; "" if no simple one does.
 
-    A message says of its layout no more than the digest and the number of prunable weights: what
-    is likely is tried. O(tensors^2) small hashes, capped.
+    A message holds no more of its layout than the digest and the number of prunable weights, so
+    likely changes are tried. O(tensors^2) small hashes, capped.
     """
     from fedmap_sparse import layout as layouts
 

@@ -1,4 +1,4 @@
-"""Who wrote to the weights: what a flat model notices, and how pruned weights stay +0.0."""
+"""Writes to the weights: how a flat model notices them, and how pruned weights stay +0.0."""
 
 from __future__ import annotations
 

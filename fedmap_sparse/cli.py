@@ -124,7 +124,7 @@ def _flush() -> None:
 
 
 def _silence() -> None:
-    """What standard output still buffers goes nowhere: Python would complain at its exit."""
+    """Drop what standard output still buffers: Python would complain when it exits."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -247,7 +247,7 @@ class FlatParameters(Writes):
         return [p for p in self.module.parameters() if id(p) in known]
 
     def index_of(self) -> dict[int, int]:
-        """Where in `parameters` a Parameter is, by its id; those on its memory are at its place."""
+        """Parameter id to index in `parameters`; tied parameters have the same index."""
         found = {id(p): i for i, p in enumerate(self.parameters)}
         return found | {id(p): i for p, i, _ in self._tied}
 

@@ -282,8 +282,10 @@ class FlatLayout:
         return self._digest
 
     def explain(self, digest: bytes, eligible: int) -> str:
-        """What a model with this digest and so many prunable weights has otherwise, as far as it
-        can be guessed: "; ..." for the end of an error, or ""."""
+        """How a model with this digest and so many prunable weights may differ from this one.
+
+        A guess, as "; ..." for the end of an error, or "".
+        """
         guess = _layout_text.guess(self, digest, eligible)
         return f"; {guess}" if guess else ""
 

@@ -17,7 +17,7 @@ namespace fedmap {
 constexpr int64_t kPackBlocks = 128; // one task: 1 MiB of float32
 // Survivors that are converted at once: as many as fit L1, since each call has its cost.
 constexpr int64_t kBatch = 2 * kBlock;
-// What is packed at once at most.
+// Elements that are packed at once.
 constexpr int64_t kRoom = std::max(kChunk, kSpan / kSparse) + kPackSlack;
 
 namespace scalar {

@@ -30,7 +30,7 @@ def check_name(name: str) -> None:
 
 
 def size(name: str) -> int | None:
-    """How many values there are; None where any number can be had."""
+    """Number of values; None if they are made at any size."""
     if name.startswith(TRAINED):
         return trained(name.removeprefix(TRAINED)).numel()
     if name.startswith(RUN):

@@ -196,7 +196,7 @@ def _sizes(payload: Tensor | None) -> dict[str, int]:
 
 
 def _formats(values: Tensor, mask: Mask) -> dict[str, Callable[[], bytes]]:
-    """What else could be sent to someone who has nothing, each writing bytes."""
+    """Other formats for a receiver that has nothing: functions that give bytes."""
     kept = mask.to_bool()[: values.numel()]
     dense, keep = (values * kept).numpy(), kept.numpy()
     rows = keep.reshape(-1, 1024) if keep.size % 1024 == 0 else keep.reshape(1, -1)

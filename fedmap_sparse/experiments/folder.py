@@ -116,7 +116,7 @@ class RunFolder:
             raise ConfigError(f"{self.path}: cannot be replaced: {error.strerror}") from error
 
     def find(self) -> Found:
-        """What there is to go on from, looked at without changing anything.
+        """The run in the folder, if there is one to resume; nothing is changed.
 
         Raises:
             ConfigError: checkpoints that are damaged, or a config.toml that no run wrote.

@@ -50,7 +50,7 @@ def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> li
 
 
 def _cautions(config: Config) -> list[str]:
-    """What a schedule does that its name does not tell."""
+    """Notes on a schedule that may surprise."""
     if config.prune_start is None or not config.target:
         return []
     lines = []

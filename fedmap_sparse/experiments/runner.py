@@ -214,7 +214,7 @@ def _device(name: str) -> torch.device:
 
 
 def _from_python(model: MakeModel | None, data: Dataset | None) -> str:
-    """What no option can say: that the model or the data came from Python."""
+    """A note that the model or the data came from Python, which no option can say."""
     given = []
     if model is not None:
         given.append(f"model {getattr(model, '__name__', type(model).__name__)}")

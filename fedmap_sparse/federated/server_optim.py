@@ -41,7 +41,7 @@ class ServerOptimizer(ABC):
         return -math.inf
 
     def bad_state(self, state: dict[str, Tensor]) -> str | None:
-        """What is wrong with finite state that came from outside, if anything is."""
+        """Why finite state from outside is refused; None if it is sound."""
         return None
 
 

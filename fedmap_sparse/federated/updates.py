@@ -54,7 +54,7 @@ def collected(
 def opener(
     keys: Mapping[ClientId, bytes] | None, at_round: int
 ) -> Callable[[ClientId, object], object]:
-    """What takes updates of a round out of their envelopes; without keys, the identity."""
+    """A function that opens the envelope of an update; without keys it returns its argument."""
 
     def opened(client: ClientId, data: object) -> object:
         if keys is None:

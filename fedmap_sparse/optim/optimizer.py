@@ -385,7 +385,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _numbers(self, group: dict[str, Any]) -> Numbers:
-        """What a group's segments have in their rows."""
+        """A group's columns in the table of segments."""
 
     @abstractmethod
     def _count_of(self, saved: Mapping[str, Any]) -> float:

@@ -46,7 +46,7 @@ class PackedState:
         self.packing = packing
 
     def allocate(self, names: tuple[str, ...], flat: FlatParameters) -> None:
-        """What a step wants and lacks; master copies for 16-bit values."""
+        """Make the state that a step needs and that is missing; master copies for 16-bit values."""
         assert self.packing is not None
         for name in names:
             if name not in self.tensors:

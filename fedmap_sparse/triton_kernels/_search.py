@@ -1,7 +1,7 @@
-"""What leads a selection to its key: sample, bracket, one read, radix histograms.
+"""The search for a selection's threshold: sample, bracket, one read, radix histograms.
 
 A launch ends with its last program, which draws the conclusion that the next launch starts from:
-each program takes a ticket when its atomics are done, and who gets the last one sees all of them.
+each program takes a ticket when its atomics are done, and the last ticket sees them all.
 """
 
 from __future__ import annotations
