@@ -47,7 +47,9 @@ default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True}
+# Inherited members are shown, but for those of torch and of Python's own classes.
+FOREIGN = "BaseException, Exception, ValueError, RuntimeError, Optimizer, ABC, dict, tuple, IntEnum"
+autodoc_default_options = {"members": True, "inherited-members": FOREIGN}
 autodoc_mock_imports = ["flwr", "nvflare"]
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
