@@ -16,6 +16,26 @@ from fedmap_sparse.ops._segments import Segments
 
 N = 1000
 
+#: The public names of `fedmap_sparse.ops`. One more or less is a decision, for the changelog too.
+PUBLIC = [
+    "Accumulator",
+    "all_finite",
+    "cast",
+    "deposit",
+    "dequantize_int8",
+    "extract",
+    "magnitude_mask",
+    "magnitude_threshold",
+    "masked_adamw_",
+    "masked_sgd_",
+    "pack",
+    "prune_",
+    "quantize_int8",
+    "unpack",
+    "weighted_mean",
+    "zero_pruned_",
+]
+
 
 @dataclass
 class Call:

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import op_calls
 import pytest
 
 import fedmap_sparse
@@ -49,10 +50,7 @@ PUBLIC = {
         FedMapClient FedMapError FedMapServer FlatLayout FlatParameters FormatError Mask
         NeedsMask RoundFailed __version__ backends decode decode_state_dict encode
         encode_state_dict errors flatten ops optim schedule""",
-    "ops": """
-        Accumulator all_finite cast deposit dequantize_int8 extract magnitude_mask
-        magnitude_threshold masked_adamw_ masked_sgd_ pack prune_ quantize_int8 unpack
-        weighted_mean zero_pruned_""",
+    "ops": " ".join(op_calls.PUBLIC),
     "codec": """
         Coding DTYPES FormatError Header Inspection MaskSection Message NeedsMask
         Quantized Section SectionInfo Source Stamp check_coding check_dtype check_key
