@@ -66,6 +66,7 @@ class Arm:
             server_optimizer=config.make_server_optimizer(),
             coding=coding,
             max_samples=MAX_INTEGER,  # the clients are our own: a mean by their true samples
+            criterion=config.make_criterion(),
         )
         local = flatten(copy.deepcopy(template))
         make = make_optimizer(config)

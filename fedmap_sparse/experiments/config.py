@@ -6,15 +6,16 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fedmap_sparse import codec, schedule
 from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
-from fedmap_sparse.experiments import data, models, options, partition
+from fedmap_sparse.experiments import criteria, data, models, options, partition
 from fedmap_sparse.experiments.options import Value, option
-from fedmap_sparse.federated import server_optim
+from fedmap_sparse.federated import Criterion, server_optim
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.schedule import Schedule
 
@@ -220,6 +221,23 @@ class Config:
     prune_every: int | None = option(
         None, "pruning", "rounds from one pruning to the next", least=1, needs=_GRADUAL, fill=1
     )
+    criterion: str | None = option(
+        None,
+        "pruning",
+        "what weights are ranked by; fan_in is magnitude × sqrt(inputs of an output)",
+        choices=tuple(criteria.CRITERIA),
+        needs=_PRUNED,
+        fill="magnitude",
+    )
+    min_layer_density: float | None = option(
+        None,
+        "pruning",
+        "share of each layer's weights that stay in any case; at most 1 - target",
+        least=0,
+        most=1,
+        needs=_PRUNED,
+        fill=0.0,
+    )
 
     # Names of options that were not given but follow from others; no field, so not an option.
     _derived: ClassVar[frozenset[str]] = frozenset()
@@ -268,6 +286,13 @@ class Config:
             raise ConfigError(
                 f"prune_end: expected a round not before prune_start={start}, got {end}"
             )
+        if self.min_layer_density:
+            assert self.target is not None
+            if self.min_layer_density > (most := float(1 - Decimal(str(self.target)))):
+                raise ConfigError(
+                    f"min_layer_density: expected at most {most:g}, the model's own density, got "
+                    f"{self.min_layer_density}"
+                )
         if self.min_updates > self.cohort:
             raise ConfigError(
                 f"min_updates: expected at most the {self.cohort} clients of a cohort, got "
@@ -300,6 +325,14 @@ class Config:
         }
         kind = schedule.KINDS[self.schedule]
         return kind(**{f.name: given[f.name] for f in fields(kind)})
+
+    def make_criterion(self) -> Criterion | None:
+        """What these options rank weights by; None is magnitude alone."""
+        if self.criterion is None:
+            return None
+        chosen = criteria.CRITERIA[self.criterion]
+        least = self.min_layer_density
+        return criteria.at_least(least, chosen) if least else chosen
 
     def make_server_optimizer(self) -> ServerOptimizer:
         """The server's rule that these options name."""

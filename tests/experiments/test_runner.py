@@ -271,7 +271,7 @@ def test_resume_wants_the_same_options_and_data(tmp_path: Path) -> None:
     for changed, message in (
         ({"seed": 3}, "seed was 0, got 3"),
         ({"partition": "dirichlet"}, "alpha was not given, got 0.5"),
-        ({"schedule": "dense"}, "prune_end was 0, got none"),
+        ({"schedule": "dense"}, "criterion was magnitude, got none"),
     ):
         with pytest.raises(ConfigError, match=message):
             runner.run(quick(tmp_path, **{"rounds": 1, "baseline": False, **changed}), resume=True)
