@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ if fs.backends()["cpu"] != "available":
         "the C++ extension, whose bytes are compared, is not built", allow_module_level=True
     )
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
-from gpucheck import coding
-from gpucheck.contracts import FLOATS, same
+from ladder import coding
+from ladder.contracts import FLOATS, same
 
 pytestmark = pytest.mark.gpu
 _MANY = tuple((700 + 37 * i, 0.003 * (i + 1)) for i in range(300))

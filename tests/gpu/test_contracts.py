@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
-from gpucheck import contracts  # beside the checks that need no device
+from ladder import contracts
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops

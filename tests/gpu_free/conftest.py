@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-import os
 import pkgutil
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
+from ladder import WHOLE, coarser
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
 RUNGS = {"interpreter, shuffled 1": ("guard", 1), "ptx sm_90": ("emulate", 3)}
-if os.environ.get("FEDMAP_SPARSE_LADDER") == "whole":
+if WHOLE:
     RUNGS |= {"interpreter": ("guard", None), "interpreter, shuffled 2": ("guard", 2)}
 
 #: Lines that tests want printed at the end of the run.
@@ -65,6 +62,7 @@ def rung(
     monkeypatch.setattr(_backends, "_missing", lambda name: "")
     how, seed = RUNGS[request.param]
     enter = guard(seed) if how == "guard" else emulate(seed=seed)
-    with np.errstate(all="ignore"), enter as session:
+    shapes = coarser() if how == "guard" else contextlib.nullcontext()
+    with np.errstate(all="ignore"), shapes, enter as session:
         yield session
     assert not session.faults

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from gpucheck import WHOLE
-from gpucheck.catalogue import Workload, workloads
 from gpucheck.driver import emulate
 from gpucheck.emulator import Emulator
+from ladder import WHOLE
+from ladder.catalogue import Workload, workloads
 
 from fedmap_sparse.triton_kernels import select
 
@@ -28,8 +28,6 @@ EXPLAINED = {
     "_add_up 0": f"{_ROUND} (with chunks of 512 and one program for 1100 blocks it is noticed)",
     **{f"_join {i}": _OWN for i in (0, 1, 2, 14)},
     "_refine 0": _ROUND,
-    "_refine_values 0": _ROUND,
-    "_refine_values 10": _ROUND,
     "_unpack 4": "between a gather and a scan whose addresses the layout fixes: no byte of scratch "
     "is touched by two warps on its two sides",
 }

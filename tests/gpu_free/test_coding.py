@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpucheck import WHOLE, coding
-from gpucheck.contracts import FLOATS
+from ladder import WHOLE, coding
+from ladder.contracts import FLOATS
 
 import fedmap_sparse as fs
 from fedmap_sparse import _backends

@@ -10,7 +10,7 @@ from pathlib import Path
 _SCRIPT = """
 import torch
 import fedmap_sparse as fs
-from gpucheck import contracts
+from ladder import contracts
 
 assert fs.backends()["triton"] == "available"
 show = lambda **tensors: None
@@ -27,7 +27,7 @@ contracts.select(torch.randn(5000), 700, None, show)
 
 def test_every_op_runs_interpreted() -> None:
     root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root / "tools"), str(root)])
+    path = os.pathsep.join([str(root / "tools"), str(root / "tests" / "gpu_free"), str(root)])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True

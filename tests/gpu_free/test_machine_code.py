@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 
 import pytest
-from gpucheck import WHOLE, measure
-from gpucheck.catalogue import Workload, workloads
 from gpucheck.driver import compile_only
+from ladder import WHOLE, measure
+from ladder.catalogue import Workload, workloads
 
 _ARCHS = (80, 90, 100) if WHOLE else (90,)
 _QUICK = (

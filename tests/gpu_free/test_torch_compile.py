@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpucheck import WHOLE
+from ladder import WHOLE
 from torch import Tensor
 
 import fedmap_sparse as fs

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from gpucheck.catalogue import Workload
 from gpucheck.driver import compile_only, emulate
 from gpucheck.interpreter import guard
 from gpucheck.memory import SECTOR
 from gpucheck.offline import Cost, cost
 
-BUDGETS = Path(__file__).parents[2] / "tests" / "gpu_free" / "budgets.csv"
+from ladder.catalogue import Workload
+
+BUDGETS = Path(__file__).parents[1] / "budgets.csv"
 _HEADER = ("workload", "kernel", "arch", "registers", "shared", "ld128", "st128")
 
 

@@ -54,16 +54,16 @@ def touched(density: float, lanes: int = 8) -> float:
     return 1 - (1 - density) ** lanes
 
 
-def _masks(n: int, density: float) -> fs.Mask:
-    return fs.Mask.from_bool(torch.rand(n) < density)
+def _masks(n: int, density: float, device: torch.device) -> fs.Mask:
+    return fs.Mask.from_bool(torch.rand(n, device=device) < density)
 
 
-def _packing(n: int) -> Iterator[Workload]:
+def _packing(n: int, device: torch.device) -> Iterator[Workload]:
     for dtype in (F32, BF16):
         size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
         for density in (1.0, 0.5, 0.1):
-            mask, values = _masks(n, density), torch.randn(n).to(dtype)
-            packed = torch.empty(mask.nnz, dtype=dtype)
+            mask, values = _masks(n, density, device), torch.randn(n, device=device).to(dtype)
+            packed = torch.empty(mask.nnz, dtype=dtype, device=device)
             moved = size * density + 0.125
             read = size * touched(density, 32 // size)
             yield Workload(
@@ -86,10 +86,10 @@ def _packing(n: int) -> Iterator[Workload]:
             )
 
 
-def _nesting(n: int) -> Iterator[Workload]:
+def _nesting(n: int, device: torch.device) -> Iterator[Workload]:
     for density in (0.5, 0.1):
-        parent = _masks(n, density)
-        child = fs.Mask.from_bool(parent.to_bool() & (torch.rand(n) < 0.8))
+        parent = _masks(n, density, device)
+        child = fs.Mask.from_bool(parent.to_bool() & (torch.rand(n, device=device) < 0.8))
         kept = fs.ops.extract(child, parent, backend="reference")
         index = 8 / 2048
         yield Workload(
@@ -98,35 +98,38 @@ def _nesting(n: int) -> Iterator[Workload]:
             lambda c=child, p=parent: extract.extract(c.words, p.words, p.rank, p.numel, p.nnz),
             0.25 + 2 * density / 8 + index + 3 * index * density,
             1.05,
-            # A warp's 32 words share tiles with its neighbours', which a cache serves: on an H100
-            # 23 us instead of 59 for 256 words a program, at density 0.1.
-            2.1,
+            # A program of 64 words of the parent reads 32 more for its last word, which the next
+            # program reads too, from a cache.
+            1.65,
         )
         yield Workload(
             f"deposit {density}",
             n,
             lambda k=kept, p=parent: extract.deposit(k.words, p.words, p.rank, p.numel, p.nnz),
-            0.125 * 3 + density / 8 + 4 * index,
+            0.125 * 2 + density / 8 + 3 * index,
             1.05,
             1.1,
         )
-    mask = _masks(n, 0.5)
+    mask = _masks(n, 0.5, device)
     yield Workload(
         "rank_index", n, lambda: _scan.rank_index(mask.words, n), 0.125 + 24 / 2048, 1.05, 1.05
     )
 
 
-def _stepping(n: int) -> Iterator[Workload]:
+def _stepping(n: int, device: torch.device) -> Iterator[Workload]:
     for rule in ("masked_sgd", "masked_adamw"):
         for dtype, density in ((F32, 1.0), (F32, 0.5), (F32, 0.1), (F32, 0.01), (BF16, 0.1)):
-            mask, values = _masks(n, density), torch.randn(n).to(dtype)
-            grads: list[Tensor | None] = [torch.randn(n).to(dtype)]
+            mask, values = _masks(n, density, device), torch.randn(n, device=device).to(dtype)
+            grads: list[Tensor | None] = [torch.randn(n, device=device).to(dtype)]
             segments = fs.Segments([0], [n])
             segments.rows[0, 3] = ZEROED
             scalars = [0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.5, 0.0]
             segments.scalars[0] = torch.tensor(scalars)
-            states = [torch.rand(mask.nnz) for _ in range(2 if rule == "masked_adamw" else 1)]
-            master = None if dtype == F32 else torch.rand(mask.nnz)
+            states = [
+                torch.rand(mask.nnz, device=device)
+                for _ in range(2 if rule == "masked_adamw" else 1)
+            ]
+            master = None if dtype == F32 else torch.rand(mask.nnz, device=device)
             size, held = dtype.itemsize, len(states) + (master is not None)
             table = (mask.words, mask.rank, n, mask.nnz, grads, segments.rows, segments.scalars)
             streams = 3 if master is None else 2  # with masters the weights are not read
@@ -155,11 +158,12 @@ def _stepping(n: int) -> Iterator[Workload]:
             )
 
 
-def _accumulating(n: int) -> Iterator[Workload]:
+def _accumulating(n: int, device: torch.device) -> Iterator[Workload]:
     for dtype in (F32, BF16):
         size, short = dtype.itemsize, str(dtype).removeprefix("torch.")
-        payloads = [torch.randn(n).to(dtype) for _ in range(10)]
-        out, sums = torch.empty(n, dtype=dtype), torch.zeros(n, dtype=torch.float64)
+        payloads = [torch.randn(n, device=device).to(dtype) for _ in range(10)]
+        out = torch.empty(n, dtype=dtype, device=device)
+        sums = torch.zeros(n, dtype=torch.float64, device=device)
         weights = [float(i + 1) for i in range(10)]
         yield Workload(
             f"weighted_mean 10 {short}",
@@ -188,11 +192,12 @@ def _accumulating(n: int) -> Iterator[Workload]:
         )
 
 
-def _quantizing(n: int) -> Iterator[Workload]:
-    values, residual = torch.randn(n), torch.randn(n)
-    q, scales = torch.empty(n, dtype=torch.int8), torch.empty(-(-n // 256))
+def _quantizing(n: int, device: torch.device) -> Iterator[Workload]:
+    values, residual = torch.randn(n, device=device), torch.randn(n, device=device)
+    q = torch.empty(n, dtype=torch.int8, device=device)
+    scales = torch.empty(-(-n // 256), device=device)
     for to in (torch.float16, BF16):
-        out = torch.empty(n, dtype=to)
+        out = torch.empty(n, dtype=to, device=device)
         name = f"cast float32 {str(to).removeprefix('torch.')}"
         yield Workload(name, n, lambda o=out: quantize.cast_out(values, o), 6.0, 1.01, 1.05)
     for feedback in (None, residual):
@@ -209,10 +214,10 @@ def _quantizing(n: int) -> Iterator[Workload]:
     )
 
 
-def _selecting(n: int) -> Iterator[Workload]:
-    within = _masks(n, 0.3)
+def _selecting(n: int, device: torch.device) -> Iterator[Workload]:
+    within = _masks(n, 0.3, device)
     for dtype in (F32, BF16):
-        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        values, short = torch.randn(n, device=device).to(dtype), str(dtype).removeprefix("torch.")
         size = dtype.itemsize
         yield Workload(
             f"select {short}",
@@ -233,7 +238,7 @@ def _selecting(n: int) -> Iterator[Workload]:
         1.3,
         1.55,
     )
-    dense = torch.randn(n)
+    dense = torch.randn(n, device=device)
     yield Workload(
         "zero_pruned",
         n,
@@ -244,21 +249,22 @@ def _selecting(n: int) -> Iterator[Workload]:
     )
 
 
-def _coding(n: int) -> Iterator[Workload]:
+def _coding(n: int, device: torch.device) -> Iterator[Workload]:
     """A chain of steps a chunk: bound by latency, not by bytes. Its words are stored step by step,
     some ten of 16 bits at a time where a sector has sixteen, and pass through scratch, as their
     place is known last."""
-    device = torch.device("cpu")
-    mask, room = _masks(n, 0.1), n + 10_000
+    by = "cpu" if device.type == "cpu" else "triton"
+    mask, room = _masks(n, 0.1, device), n + 10_000
     runs, nnz = _payload.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
     codes = _payload.density_codes(runs.numel, nnz)
     coded, steps = _payload.coded_runs(runs, codes.tolist())
-    chunk, plan = _payload.chunk_steps(runs.numel, codes), coder._device_plan(coded)
+    chunk = _payload.chunk_steps(runs.numel, codes)
+    plan = coder._device_plan(coded).to(device)
     head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
-    payload = coder.encode_mask(mask.words, runs, nnz, room, backend="cpu")
+    payload = coder.encode_mask(mask.words, runs, nnz, room, backend=by)
     assert payload is not None
-    opened, size = _payload.open_mask(payload, runs), payload.numel()
-    offsets = coder._offsets(opened.sizes, opened.words_at // 2)
+    opened, size = _payload.open_mask(payload.cpu(), runs), payload.numel()
+    offsets = coder._offsets(opened.sizes, opened.words_at // 2).to(device)
     inside = coder._padded(payload, device)
     none = torch.empty(0, 2, dtype=torch.int64)
     yield Workload(
@@ -280,18 +286,19 @@ def _coding(n: int) -> Iterator[Workload]:
         1.0,
     )
     for dtype in (F32, torch.float16, BF16):
-        values, short = torch.randn(n).to(dtype), str(dtype).removeprefix("torch.")
+        values, short = torch.randn(n, device=device).to(dtype), str(dtype).removeprefix("torch.")
         parts = _payload.value_parts(n, dtype)
-        payload = coder.encode_values(values, 8 * n + 10_000, backend="cpu")
+        payload = coder.encode_values(values, 8 * n + 10_000, backend=by)
         assert payload is not None
-        valued, inside = _payload.open_values(payload, n, dtype), coder._padded(payload, device)
+        valued = _payload.open_values(payload.cpu(), n, dtype)
+        inside = coder._padded(payload, device)
         escapes = valued.entries["escapes"].astype("int64")
         places = torch.stack(
             [
                 coder._offsets(valued.sizes, parts[-1] // 2),
                 coder._offsets(escapes, valued.escapes_at),
             ]
-        )
+        ).to(device)
         each = payload.numel()
         floor = dtype.itemsize + each / n
         yield Workload(
@@ -314,8 +321,15 @@ def _coding(n: int) -> Iterator[Workload]:
         )
 
 
-def workloads(n: int) -> list[Workload]:
-    """All of them over `n` elements."""
+def each_workload(n: int, device: torch.device) -> Iterator[Workload]:
+    """All of them over `n` elements, made as they are asked for."""
     torch.manual_seed(0)
-    parts = (_packing, _nesting, _stepping, _accumulating, _quantizing, _selecting, _coding)
-    return [workload for part in parts for workload in part(n)]
+    for part in (
+        _packing, _nesting, _stepping, _accumulating, _quantizing, _selecting, _coding,
+    ):  # fmt: skip
+        yield from part(n, device)
+
+
+def workloads(n: int) -> list[Workload]:
+    """All of them over `n` elements, on the CPU."""
+    return list(each_workload(n, torch.device("cpu")))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fedmap_sparse as fs
 from fedmap_sparse.ops import _entropy_reference, _payload, entropy
 from fedmap_sparse.schedule import Iterative
-from gpucheck.contracts import Show, same, special
+from ladder.contracts import Show, same, special
 
 #: Bits and density of tensors: constant ones, one without bits, one that ends inside of a nibble.
 RUNS = ((700, 0.1), (5, 0.4), (3000, 0.02), (0, 0.5), (129, 0.9), (2600, 0.3), (64, 1.0), (40, 0.0))
