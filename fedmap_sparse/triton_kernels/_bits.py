@@ -123,16 +123,6 @@ def survivor(words, before, j, WORDS: tl.constexpr, STEPS: tl.constexpr):
     return element
 
 
-def tile_words(density: float) -> int:
-    """Words a program takes, so that some hundred to two thousand survivors fall to its lanes.
-
-    At least one per thread: fewer would be loaded by several warps each.
-    """
-    if density > 0.25:
-        return 128
-    return 256 if density > 0.0625 else 1024
-
-
 def block_of(*tensors: Tensor) -> tuple[int, int]:
     """Elements a program takes of flat streams, and its warps.
 

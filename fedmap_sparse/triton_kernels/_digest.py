@@ -17,7 +17,7 @@ _K0, _K1, _K2 = (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=["words"])
+@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["words"])
 def _mix(words, sums, num_words, PAIRS: tl.constexpr, PARTS: tl.constexpr):
     """splitmix64's middle state and output of each word with its place, added up."""
     middle = tl.zeros((PAIRS,), tl.uint64)

@@ -56,7 +56,10 @@ def _read(words, rest, by):
     return low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["runs", "steps", "chunk", "room"],
+    do_not_specialize_on_alignment=["directory", "states"],
+)
 def _encode_mask(words, plan, runs, steps, chunk, room, scratch, counts, directory, states):
     """Chunk by chunk, from its last step to its first, into the end of its room."""
     c = tl.program_id(0)
@@ -109,7 +112,7 @@ def _encode_mask(words, plan, runs, steps, chunk, room, scratch, counts, directo
     tl.store(counts + 1 + c, (room - end).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "states", "runs", "steps", "chunk"])
 def _decode_mask(payload, pairs, states, offsets, plan, runs, steps, chunk, words, broken):
     """Chunk by chunk into words that are zero before; chunks and runs may share some."""
     c = tl.program_id(0)

@@ -42,7 +42,7 @@ def _put_three_bits(plane, h, words, BLOCK: tl.constexpr):
     tl.store(plane + word, both.to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["low", "high", "escapes"])
 def _describe(
     values,
     n,
@@ -114,7 +114,7 @@ def _frequencies(directory, c, lane):
     return tl.load(directory + c * _ENTRY + 4 + (lane & 15)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["states"])
 def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.constexpr):
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 32)
@@ -152,7 +152,10 @@ def _symbols(nibbles, element, BLOCK: tl.constexpr):
     return ((mine >> (((i >> 5) & 7) * 4).to(tl.uint32)) & 15).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n", "base", "limit", "chunks"],
+    do_not_specialize_on_alignment=["offsets", "escapes"],
+)
 def _escapes(
     values,
     n,
@@ -185,7 +188,10 @@ def _escapes(
             to += tl.sum(flags, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["pairs", "states", "n"],
+    do_not_specialize_on_alignment=["offsets", "broken"],
+)
 def _decode_values(
     payload, directory, pairs, states, offsets, n, nibbles, broken, CHUNK: tl.constexpr
 ):
@@ -226,7 +232,9 @@ def _three_bits(plane, first, words, BLOCK: tl.constexpr):
     return (tl.gather(eights, i >> 3, 0) >> (3 * (i & 7)).to(tl.uint32)) & 7
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n"], do_not_specialize_on_alignment=["low", "high", "offsets", "broken"]
+)
 def _join(
     nibbles,
     directory,

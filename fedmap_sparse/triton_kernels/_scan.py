@@ -13,6 +13,8 @@ from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 _ROWS = 32
 _CHUNK = 1024
+# Chunks that one step of a sum loads at a time: one by one, each waited for the one before.
+_AT_ONCE = tl.constexpr(8)
 #: Programs of a scan, at most: each adds up what lies before its span by itself.
 _PROGRAMS = 64
 
@@ -21,9 +23,10 @@ _PROGRAMS = 64
 def sum_before(counts, end, CHUNK: tl.constexpr):
     """Of counts[:end]."""
     total = tl.zeros((CHUNK,), tl.int64)
-    for start in range(0, end, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        total += tl.load(counts + at, mask=at < end, other=0)
+    for start in range(0, end, CHUNK * _AT_ONCE):
+        chunk = start + tl.arange(0, _AT_ONCE) * CHUNK
+        at = chunk[:, None] + tl.arange(0, CHUNK)[None, :]
+        total += tl.sum(tl.load(counts + at, mask=at < end, other=0).to(tl.int64), 0)
     return tl.sum(total, 0)
 
 
@@ -33,7 +36,7 @@ def spread(blocks: int) -> tuple[int, int, int]:
     return max(1, cdiv(blocks, span)), span, _CHUNK
 
 
-@triton.jit(do_not_specialize_on_alignment=["words"])
+@triton.jit(do_not_specialize=["num_words", "num_blocks"], do_not_specialize_on_alignment=["words"])
 def _count_blocks(words, counts, num_words, num_blocks, ROWS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -41,7 +44,7 @@ def _count_blocks(words, counts, num_words, num_blocks, ROWS: tl.constexpr):
     tl.store(counts + block, total, mask=block < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "span"])
 def _add_up(counts, rank, num_blocks, span, CHUNK: tl.constexpr):
     """The running sums of `span` blocks a program, behind a zero."""
     begin = tl.program_id(0).to(tl.int64) * span
@@ -57,14 +60,20 @@ def _add_up(counts, rank, num_blocks, span, CHUNK: tl.constexpr):
         carry += tl.sum(here, 0)
 
 
+def add_up(counts: Tensor) -> Tensor:
+    """The rank index over blocks with so many survivors each."""
+    blocks = counts.numel()
+    rank = torch.empty(blocks + 1, dtype=torch.int64, device=counts.device)
+    programs, span, chunk = spread(blocks)
+    launch(_add_up, (programs,), counts, rank, blocks, span, CHUNK=chunk, num_warps=8)
+    return rank
+
+
 def rank_index(words: Tensor, numel: int) -> Tensor:
     """`fedmap_sparse.mask.rank_index` on the words' device: two launches, no synchronisation."""
     blocks = num_ranks(numel) - 1
-    rank = torch.empty(blocks + 1, dtype=torch.int64, device=words.device)
     counts = torch.empty(blocks, dtype=torch.int32, device=words.device)
     if blocks:
         grid = (cdiv(blocks, _ROWS),)
         launch(_count_blocks, grid, words, counts, words.numel(), blocks, ROWS=_ROWS)
-    programs, span, chunk = spread(blocks)
-    launch(_add_up, (programs,), counts, rank, blocks, span, CHUNK=chunk, num_warps=8)
-    return rank
+    return add_up(counts)

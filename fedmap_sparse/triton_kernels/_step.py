@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import (
     KINDS,
     exclusive,
@@ -25,17 +26,12 @@ from fedmap_sparse.triton_kernels._bits import (
     popcount,
     raw,
     survivor,
-    tile_words,
     widen,
 )
 from fedmap_sparse.triton_kernels._launch import launch
 from fedmap_sparse.triton_kernels._tables import to_device
 
 _ZEROED = tl.constexpr(ZEROED)
-# One lane a thread, else the compiler gives a thread four neighbouring lanes and splits each access
-# into four that touch the same sectors (measured: 43 requested bytes per element instead of 17).
-_WARPS = 8
-_LANES = 32 * _WARPS
 
 
 @triton.jit
@@ -94,7 +90,10 @@ def _update_lanes(
     tl.store(weights + at, narrow(p, KIND), mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=["words"])
+@triton.jit(
+    do_not_specialize=["segments", "prunable", "nnz", "num_words"],
+    do_not_specialize_on_alignment=["words"],
+)
 def step(
     values,
     words,
@@ -117,6 +116,7 @@ def step(
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
+    FLAT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """One tile of one segment.
@@ -162,8 +162,8 @@ def step(
 
     if (count == WORDS * 32) & (skew == 0):
         base = base // 8 * 8  # tells the compiler of the multiple
-        for part in range(0, WORDS * 32, 2048):
-            at = part + tl.arange(0, 2048)
+        for part in range(0, WORDS * 32, FLAT):
+            at = part + tl.arange(0, FLAT)
             _update_lanes(
                 values + start,
                 gradient,
@@ -240,7 +240,7 @@ def walk(
     `rows` lies on the host, `scalars` there or on the device, where a captured CUDA graph reads
     what is in it at each replay.
     """
-    size = tile_words(nnz / prunable if prunable else 1.0)
+    size, lanes, warps, flat = _tuning.step_shape(nnz / prunable if prunable else 1.0)
     pointers = tuple([0 if g is None else g.data_ptr() for g in grads])
     table, total, aligned = _table(rows.numpy().tobytes(), pointers, size)
     if not total:
@@ -270,7 +270,8 @@ def walk(
         KIND=KINDS[values.dtype],
         WORDS=size,
         STEPS=size.bit_length() - 1,
-        LANES=_LANES,
+        LANES=lanes,
+        FLAT=flat,
         ALIGNED=aligned,
-        num_warps=_WARPS,
+        num_warps=warps,
     )

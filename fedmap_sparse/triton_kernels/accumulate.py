@@ -16,6 +16,16 @@ from fedmap_sparse.triton_kernels._tables import to_device
 
 
 @triton.jit
+def _has_rest(start, whole, n, BLOCK: tl.constexpr):
+    """Whether a program's tile holds the up to 15 elements behind the last multiple of 16.
+
+    Tiles are masked by that multiple: of it the compiler knows that the mask is one for every 16
+    bytes, and keeps accesses whole; of any other `n` it splits them.
+    """
+    return (whole < n) & (start <= whole) & (whole < start + BLOCK)
+
+
+@triton.jit
 def _add_payload(sums, payload, weight, offsets, inside, KIND: tl.constexpr):
     x = widen(tl.load(payload + offsets, mask=inside, other=0), KIND)
     return sums + x.to(tl.float64) * weight
@@ -70,7 +80,7 @@ def _mean_of_tile(
     _store_mean(sums, total, out, bad, offsets, inside, TO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["clients", "n"])
 def _weighted_mean(
     table, out, bad, clients, n, FROM: tl.constexpr, TO: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,10 +88,11 @@ def _weighted_mean(
     """`table` holds the clients' addresses, then their weights, then the total, as bits."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # a mask that is always true does not split wide accesses
-        _mean_of_tile(table, out, bad, clients, offsets, offsets >= 0, FROM, TO, ALIGNED, BLOCK)
-    else:
-        _mean_of_tile(table, out, bad, clients, offsets, offsets < n, FROM, TO, ALIGNED, BLOCK)
+    whole = n // 16 * 16
+    _mean_of_tile(table, out, bad, clients, offsets, offsets < whole, FROM, TO, ALIGNED, BLOCK)
+    if _has_rest(start, whole, n, BLOCK):
+        rest = whole + tl.arange(0, 32)
+        _mean_of_tile(table, out, bad, clients, rest, rest < n, FROM, TO, ALIGNED, 32)
 
 
 @triton.jit
@@ -92,16 +103,17 @@ def _add_to_tile(sums, payload, weight, offsets, inside, KIND: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["weight"])
+@triton.jit(do_not_specialize=["weight", "n"])
 def _accumulate_add(sums, payload, weight: tl.int64, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """`weight` is a float64 as bits: a float argument would arrive as float32."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     w = weight.to(tl.int64).to(tl.float64, bitcast=True)
-    if start + BLOCK <= n:
-        _add_to_tile(sums, payload, w, offsets, offsets >= 0, KIND)
-    else:
-        _add_to_tile(sums, payload, w, offsets, offsets < n, KIND)
+    whole = n // 16 * 16
+    _add_to_tile(sums, payload, w, offsets, offsets < whole, KIND)
+    if _has_rest(start, whole, n, BLOCK):
+        rest = whole + tl.arange(0, 32)
+        _add_to_tile(sums, payload, w, rest, rest < n, KIND)
 
 
 @triton.jit
@@ -110,15 +122,16 @@ def _mean_of_sums(sums, total, out, bad, offsets, inside, KIND: tl.constexpr):
     _store_mean(held, total, out, bad, offsets, inside, KIND)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "n"])
 def _accumulate_mean(sums, total: tl.int64, out, bad, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     t = total.to(tl.int64).to(tl.float64, bitcast=True)
-    if start + BLOCK <= n:
-        _mean_of_sums(sums, t, out, bad, offsets, offsets >= 0, KIND)
-    else:
-        _mean_of_sums(sums, t, out, bad, offsets, offsets < n, KIND)
+    whole = n // 16 * 16
+    _mean_of_sums(sums, t, out, bad, offsets, offsets < whole, KIND)
+    if _has_rest(start, whole, n, BLOCK):
+        rest = whole + tl.arange(0, 32)
+        _mean_of_sums(sums, t, out, bad, rest, rest < n, KIND)
 
 
 def _bits(value: float) -> int:

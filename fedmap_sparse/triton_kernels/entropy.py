@@ -33,7 +33,10 @@ CHUNK = 1 << 15
 _WORDS = 1024  # that a program copies at once
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["room", "base", "limit", "chunks"],
+    do_not_specialize_on_alignment=["offsets", "escapes"],
+)
 def _compact(scratch, room, offsets, escapes, out, base, limit, size, chunks, BLOCK: tl.constexpr):
     """The words of all chunks side by side, from word `base` of the payload on; and its size."""
     c = tl.program_id(0).to(tl.int64)

@@ -8,12 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.mask import num_words
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
 from fedmap_sparse.triton_kernels._launch import cdiv, launch
-from fedmap_sparse.triton_kernels._scan import rank_index
-
-# Words of the parent that a program takes at a time, and words of the result that it writes.
-_WORDS, _OUT = 64, 32
+from fedmap_sparse.triton_kernels._scan import add_up, rank_index
 
 
 @triton.jit
@@ -80,7 +78,40 @@ def pdep(x, mask):
     return _left(_left(x, m1, 2), m0, 1) & mask
 
 
-@triton.jit(do_not_specialize_on_alignment=["child", "parent", "out"])
+@triton.jit
+def _last_at(before, wanted, WORDS: tl.constexpr, STEPS: tl.constexpr):
+    """The last of WORDS = 2**STEPS words with `before` <= `wanted`, for each lane's `wanted`."""
+    word = tl.zeros_like(wanted)
+    for i in tl.static_range(STEPS):
+        half = WORDS >> (i + 1)
+        word = tl.where(tl.gather(before, word + half, 0) <= wanted, word + half, word)
+    return word
+
+
+@triton.jit
+def _following(child, parent, word, reached, wanted, in_words):
+    """Bits `reached` to `wanted` of a word of the result, from the parent's words from `word` on.
+
+    31 survivors at most: 32 words of the parent hold them unless it is sparse there.
+    """
+    tail = tl.zeros((), tl.uint32)
+    while (reached < wanted) & (word < in_words):
+        at = word + tl.arange(0, 32)
+        w = load_words(parent, at, in_words)
+        bits = pext(load_words(child, at, in_words), w)
+        counts = popcount(w)
+        place = reached + exclusive(counts)
+        mine = tl.where(place < 32, bits << (place & 31).to(tl.uint32), 0)
+        tail = tail | tl.sum(mine, 0)  # no bit twice
+        reached += tl.sum(counts, 0)
+        word += 32
+    return tail
+
+
+@triton.jit(
+    do_not_specialize=["num_blocks", "in_words", "nnz"],
+    do_not_specialize_on_alignment=["child", "parent", "out"],
+)
 def _extract(
     child,
     parent,
@@ -88,60 +119,53 @@ def _extract(
     out,
     num_blocks,
     in_words,
-    out_words,
     nnz,
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
-    OUT: tl.constexpr,
 ):
-    """A program writes OUT words of the result, from every tile of the parent that holds a
-    survivor of theirs: words are never shared, so nothing need be zero before, nor atomic."""
-    first = tl.program_id(0).to(tl.int64) * (OUT * 32)
-    last = tl.minimum(first + OUT * 32, nnz)
-    # The last tile that starts at or before survivor `first`.
-    tiles = (num_blocks + WORDS // 64 - 1) // (WORDS // 64)
-    low = tl.zeros((), tl.int64)
-    high = tiles.to(tl.int64)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(rank + middle * (WORDS // 64)) <= first:
-            low = middle
-        else:
-            high = middle
-    lane = tl.arange(0, OUT)
-    result = tl.zeros((OUT,), tl.uint32)
-    tile = low
+    """A program takes WORDS words of the parent and writes the words of the result that begin
+    among their survivors. Each word has one owner: nothing need be zero before, nor atomic."""
+    tile = tl.program_id(0).to(tl.int64)
     base = tl.load(rank + tile * (WORDS // 64))
-    while base < last:
+    end = tl.load(rank + tl.minimum((tile + 1) * (WORDS // 64), num_blocks))
+    first, past = (base + 31) // 32, (end + 31) // 32
+    if first < past:
         at = tile * WORDS + tl.arange(0, WORDS)
         w = load_words(parent, at, in_words)
-        counts = popcount(w)
-        before = exclusive(counts)
         bits = pext(load_words(child, at, in_words), w)
-        # Bit number 0 of each output word, as a survivor's number within the tile.
-        wanted = (first - base + lane * 32).to(tl.int32)
-        word = tl.zeros_like(lane)
-        for i in tl.static_range(STEPS):
-            half = WORDS >> (i + 1)
-            word = tl.where(tl.gather(before, word + half, 0) <= wanted, word + half, word)
-        active = lane >= 0
-        while tl.max(active.to(tl.int32), 0) > 0:
-            at_bit = tl.gather(before, word, 0) - wanted
-            found = tl.gather(bits, word, 0)
-            up = tl.where((at_bit >= 0) & (at_bit < 32), found << (at_bit & 31), 0)
-            down = tl.where((at_bit < 0) & (at_bit > -32), found >> (-at_bit & 31), 0)
-            result = result | tl.where(active, up | down, 0)
-            active = active & (at_bit < 32) & (word + 1 < WORDS)
-            word = tl.where(active, word + 1, word)
-        tile += 1
-        base = tl.load(rank + tl.minimum(tile * (WORDS // 64), num_blocks))
-        base = tl.where(tile < tiles, base, last)
-    offset = first // 32 + lane
-    tl.store(out + offset, result.to(tl.int32, bitcast=True), mask=offset < out_words)
+        before = exclusive(popcount(w))
+        # Where a word's bits go, counted from bit 0 of the first word that is written.
+        start = (base - first * 32).to(tl.int32)
+        shift = ((start + before) & 31).to(tl.uint32)
+        high = tl.where(shift > 0, bits >> ((32 - shift) & 31), 0)
+        # No two words share a bit of the result, so an OR is a difference of sums.
+        low = tl.cumsum((bits << shift).to(tl.int64), 0)
+        last = past - 1
+        reached = (end - last * 32).to(tl.int32)
+        wanted = tl.minimum(nnz - last * 32, 32).to(tl.int32)
+        tail = _following(child, parent, (tile + 1) * WORDS, reached, wanted, in_words)
+        for begin in range(0, (past - first).to(tl.int32), 32):
+            lane = begin + tl.arange(0, 32)
+            # The last word that begins before this word of the result ends, and before it begins.
+            through = lane * 32 + 31 - start
+            mine = _last_at(before, through, WORDS, STEPS)
+            earlier = _last_at(before, tl.maximum(through - 32, 0), WORDS, STEPS)
+            some = through >= 32
+            sums = tl.gather(low, mine, 0) - tl.where(some, tl.gather(low, earlier, 0), 0)
+            carried = tl.where(some, tl.gather(high, earlier, 0), 0)
+            result = (sums & 0xFFFFFFFF).to(tl.uint32) | carried
+            offset = first + lane
+            result = result | tl.where(offset == last, tail, 0)
+            tl.store(out + offset, result.to(tl.int32, bitcast=True), mask=offset < past)
 
 
-@triton.jit(do_not_specialize_on_alignment=["kept", "parent", "out"])
-def _deposit(kept, parent, rank, out, blocks, num_words, WORDS: tl.constexpr, WINDOW: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["blocks", "num_words"],
+    do_not_specialize_on_alignment=["kept", "parent", "out", "each"],
+)
+def _deposit(
+    kept, parent, rank, out, each, blocks, num_words, WORDS: tl.constexpr, WINDOW: tl.constexpr
+):
     """The bits of `kept` that a tile needs lie side by side: they are read once, whole sectors at a
     time and without waiting for the parent's words, then gathered."""
     tile = tl.program_id(0).to(tl.int64)
@@ -157,8 +181,11 @@ def _deposit(kept, parent, rank, out, blocks, num_words, WORDS: tl.constexpr, WI
     shift = (position & 31).to(tl.uint32)
     low, high = tl.gather(own, position >> 5, 0), tl.gather(own, (position >> 5) + 1, 0)
     bits = (low >> shift) | tl.where(shift > 0, high << ((32 - shift) & 31), 0)
-    out_bits = pdep(bits, w).to(tl.int32, bitcast=True)
-    tl.store(out + at, out_bits, mask=at < num_words)
+    out_bits = pdep(bits, w)
+    tl.store(out + at, out_bits.to(tl.int32, bitcast=True), mask=at < num_words)
+    block = tile * (WORDS // 64) + tl.arange(0, WORDS // 64)
+    total = tl.sum(tl.reshape(popcount(out_bits), (WORDS // 64, 64)), 1)
+    tl.store(each + block, total, mask=block < blocks)
 
 
 def extract(
@@ -167,21 +194,20 @@ def extract(
     """The child's bits over the parent's survivors, and their rank index."""
     out = torch.empty(num_words(nnz), dtype=torch.int32, device=parent.device)
     if nnz:
-        # One warp per program: its loops need no barrier.
+        size = _tuning.EXTRACT_WORDS
+        # One warp per program: nothing in it waits for other warps.
         launch(
             _extract,
-            (cdiv(out.numel(), _OUT),),
+            (cdiv(parent.numel(), size),),
             child,
             parent,
             rank,
             out,
             rank.numel() - 1,
             parent.numel(),
-            out.numel(),
             nnz,
-            WORDS=_WORDS,
-            STEPS=_WORDS.bit_length() - 1,
-            OUT=_OUT,
+            WORDS=size,
+            STEPS=size.bit_length() - 1,
             num_warps=1,
         )
     return out, rank_index(out, nnz)
@@ -192,6 +218,8 @@ def deposit(
 ) -> tuple[Tensor, Tensor]:
     """`kept`, over the parent's survivors, as words over all elements, and their rank index."""
     out = torch.empty_like(parent)
+    blocks = rank.numel() - 1
+    counts = torch.empty(blocks, dtype=torch.int32, device=parent.device)
     if numel:
         grid = (cdiv(parent.numel(), 256),)
         # A tile's bits may begin anywhere in a sector: a window of twice its words holds them.
@@ -202,9 +230,10 @@ def deposit(
             parent,
             rank,
             out,
-            rank.numel() - 1,
+            counts,
+            blocks,
             parent.numel(),
             WORDS=256,
             WINDOW=512,
         )
-    return out, rank_index(out, numel)
+    return out, add_up(counts)

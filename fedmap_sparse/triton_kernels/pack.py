@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import (
     KINDS,
     convert,
@@ -14,14 +15,11 @@ from fedmap_sparse.triton_kernels._bits import (
     popcount,
     raw,
     survivor,
-    tile_words,
 )
 from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
-_LANES = 1024
 
-
-@triton.jit(do_not_specialize_on_alignment=["words"])
+@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["words"])
 def _pack(
     values,
     words,
@@ -60,7 +58,7 @@ def _pack(
             tl.store(out + base + j, convert(bits, FROM, TO), mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=["words", "packed"])
+@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["words", "packed"])
 def _unpack(
     packed,
     words,
@@ -106,10 +104,7 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
     """The survivors of `values` into `out`, converted on the way."""
     if not out.numel():
         return
-    density = out.numel() / values.numel()
-    # Few survivors: one warp needs no barrier (on an H100 9 us instead of 23 at density 0.01, but
-    # 233 instead of 145 at 1).
-    size, lanes, warps = (128, 64, 1) if density < 0.0625 else (tile_words(density), _LANES, 4)
+    size, lanes, warps, flat = _tuning.pack_shape(out.numel() / values.numel())
     launch(
         _pack,
         (cdiv(words.numel(), size),),
@@ -121,7 +116,7 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
         WORDS=size,
         STEPS=size.bit_length() - 1,
         LANES=lanes,
-        FLAT=2 * lanes,  # not the same size: the compiler would give both the flat layout
+        FLAT=flat,  # not the same as LANES: the compiler would give both the flat layout
         FROM=KINDS[values.dtype],
         TO=KINDS[out.dtype],
         num_warps=warps,

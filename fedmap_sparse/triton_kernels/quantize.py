@@ -56,7 +56,7 @@ def _cast_tile(values, out, offsets, inside, FROM: tl.constexpr, TO: tl.constexp
     return (_is_infinity(cast, TO) & _finite(bits, FROM)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _cast(
     values, out, overflowed, n, FROM: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -75,7 +75,7 @@ def _cast(
     tl.atomic_add(overflowed, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _count_bad(values, bad, n, KIND: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (BLOCK * PARTS)
     wrong = tl.zeros((BLOCK,), tl.int32)
@@ -111,7 +111,7 @@ def _quantize_rows(values, q, scales, residual, row, column, inside, block: tl.c
         tl.store(residual + at, x - codes * wide, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rows"])
 def _quantize_int8(
     values, q, scales, residual, n, rows, block: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -132,7 +132,7 @@ def _quantize_int8(
         _quantize_rows(values, q, scales, residual, row, column, inside, block, rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rows"])
 def _dequantize_int8(
     q, scales, out, n, rows, block: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmap_sparse.mask import num_ranks, num_words
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount, raw
 from fedmap_sparse.triton_kernels._launch import cdiv, launch, next_power_of_2
 from fedmap_sparse.triton_kernels._scan import spread, sum_before
@@ -32,7 +33,6 @@ from fedmap_sparse.triton_kernels._search import (
     _load_block,
     _read,
     _refine,
-    _refine_values,
     _sample,
     _to_words,
 )
@@ -42,7 +42,10 @@ _RUN = 32
 _WARPS = 8
 
 
-@triton.jit(do_not_specialize_on_alignment=["within", "words", "keys", "places"])
+@triton.jit(
+    do_not_specialize=["num_words", "first_block"],
+    do_not_specialize_on_alignment=["within", "words", "keys", "places"],
+)
 def _settle(
     values, within, words, keys, places, offsets, counts, above, kept, ties, state, n, num_words,
     first_block, KEY_BITS: tl.constexpr, LANES: tl.constexpr,
@@ -79,7 +82,7 @@ def _settle(
         tl.store(ties + slot, tl.sum(same, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "first_block", "span"])
 def _place(state, kept, ties, ties_before, rank, blocks, first_block, span, CHUNK: tl.constexpr):
     """The rank index, and how many ties lie before each block, over `span` blocks a program."""
     begin = tl.program_id(0).to(tl.int64) * span
@@ -105,7 +108,10 @@ def _place(state, kept, ties, ties_before, rank, blocks, first_block, span, CHUN
         tl.store(state + _ALL_TIES, tie_carry)
 
 
-@triton.jit(do_not_specialize_on_alignment=["within", "words", "keys", "places"])
+@triton.jit(
+    do_not_specialize=["num_words", "blocks", "first_block"],
+    do_not_specialize_on_alignment=["within", "words", "keys", "places"],
+)
 def _trim(
     values, within, words, keys, places, offsets, counts, ties, ties_before, state, n, num_words,
     blocks, first_block, KEY_BITS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr,
@@ -149,7 +155,10 @@ def _trim(
                     left -= tl.sum(equal, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["values", "before", "after"])
+@triton.jit(
+    do_not_specialize=["n", "num_words"],
+    do_not_specialize_on_alignment=["values", "before", "after"],
+)
 def _zero_pruned(values, before, after, n, num_words, WORDS: tl.constexpr):
     """A program reads its words once, then gathers them: loaded by each element's thread, they were
     asked for eight times over."""
@@ -183,8 +192,8 @@ class _Search:
         self.capacity = max(self.total // 16, min(self.total, 65536))
         # Of the histograms: more for more values, whose counts collide where keys are few. On an
         # H100 26 M bfloat16 values took 332 us to read with one copy, 50 with 32.
-        self.copies = min(16, next_power_of_2(max(1, self.total >> 20)))
-        self.samples = 4 if self.total > 1 << 22 else 1
+        self.copies = min(_tuning.HISTOGRAMS, next_power_of_2(max(1, self.total >> 20)))
+        self.samples = _tuning.SAMPLE_COPIES if self.total > 1 << 22 else 1
         sizes = [self.samples * SAMPLE_BINS, self.copies * BINS, 2 * SLOTS]
         scratch = torch.zeros(sum(sizes), dtype=torch.int32, device=first.device)
         self.sample, self.histogram, state = scratch.split(sizes)
@@ -221,29 +230,28 @@ class _Search:
                 value, within, None if words is None else words[i], self.keys, self.places,
                 self.offsets, self.counts, self.above, self.state, self.histogram, self.copies,
                 value.numel(), self.words[i], self.first_blocks[i], self.capacity, KEY_BITS=bits,
-                num_warps=1,
+                num_warps=1, maxnreg=_tuning.READ_REGISTERS,
             )  # fmt: skip
         launch(
             _decide, (1,),
             self.state, self.histogram, self.copies, self.keep, self.capacity, KEY_BITS=bits,
-            num_warps=16,
+            ROWS=_tuning.DECIDE_ROWS, num_warps=_tuning.DECIDE_WARPS,
         )  # fmt: skip
-        # 11 bits a level; the candidates' first was in the read.
-        programs = max(1, min(256, self.total // 65536))
-        for number in (1, 2) if bits == 31 else (1,):
-            launch(
-                _refine, (programs,),
-                self.state, self.histogram, min(self.copies, 2), self.keys, LAUNCH=number,
-                LANES=1024, num_warps=_WARPS,
-            )  # fmt: skip
-        for number in (3, 4, 5) if bits == 31 else (3, 4):
+        # 11 bits per level. The candidates' first was in the read; if the bracket missed, there are
+        # three over all values.
+        for number in (1, 2, 3) if bits == 31 else (1, 2):
             for i, value, within in self.parts:
                 launch(
-                    _refine_values, (min(self.blocks[i], 1024),),
-                    value, within, self.state, self.histogram, self.copies, value.numel(),
-                    self.words[i], self.blocks[i], int(i == final), KEY_BITS=bits, LAUNCH=number,
+                    _refine, (self.refiners(i),),
+                    value, within, self.keys, self.state, self.histogram, self.copies,
+                    value.numel(), self.words[i], self.blocks[i], int(i == final), KEY_BITS=bits,
+                    LAUNCH=number, LANES=_tuning.REFINE_LANES, ROWS=_tuning.REFINE_ROWS,
                     num_warps=_WARPS,
                 )  # fmt: skip
+
+    def refiners(self, i: int) -> int:
+        """Programs that refine the key: of blocks if the bracket missed, else of candidates."""
+        return max(1, min(self.blocks[i], _tuning.REFINE_PROGRAMS))
 
     def mask(self) -> list[Tensor]:
         """Words of every tensor, then rank indices of every tensor."""
@@ -258,7 +266,7 @@ class _Search:
                 _settle, (self.blocks[i],),
                 value, within, words[i], self.keys, self.places, self.offsets, self.counts,
                 self.above, kept, ties, self.state, value.numel(), self.words[i],
-                self.first_blocks[i], KEY_BITS=bits, LANES=32, num_warps=1,
+                self.first_blocks[i], KEY_BITS=bits, LANES=_tuning.SETTLE_LANES, num_warps=1,
             )  # fmt: skip
         for i, rank in enumerate(ranks):
             programs, span, chunk = spread(self.blocks[i])
@@ -269,10 +277,11 @@ class _Search:
             )  # fmt: skip
         for i, value, within in self.parts:
             launch(
-                _trim, (cdiv(self.blocks[i], 4),),
+                _trim, (cdiv(self.blocks[i], _tuning.TRIM_BLOCKS),),
                 value, within, words[i], self.keys, self.places, self.offsets, self.counts, ties,
                 before, self.state, value.numel(), self.words[i], self.blocks[i],
-                self.first_blocks[i], KEY_BITS=bits, LANES=32, BLOCKS=4, num_warps=1,
+                self.first_blocks[i], KEY_BITS=bits, LANES=_tuning.SETTLE_LANES,
+                BLOCKS=_tuning.TRIM_BLOCKS, num_warps=1,
             )  # fmt: skip
         return words + ranks
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpucheck.catalogue import workloads
 from gpucheck.driver import _Driver, compile_only
 from gpucheck.interpreter import guard
+from ladder.catalogue import workloads
 from triton import knobs
 from triton.runtime import jit
 
@@ -86,7 +86,7 @@ def assert_no_coarser_than_triton(kernel: Any, arguments: list[Any], constants: 
         for j in range(i, len(arguments)):
             for first in shapes(arguments, i):
                 for given in shapes(first, j) if j != i else [first]:
-                    key = _launch._key(kernel, 0, 4, tuple(given), constants)
+                    key = _launch._key(kernel, 0, (4, None), tuple(given), constants)
                     meaning = bind(*given, **constants)[1]
                     assert meant.setdefault(key, meaning) == meaning
             if len(arguments) > 6:  # pairs of arguments for the toy alone
@@ -100,7 +100,7 @@ def test_the_key_tells_apart_what_triton_does(launches: Launches) -> None:
 
 
 def test_a_coarser_key_is_noticed(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    def coarse(kernel: Any, device: Any, warps: int, arguments: Any, constants: Any) -> Any:
+    def coarse(kernel: Any, device: Any, options: Any, arguments: Any, constants: Any) -> Any:
         return tuple(type(a) for a in arguments)
 
     monkeypatch.setattr(_launch, "_key", coarse)
@@ -114,7 +114,12 @@ def test_every_kernel_has_such_a_key_and_its_constants_last(
     met: dict[str, int] = {}
 
     def instead(
-        kernel: Any, grid: tuple[int, ...], *given: Any, num_warps: int = 4, **constants: Any
+        kernel: Any,
+        grid: tuple[int, ...],
+        *given: Any,
+        num_warps: int = 4,
+        maxnreg: int | None = None,
+        **constants: Any,
     ) -> None:
         assert kernel.arg_names == [*kernel.arg_names[: len(given)], *constants]
         assert all(p.is_constexpr == (p.name in constants) for p in kernel.params)
@@ -128,7 +133,19 @@ def test_every_kernel_has_such_a_key_and_its_constants_last(
     for workload in workloads(4096):
         workload.run()
     assert len(met) >= 25
-    assert min(met.values()) > 10
+    assert min(met.values()) > 3
+
+
+def test_a_number_that_no_kernel_is_specialised_on_is_no_new_entry(launches: Launches) -> None:
+    x = torch.zeros(16)
+    for b in (1, 2, 16, 10**6):
+        launch(toy, (1,), x, x, None, 3, b, 7, SIZE=16)
+    assert len(_launch._compiled) == 1
+    launch(toy, (1,), x, x, None, 3, 2**40, 7, SIZE=16)
+    launch(toy, (1,), x, x, None, 3, 2, 7, SIZE=16, num_warps=1)
+    launch(toy, (1,), x, x, None, 3, 2, 7, SIZE=16, maxnreg=64)
+    assert len(_launch._compiled) == 4
+    assert [kernel.metadata.maxnreg for kernel in _launch._compiled.values()] == [None] * 3 + [64]
 
 
 def test_launchers_call_launch() -> None:

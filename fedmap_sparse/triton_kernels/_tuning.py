@@ -1,0 +1,61 @@
+"""Sizes and variants of the kernels that only a device can judge, one constant each.
+
+They are read at each launch, so that `tools/measure_gpu.py` can try others and `tests/gpu_free` can
+run both. No value changes a result. Of a shape: mask words of a program, survivors that it takes at
+a time, its warps, and the elements that it takes at a time where a tile has no holes.
+"""
+
+from __future__ import annotations
+
+Shape = tuple[int, int, int, int]
+
+# Packing. Measured on an H100: one warp 9 us instead of 23 at density 0.01, but 233 instead of 145
+# at density 1.
+PACK_DENSE: Shape = (128, 1024, 4, 2048)
+PACK_MIDDLE: Shape = (256, 1024, 4, 2048)
+PACK_SPARSE: Shape = (128, 64, 1, 128)
+
+# Masked steps. With eight warps a tile waits at 18 barriers for every 256 survivors; a program of
+# one warp at none. Counted, not timed. With 64 survivors at a time twice as many loads are on their
+# way, but a thread takes two neighbours and asks for each sector twice. Where nothing is pruned
+# eight warps were measured at 1.05 times the floor.
+STEP_WHOLE: Shape = (128, 256, 8, 2048)
+STEP_DENSE: Shape = (128, 32, 1, 256)
+STEP_MIDDLE: Shape = (128, 32, 1, 256)
+STEP_SPARSE: Shape = (128, 32, 1, 256)
+
+#: Words of the parent per program of `extract`.
+EXTRACT_WORDS = 64
+
+# Selection.
+#: Copies of the radix histogram of the candidates, at most; of the histogram of the sample.
+HISTOGRAMS = 16
+SAMPLE_COPIES = 4
+#: Registers per thread of the read, at most; None: as the compiler likes.
+READ_REGISTERS: int | None = None
+#: Copies of the histogram that one program loads at a time, and its warps.
+DECIDE_ROWS = 8
+DECIDE_WARPS = 16
+REFINE_ROWS = 4
+#: Programs that refine the candidates, at most, and keys that one takes at a time.
+REFINE_PROGRAMS = 264
+REFINE_LANES = 1024
+#: Candidates that a program takes at a time as it settles or trims a block, and blocks per program.
+SETTLE_LANES = 32
+TRIM_BLOCKS = 4
+
+
+def pack_shape(density: float) -> Shape:
+    """Of packing."""
+    if density > 0.25:
+        return PACK_DENSE
+    return PACK_MIDDLE if density > 0.0625 else PACK_SPARSE
+
+
+def step_shape(density: float) -> Shape:
+    """Of the masked steps."""
+    if density > 0.98:
+        return STEP_WHOLE
+    if density > 0.25:
+        return STEP_DENSE
+    return STEP_MIDDLE if density > 0.0625 else STEP_SPARSE
