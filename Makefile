@@ -1,7 +1,8 @@
 # Each target makes .venv by itself. Variables, all optional:
 #   PYTHON      the interpreter that .venv is made from (3.11 or later)
 #   PIP_ARGS    passed on to pip install, as --extra-index-url for a CPU build of torch
-#   RUN_ARGS, TEST_ARGS, BENCH_ARGS   passed on to fedmap-sparse run, pytest, fedmap-sparse bench
+#   RUN_ARGS, TEST_ARGS, BENCH_ARGS, MEASURE_ARGS   passed on to fedmap-sparse run, pytest,
+#               fedmap-sparse bench, tools/measure_gpu.py
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON PIP_ARGS
@@ -49,6 +50,10 @@ docs: $(VENV)/dev.stamp ## the site, in build/docs; a warning or a broken link i
 
 bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
 	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)
+
+.PHONY: measure-gpu
+measure-gpu: ## all measurements on a GPU, 8 minutes, with PYTHON or python3; MEASURE_ARGS=--dry-run
+	$(or $(PYTHON),python3) tools/measure_gpu.py --out build/gpu-run $(MEASURE_ARGS)
 
 vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never changes one
 	$(BIN)/python tests/vectors/make_vectors.py

@@ -3,6 +3,7 @@
 python benchmarks/gpu_report.py             the report, from the emulator and the compiler
 python benchmarks/gpu_report.py --budgets   and the table that tests/gpu_free holds them to
 python benchmarks/gpu_report.py --accesses "deposit 0.5"   what each access of one op asks for, only
+python benchmarks/gpu_report.py --run DIR   put what tools/measure_gpu.py wrote there into the page
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu_free")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "gpu_free")]
 
-from gpucheck import measure  # noqa: E402  # tests are no package
-from gpucheck.catalogue import workloads  # noqa: E402  # likewise
+import gpu_page  # noqa: E402  # beside this file
+from ladder import measure  # noqa: E402  # tests are no package
+from ladder.catalogue import workloads  # noqa: E402  # likewise
 
 ARCHS = (80, 90, 100)
 SIZE = 131072
@@ -71,7 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--budgets", action="store_true", help="write tests/gpu_free/budgets.csv")
     parser.add_argument("--accesses", metavar="OP", help="print what an op's accesses ask for")
+    parser.add_argument("--run", metavar="DIR", type=Path, help="put a measured run into the page")
     arguments = parser.parse_args()
+    if arguments.run:
+        part = gpu_page.section(gpu_page.read(arguments.run))
+        for name in ("GPU.head.md", "GPU.md"):
+            page = Path(__file__).parent / name
+            page.write_text(gpu_page.put(page.read_text(), part))
+        return
     if arguments.accesses:
         (workload,) = [w for w in workloads(SIZE) if w.name == arguments.accesses]
         print("\n".join(measure.accesses(workload)))

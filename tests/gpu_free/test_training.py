@@ -18,9 +18,9 @@ from ladder.catalogue import Workload, workloads
 from torch import Tensor
 
 import fedmap_sparse as fs
-from fedmap_sparse import ops, triton_kernels
+from fedmap_sparse import triton_kernels
 from fedmap_sparse.mask import num_ranks, num_words
-from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.ops._segments import ZEROED, Segments
 from fedmap_sparse.triton_kernels import (
     _digest,
     _scan,
@@ -57,7 +57,7 @@ def train(rounds: int) -> Iterator[int]:
         packed, half = torch.empty(mask.nnz), torch.empty(mask.nnz, dtype=torch.bfloat16)
         pack.pack_out(values, mask.words, mask.rank, packed)
         pack.unpack_out(packed, mask.words, mask.rank, values)
-        segments = ops.Segments([0], [_N])
+        segments = Segments([0], [_N])
         segments.rows[0, 3] = ZEROED
         state = torch.zeros(mask.nnz)
         table = (mask.words, mask.rank, _N, mask.nnz, [grad], segments.rows, segments.scalars)

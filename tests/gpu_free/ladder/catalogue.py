@@ -15,7 +15,7 @@ from torch import Tensor
 import fedmap_sparse as fs
 from fedmap_sparse.ops import _payload
 from fedmap_sparse.ops import entropy as coder
-from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.ops._segments import ZEROED, Segments
 from fedmap_sparse.triton_kernels import (
     _scan,
     accumulate,
@@ -121,7 +121,7 @@ def _stepping(n: int, device: torch.device) -> Iterator[Workload]:
         for dtype, density in ((F32, 1.0), (F32, 0.5), (F32, 0.1), (F32, 0.01), (BF16, 0.1)):
             mask, values = _masks(n, density, device), torch.randn(n, device=device).to(dtype)
             grads: list[Tensor | None] = [torch.randn(n, device=device).to(dtype)]
-            segments = fs.Segments([0], [n])
+            segments = Segments([0], [n])
             segments.rows[0, 3] = ZEROED
             scalars = [0.1, 0.9, 0.99, 1e-8, 0.01, 0.5, 0.5, 0.0]
             segments.scalars[0] = torch.tensor(scalars)

@@ -1,0 +1,181 @@
+"""`tools/measure_gpu.py` without a GPU: its steps on stand-ins, and steps that fail or hang."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measure_gpu
+import pytest
+from gpu_run import counters, steps, sweeps
+from measure_gpu import Step
+
+from fedmap_sparse.triton_kernels import _tuning
+
+_HANGS = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write('{"half": 1}')
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1] + ".pid", "w").write(str(child.pid))
+time.sleep(600)
+"""
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_gpu, "_GRACE", 0.5)
+    python, half = sys.executable, tmp_path / "hangs.json"
+    run = measure_gpu.conduct(
+        [
+            Step("fails", 20, "", (python, "-c", "raise SystemExit('no such card')")),
+            Step("crashes", 20, "", (python, "-c", "import os; os.abort()")),
+            Step("hangs", 3, "", (python, "-c", _HANGS, str(half))),
+            Step("missing", 20, "", ("/no/such/program",)),
+            Step("nothing", 20, "", (python, "-c", "raise SystemExit(3)")),
+            Step("works", 20, "", (python, "-c", "print('ok')")),
+        ],
+        tmp_path,
+    )
+    found = {name: record["state"] for name, record in run["steps"].items()}
+    assert found == {
+        "fails": "failed", "crashes": "failed", "hangs": "timed out", "missing": "failed",
+        "nothing": "skipped", "works": "done",
+    }  # fmt: skip
+    assert "no such card" in run["steps"]["fails"]["output"]
+    assert "/no/such/program" in run["steps"]["missing"]["output"]
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == run["steps"]
+    assert json.loads(half.read_text()) == {"half": 1}
+    child = int(Path(f"{half}.pid").read_text())
+    for _ in range(50):  # what the step had started is gone too, or is about to be reaped
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"process {child}, which the step had started, still runs")
+
+
+def test_no_step_starts_without_time(tmp_path: Path) -> None:
+    run = measure_gpu.conduct([Step("late", 60, "", ("/bin/true",))], tmp_path, minutes=0.01)
+    assert run["steps"]["late"]["state"] == "skipped"
+
+
+@pytest.mark.parametrize("name", ["build", "machine", "baseline", "counters", "sweeps", "peers",
+                                  "scale", "experiment"])  # fmt: skip
+def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
+    code = steps.run(name, tmp_path, 60.0, True, None)
+    nothing = {"counters", "peers", "experiment"}
+    assert code == (steps.SKIPPED if name in nothing else 0)
+    path = tmp_path / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if name in nothing - {"peers"}:
+        return
+    assert found["dry"] is True
+    if name == "baseline":
+        assert len(found["workloads"]) > 40
+        assert {row["us"] for row in found["workloads"].values()} == {0.0}
+    if name == "sweeps":
+        assert set(found["sweeps"]) == {sweep.constant for sweep in sweeps.SWEEPS}
+        assert found["winners"] == {}
+
+
+def test_a_step_minds_its_deadline(tmp_path: Path) -> None:
+    assert steps.run("sweeps", tmp_path, 0.0, True, None) == 0
+    assert "no time left" in json.loads((tmp_path / "sweeps.json").read_text())["left_out"]
+
+
+def test_without_a_device_nothing_is_timed(tmp_path: Path) -> None:
+    if importlib.import_module("torch").cuda.is_available():
+        pytest.skip("there is a device")
+    assert steps.run("baseline", tmp_path, 60.0, False, None) == steps.SKIPPED
+    assert not (tmp_path / "baseline.json").exists()
+
+
+def test_every_constant_is_swept() -> None:
+    constants = {name for name in vars(_tuning) if name.isupper()}
+    swept = {sweep.constant for sweep in sweeps.SWEEPS}
+    # Where one warp is measured to be best; the rows of a refinement follow the decision's.
+    assert constants - swept == {"PACK_SPARSE", "REFINE_ROWS"}
+
+
+@pytest.mark.parametrize(
+    ("base", "tried", "want"),
+    [
+        ({"a": 100.0, "b": 50.0}, {"a": 90.0, "b": 50.5}, True),
+        ({"a": 100.0, "b": 50.0}, {"a": 80.0, "b": 52.0}, False),
+        ({"a": 100.0}, {"a": 99.8}, False),
+    ],
+)
+def test_a_winner_slows_nothing_down(
+    base: dict[str, float], tried: dict[str, float], want: bool
+) -> None:
+    assert sweeps.better(base, tried) is want
+
+
+def test_counters_are_read() -> None:
+    text = "\n".join(
+        [
+            "==PROF== Connected to process 1",
+            '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
+            '"0","_read","gpu__time_duration.sum","nsecond","61,234"',
+            '"0","_read","launch__registers_per_thread","register/thread","96"',
+            '"1","step","gpu__time_duration.sum","nsecond","9.5"',
+        ]
+    )
+    assert counters.table(text) == [
+        {
+            "kernel": "_read",
+            "gpu__time_duration.sum": 61234.0,
+            "launch__registers_per_thread": 96.0,
+        },
+        {"kernel": "step", "gpu__time_duration.sum": 9.5},
+    ]
+
+
+_PAGE = Path(__file__).parents[2] / "benchmarks" / "gpu_page.py"
+
+
+@pytest.fixture
+def page() -> Any:
+    spec = importlib.util.spec_from_file_location("gpu_page", _PAGE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_becomes_a_page(tmp_path: Path, page: Any) -> None:
+    files: dict[str, Any] = {
+        "run": {"time": "2026-11-26T22:00:00Z", "commit": "abc", "mode": [],
+                "steps": {"baseline": {"state": "timed out", "seconds": 65.0}}},
+        "machine": {"dry": False, "card": "Some Card", "versions": {"torch": "2.11"},
+                    "bandwidth": {"copy 105 MB": {"us": 100.0, "GB/s": 2000.0}}},
+        "baseline": {"dry": False, "n": 1000, "workloads": {
+            "pack": {"us": 40.0, "floor_bytes": 40_000_000, "kernels_us": {"_pack": 38.0}},
+            "cast": {"error": "out | of registers"}}},
+        "sweeps": {"sweeps": {"A": {"default": 1, "chosen": 2,
+                                    "us": {"1": {"pack": 9.0}, "2": {"pack": 8.0}}}}},
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    text = page.section(page.read(tmp_path))
+    for part in ("Some Card", "torch 2.11", "commit abc",
+                 "| pack | 40.0 | 20.0 | 2.00 | _pack 38.0 |",
+                 "out / of registers", "| A | 2 (kept) | pack 8.0 |", "timed out"):  # fmt: skip
+        assert part in text
+    once = page.put("head\n\n## Counted\ntail", text)
+    assert once.startswith("head")
+    assert once.endswith("## Counted\ntail")
+    assert page.put(once, text) == once
+    files["run"]["mode"] = ["--dry-run"]
+    (tmp_path / "run.json").write_text(json.dumps(files["run"]))
+    with pytest.raises(ValueError, match="a dry run measures nothing"):
+        page.read(tmp_path)

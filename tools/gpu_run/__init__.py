@@ -1,0 +1,1 @@
+"""The steps of `tools/measure_gpu.py`."""

@@ -1,0 +1,129 @@
+"""What the steps share: the device or its stand-in, the clock, the deadline, the results' file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+#: Elements of a workload: on a device 105 MB of float32, which no L2 cache holds.
+SIZE, DRY_SIZE, COMPILE_SIZE = 26_214_400, 4096, 65536
+#: The device idles for so many cycles before what is timed, while Python's launches queue up: a
+#: selection of eleven launches took its caller 0.87 ms on a slow host.
+_QUEUE_CYCLES = 2_000_000
+#: Written between timings, so that no input of the next one lies in L2 (50 MB on an H100).
+_FLUSHED = 1 << 28
+
+
+class Skip(Exception):
+    """Why a step has nothing to do here."""
+
+
+class Bench:
+    """One step's view of the machine."""
+
+    def __init__(self, name: str, out: Path, limit: float, dry: bool, arch: str | None) -> None:
+        self.name, self.out, self.dry, self.arch = name, out, dry, arch
+        self.real = not dry and arch is None
+        self.deadline = time.monotonic() + limit
+        self.device = torch.device("cuda" if self.real else "cpu")
+        self.n = SIZE if self.real else DRY_SIZE if dry else COMPILE_SIZE
+        self.found: dict[str, Any] = {"dry": not self.real}
+        self._flushed: Tensor | None = None
+        if self.real and not torch.cuda.is_available():
+            raise Skip("torch finds no CUDA device; --dry-run goes through the steps without one")
+
+    def left(self) -> float:
+        """Seconds until this step has to be done."""
+        return self.deadline - time.monotonic()
+
+    def note(self, **more: Any) -> None:
+        """Keep these results, in the file too."""
+        self.found.update(more)
+        path = self.out / f"{self.name}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.found, indent=1) + "\n")
+        part.replace(path)
+
+    def earlier(self, step: str) -> dict[str, Any]:
+        """What another step of this run found; empty if it did not get so far."""
+        path = self.out / f"{step}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    @contextlib.contextmanager
+    def launches(self) -> Iterator[None]:
+        """Inside, kernels go to the device, or to what stands in for it."""
+        if self.real:
+            yield
+        elif self.dry:
+            with without_launches():
+                yield
+        else:
+            from gpucheck.driver import compile_only
+
+            assert self.arch is not None
+            with compile_only(int(self.arch) if self.arch.isdigit() else self.arch):
+                yield
+
+    def clock(self, run: Callable[[], object], repeats: int = 15) -> list[float]:
+        """Microseconds of the device's own time, one per repeat; of a stand-in one zero."""
+        with self.launches():
+            run()  # compiles
+        if not self.real:
+            return [0.0]
+        run()
+        torch.cuda.synchronize()
+        if self._flushed is None:
+            self._flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
+        pairs = []
+        for _ in range(repeats):
+            self._flushed.zero_()
+            torch.cuda._sleep(_QUEUE_CYCLES)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize()
+        return [1000 * start.elapsed_time(end) for start, end in pairs]
+
+    def median(self, run: Callable[[], object], **how: Any) -> float:
+        return round(statistics.median(self.clock(run, **how)), 2)
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """Launchers run, kernels do not: what a dry run can show of a workload."""
+    from fedmap_sparse import triton_kernels
+
+    with contextlib.ExitStack() as stack:
+        for found in pkgutil.iter_modules(triton_kernels.__path__):
+            module = importlib.import_module(f"fedmap_sparse.triton_kernels.{found.name}")
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch"))
+        yield
+
+
+@contextlib.contextmanager
+def tuned(settings: dict[str, Any]) -> Iterator[None]:
+    """Constants of `triton_kernels/_tuning.py` at other values."""
+    tuning = importlib.import_module("fedmap_sparse.triton_kernels._tuning")
+    before = {name: getattr(tuning, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(tuning, name, tuple(value) if isinstance(value, list) else value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tuning, name, value)

@@ -1,0 +1,271 @@
+"""What each step does. A step notes its results as they come and minds its deadline."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_run import counters, sweeps
+from gpu_run.bench import Bench, Skip, tuned
+from gpu_run.machine import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = 3
+
+
+def build(bench: Bench) -> None:
+    """In place, unless it is there; says what is missing otherwise."""
+    from fedmap_sparse._backends import native
+
+    if native is not None:
+        bench.note(extension="there already", isa=native.isa())
+        return
+    missing = [
+        name for name in ("pybind11", "setuptools") if importlib.util.find_spec(name) is None
+    ]
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if missing or compiler is None:
+        wanted = [*missing, *([] if compiler else ["a C++ compiler"])]
+        bench.note(
+            extension=f"not built: no {', no '.join(wanted)}; see the head of measure_gpu.py"
+        )
+        raise Skip(bench.found["extension"])
+    if bench.dry:
+        raise Skip("a dry run builds nothing")
+    path = os.pathsep.join([str(ROOT / "build" / "carry"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
+    bench.note(extension="built here")
+
+
+def run_tests(bench: Bench, *arguments: str, settings: dict[str, Any] | None = None) -> str:
+    """The last line of a run of tests. Nothing of tests/conftest.py: it wants further packages."""
+    import pytest
+
+    class Last:
+        line = ""
+
+        def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+            counts = terminalreporter.stats
+            kinds = ("passed", "failed", "error", "skipped")
+            self.line = ", ".join(f"{len(counts[k])} {k}" for k in kinds if counts.get(k))
+            bench.note(failures=[r.nodeid for k in ("failed", "error") for r in counts.get(k, [])])
+
+    last = Last()
+    fixed = ["-q", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests' / 'gpu'}", "--tb=short"]
+    with tuned(settings or {}):
+        code = pytest.main([*fixed, *arguments], plugins=[last])
+    bench.note(tests=last.line, code=int(code))
+    if code not in (0, 5):
+        raise RuntimeError(f"tests: {last.line}")
+    return last.line
+
+
+def contracts(bench: Bench) -> None:
+    run_tests(bench, str(ROOT / "tests" / "gpu"))
+    stress(bench)
+
+
+def stress(bench: Bench) -> None:
+    """Selections by the ten thousand beside another stream that writes: the ticket must hold."""
+    from fedmap_sparse import ops
+
+    values = torch.randn(70_000 if bench.real else 5000, device=bench.device)
+    backend = "triton" if bench.real else "reference"
+    want = ops.magnitude_mask(values, values.numel() // 10, backend=backend).words.clone()
+    wrong, rounds = torch.zeros((), dtype=torch.int64, device=bench.device), 0
+    side = torch.cuda.Stream() if bench.real else None
+    noise = torch.empty(1 << 26 if bench.real else 16, device=bench.device)
+    while bench.left() > 10 and rounds < (100_000 if bench.real else 2):
+        for _ in range(500 if bench.real else 1):
+            got = ops.magnitude_mask(values, values.numel() // 10, backend=backend).words
+            wrong += (got != want).any()
+            rounds += 1
+        if side is not None:
+            with torch.cuda.stream(side):
+                for _ in range(20):
+                    noise.mul_(1.0001)
+        bench.note(stress={"selections": rounds, "wrong": int(wrong)})
+    if int(wrong):
+        raise RuntimeError(f"{int(wrong)} of {rounds} selections differ from the first")
+
+
+def baseline(bench: Bench) -> None:
+    """Medians of every workload, then its kernels by the profiler."""
+    from ladder.catalogue import each_workload
+
+    rows: dict[str, Any] = {}
+    for workload in each_workload(bench.n, bench.device):
+        if bench.left() < 3:
+            bench.note(left_out=f"from {workload.name} on: no time left")
+            break
+        try:
+            rows[workload.name] = row = {
+                "floor_bytes": round(workload.floor * workload.numel),
+                "us": bench.median(workload.run),
+            }
+            if bench.real:
+                row["kernels_us"] = by_profiler(workload.run)
+        except Exception as error:  # the others may hold
+            rows[workload.name] = {"error": repr(error)[:500]}
+        bench.note(n=bench.n, workloads=rows)
+    if any("error" in row for row in rows.values()):
+        raise RuntimeError(f"failed: {[name for name, row in rows.items() if 'error' in row]}")
+
+
+def by_profiler(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+    """Mean microseconds of each kernel in one run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key: round(event.self_device_time_total / repeats, 2)
+        for event in watched.key_averages()
+        if event.self_device_time_total > 0
+    }
+
+
+def winners(bench: Bench) -> None:
+    """The contracts with every fastest value at once, and inputs that are hard on a selection."""
+    from fedmap_sparse.triton_kernels import select
+
+    best = bench.earlier("sweeps").get("winners", {})
+    bench.note(settings=best)
+    n = bench.n
+    drawn = torch.randn(n, device=bench.device)
+    inputs = {
+        "normal": drawn,
+        "constant": torch.ones_like(drawn),
+        "zeros": drawn * (drawn > 2),
+        "two values": torch.where(drawn > 0, 1.0, -2.0),
+        "sorted": drawn.abs().sort().values,
+        "bfloat16": drawn.bfloat16(),
+    }
+    times: dict[str, float] = {}
+    for name, values in inputs.items():
+        for which, settings in (("defaults", {}), ("winners", best)):
+            with tuned(settings):
+                run = lambda v=values: select.magnitude_mask([v], [None], n, n // 10)  # noqa: E731
+                times[f"{name}, {which}"] = bench.median(run)
+            bench.note(select_us=times)
+    chosen = str(ROOT / "tests" / "gpu" / "test_contracts.py")
+    run_tests(bench, chosen, settings=best)
+
+
+def peers(bench: Bench) -> None:
+    """`fedmap-sparse bench --device cuda`, without the table that wants rich."""
+    from fedmap_sparse.bench import runner, timing
+
+    cases = [c for c in runner.registry().values() if "cuda" in c.devices and c.fixed_n is None]
+    options = runner.Options(
+        cases=cases, sizes=[bench.n], densities=None, dtypes=[torch.float32],
+        device=torch.device("cuda"), inputs="normal", plan=timing.Plan(),
+        most_sets=runner.MOST_SETS,
+    )  # fmt: skip
+    if not bench.real:
+        bench.note(cases=[one.op for one in cases])
+        raise Skip("peers are timed on a device only")
+    records, refused = [], []
+    bench.note(header=runner.header(options, ["device=cuda"]))
+    for result in runner.run(options):
+        kept = refused if isinstance(result, runner.Refused) else records
+        kept.append(result.as_dict() if isinstance(result, runner.Refused) else result)
+        bench.note(records=records, refused=refused)
+        if bench.left() < 5:
+            break
+    if refused:
+        raise RuntimeError(f"{len(refused)} cases failed their check")
+
+
+def scale(bench: Bench) -> None:
+    """A model of 10^9 parameters in bfloat16 through a round's kernels."""
+    import fedmap_sparse as fs
+    from fedmap_sparse import ops
+    from fedmap_sparse.ops._segments import Segments
+
+    if bench.arch:
+        raise Skip("runs whole ops")
+    n = 10**9 if bench.real else 20_000
+    backend = "triton" if bench.real else "reference"
+    values = torch.randn(n, device=bench.device, dtype=torch.bfloat16)
+    times: dict[str, float] = {}
+    peak = torch.cuda.max_memory_allocated if bench.real else (lambda: 0)
+
+    def note(name: str, run: Callable[[], Any]) -> Any:
+        out = run()
+        if bench.real:
+            times[name] = bench.median(run, repeats=3)
+        bench.note(n=n, us=times, peak_bytes=peak())
+        return out
+
+    mask = note("select", lambda: ops.magnitude_mask(values, n // 10, backend=backend))
+    packed = note("pack", lambda: ops.pack(values, mask, backend=backend))
+    note("unpack", lambda: ops.unpack(packed, mask, backend=backend))
+    segments = Segments([0], [n])
+    segments.scalars[0, :2] = torch.tensor([0.01, 0.9])
+    momentum, master = torch.zeros(mask.nnz, device=bench.device), packed.float()
+    gradient = torch.randn(n, device=bench.device, dtype=torch.bfloat16)
+    note("masked_sgd", lambda: ops.masked_sgd_(
+        values, mask, [gradient], segments, momentum_buffer=momentum, master=master,
+        backend=backend))  # fmt: skip
+    coder = ops.entropy
+    coded = note("encode_values", lambda: coder.encode_values(
+        packed, 2 * packed.nbytes, backend="triton" if bench.real else "cpu"))  # fmt: skip
+    note("decode_values", lambda: coder.decode_values(
+        coded, mask.nnz, torch.bfloat16, device=values.device,
+        backend="triton" if bench.real else "cpu"))  # fmt: skip
+    small = fs.Mask.from_words(mask.words, n)
+    bench.note(nnz=small.nnz, coded_bytes=coded.numel())
+
+
+def experiment(bench: Bench) -> None:
+    """The default experiment on the device, where its packages are."""
+    needed = ("rich", "safetensors", "matplotlib")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise Skip(f"no {', no '.join(missing)}: python -m pip install fedmap-sparse[experiments]")
+    device = "cuda" if bench.real else "cpu"
+    rounds = 20 if bench.real else 1
+    command = [sys.executable, "-m", "fedmap_sparse", "run", f"device={device}", f"rounds={rounds}",
+               f"out={bench.out / 'experiment'}"]  # fmt: skip
+    if bench.dry:
+        raise Skip(f"not in a dry run: {' '.join(command[1:])}")
+    subprocess.run(command, cwd=ROOT, check=True, timeout=max(5.0, bench.left()))
+    bench.note(command=command[1:])
+
+
+STEPS: dict[str, Callable[[Bench], None]] = {
+    "build": build,
+    "machine": machine,
+    "contracts": contracts,
+    "baseline": baseline,
+    "counters": counters.counters,
+    "sweeps": sweeps.sweeps,
+    "winners": winners,
+    "peers": peers,
+    "scale": scale,
+    "experiment": experiment,
+}
+
+
+def run(name: str, out: Path, limit: float, dry: bool, arch: str | None) -> int:
+    """The exit code of a step: 0, 3 for nothing to do; a traceback and 1 for a failure."""
+    if (cache := ROOT / "build" / "triton").exists() or arch:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    try:
+        bench = Bench(name, out, limit, dry, arch)
+        STEPS[name](bench)
+    except Skip as why:
+        print(f"skipped: {why}")
+        return SKIPPED
+    return 0

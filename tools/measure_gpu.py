@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Everything to be measured on a borrowed GPU, in one command of about eight minutes.
+
+    python tools/measure_gpu.py --out build/gpu-run            on a machine with a GPU
+    python tools/measure_gpu.py --out build/gpu-dry --dry-run  the same steps without one, tiny
+
+Each step is a process of its own with a time limit. It writes OUT/STEP.json after each piece, so a
+step that fails, hangs or is killed leaves what it had, and the next one starts. OUT/run.json says
+how each step ended. `benchmarks/gpu_report.py --run OUT` makes a page of it.
+
+Needed: torch with CUDA, triton, pytest. The C++ extension, whose bytes some contracts compare, is
+built if pybind11 and a compiler are there. What can be carried to a machine without a network:
+
+    python -m pip install --target build/carry pybind11 setuptools     (then carry build/carry)
+    python tools/measure_gpu.py --out build/gpu-dry --compile 90       (then carry build/triton)
+
+The second fills a Triton cache for sm_90, under the triton that will be used there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: What a failed step's record keeps of its output, in characters.
+_TAIL = 4000
+#: Seconds beyond its limit after which a step that does not end by itself is killed.
+_GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process: its name, its time limit in seconds on a device, and what it is for."""
+
+    name: str
+    limit: float
+    what: str
+    #: For tests: what to run instead of this file with --step.
+    command: tuple[str, ...] = ()
+
+
+STEPS = (
+    Step("build", 90, "the C++ extension, whose bytes some contracts compare"),
+    Step("machine", 30, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
+    Step("contracts", 100, "tests/gpu, and selections under stress"),
+    Step("baseline", 60, "device time and kernels of every workload"),
+    Step("counters", 90, "ncu, one launch per kernel, where it is allowed"),
+    Step("sweeps", 210, "each constant of _tuning.py, one after another"),
+    Step("winners", 40, "contracts with the fastest values; inputs with ties"),
+    Step("peers", 120, "fedmap-sparse bench beside its peers"),
+    Step("scale", 60, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
+    Step("experiment", 60, "fedmap-sparse run device=cuda"),
+)
+
+
+def write(path: Path, data: Any) -> None:
+    """A file that is never seen half written."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
+
+
+def command_of(step: Step, out: Path, mode: Sequence[str], limit: float) -> list[str]:
+    if step.command:
+        return list(step.command)
+    file = str(Path(__file__).resolve())
+    return [
+        sys.executable,
+        file,
+        "--step",
+        step.name,
+        "--out",
+        str(out),
+        "--limit",
+        str(limit),
+        *mode,
+    ]
+
+
+def play(step: Step, out: Path, mode: Sequence[str], limit: float) -> dict[str, Any]:
+    """Run one step to its end or its limit; what it wrote stays whatever happens."""
+    start = time.monotonic()
+    log = out / f"{step.name}.log"
+    with log.open("w") as file:
+        # A group of its own, so that what the step started ends with it.
+        process = subprocess.Popen(
+            command_of(step, out, mode, limit), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(limit + _GRACE)
+        except subprocess.TimeoutExpired:
+            code = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    state = {0: "done", 3: "skipped", None: "timed out"}.get(code, "failed")
+    record: dict[str, Any] = {"state": state, "seconds": round(time.monotonic() - start, 1)}
+    if state != "done":
+        record["output"] = log.read_text(errors="replace")[-_TAIL:]
+    return record
+
+
+def git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit that is measured, as far as this machine can say (carry it in COMMIT)."""
+    known = git("rev-parse", "HEAD") or os.environ.get("COMMIT", "unknown")
+    return known + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def conduct(
+    steps: Sequence[Step], out: Path, mode: Sequence[str] = (), minutes: float = 8.0
+) -> dict[str, Any]:
+    """Play the steps in turn; each has its limit, all together `minutes`."""
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    run: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "mode": list(mode),
+        "minutes": minutes,
+        "steps": {},
+    }
+    write(out / "run.json", run)
+    for step in steps:
+        left = end - time.monotonic()
+        if left < 5:
+            record: dict[str, Any] = {"state": "skipped", "seconds": 0.0, "output": "no time left"}
+        else:
+            print(f"{step.name}: {step.what}", flush=True)
+            try:
+                record = play(step, out, mode, min(step.limit, left))
+            except Exception as error:  # such as a full disk: the next step may still go
+                record = {
+                    "state": "failed",
+                    "seconds": 0.0,
+                    "output": f"{type(error).__name__}: {error}",
+                }
+        run["steps"][step.name] = record
+        write(out / "run.json", run)
+        print(f"{step.name}: {record['state']} after {record['seconds']:.0f} s", flush=True)
+    return run
+
+
+def main() -> int:
+    """0 if every step was done or had nothing to do, 1 otherwise."""
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(description="Measure the kernels on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the JSON files")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: nothing is timed")
+    parser.add_argument(
+        "--compile", metavar="ARCH", help="fill build/triton for an architecture, as 90"
+    )
+    parser.add_argument("--steps", default=",".join(names), help=f"default: {','.join(names)}")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all steps; default 8")
+    parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=60.0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    mode = ["--dry-run"] * given.dry_run + (["--compile", given.compile] if given.compile else [])
+    if given.step:
+        sys.path[:0] = [str(ROOT / part) for part in ("", "tools", "tests/gpu_free", "build/carry")]
+        from gpu_run import steps
+
+        return steps.run(given.step, given.out, given.limit, given.dry_run, given.compile)
+    wanted = given.steps.split(",")
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--steps: expected any of {', '.join(names)}, got {', '.join(unknown)}")
+    chosen = [step for step in STEPS if step.name in wanted]
+    if given.compile:
+        chosen = [step for step in chosen if step.name in ("baseline", "sweeps")]
+    run = conduct(chosen, given.out.resolve(), mode, given.minutes)
+    return int(any(record["state"] in ("failed", "timed out") for record in run["steps"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
