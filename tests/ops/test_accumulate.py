@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from guards import bits
 from page_faults import LINUX, touched_bytes
 
 from fedmap_sparse import ops
@@ -15,10 +16,6 @@ from fedmap_sparse.ops.accumulate import narrow
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 7, 8, 15, 16, 17, 33, 2047, 2048, 2049, 16_385]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.view(torch.int32 if t.element_size() == 4 else torch.int16)
 
 
 def payloads(clients: int, n: int, dtype: torch.dtype) -> list[torch.Tensor]:

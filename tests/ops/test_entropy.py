@@ -25,14 +25,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLENTY = 1 << 22
 
 
-@pytest.fixture(params=native.isa_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -87,7 +79,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("numels", "densities", "gap"), SHAPES)
 def test_masks_same_bytes_everywhere(
-    numels: list[int], densities: list[float], gap: int, level: str, threads: int
+    numels: list[int], densities: list[float], gap: int, isa: str, threads: int
 ) -> None:
     mask, runs = shaped(numels, densities, gap)
     nnz = counts_in(mask, runs)

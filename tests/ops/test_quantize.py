@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from guards import bits
 
 from fedmap_sparse import ops
 from fedmap_sparse.ops.quantize import cast_reference
@@ -15,10 +16,6 @@ SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 2047, 2049, 32_767, 32_769]
 BACKENDS = ["reference", "cpu"]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NAN = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.view(torch.int32 if t.element_size() == 4 else torch.int16)
 
 
 def one_nan(t: torch.Tensor) -> torch.Tensor:
