@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,3 +56,8 @@ def check_out(
 def plain(t: Tensor) -> Tensor:
     """`t` without autograd. The test costs 0.06 us, a detach 0.4 us of an op's 5."""
     return t.detach() if t.requires_grad else t
+
+
+def number(value: Any) -> Any:
+    """A NumPy scalar as Python's number; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -99,7 +99,8 @@ class Mask:
             TypeError: `numel` is no int.
             ValueError: it is negative.
         """
-        words = torch.full((num_words(_size(numel)),), -1, dtype=torch.int32, device=device)
+        numel = _size(numel)
+        words = torch.full((num_words(numel),), -1, dtype=torch.int32, device=device)
         if numel & 31:
             words[-1] = (1 << (numel & 31)) - 1
         starts = torch.arange(num_ranks(numel), dtype=torch.int64, device=device)
@@ -108,7 +109,8 @@ class Mask:
     @staticmethod
     def empty(numel: int, device: torch.device | str = "cpu") -> Mask:
         """A mask that keeps none of `numel` elements. Errors and cost as in `full`."""
-        words = torch.zeros(num_words(_size(numel)), dtype=torch.int32, device=device)
+        numel = _size(numel)
+        words = torch.zeros(num_words(numel), dtype=torch.int32, device=device)
         rank = torch.zeros(num_ranks(numel), dtype=torch.int64, device=device)
         return Mask(words, rank, numel, 0)
 
@@ -265,6 +267,7 @@ class Mask:
 
 
 def _size(numel: int) -> int:
+    numel = _checks.number(numel)
     if isinstance(numel, bool) or not isinstance(numel, int):
         raise TypeError(f"numel: expected an int, got {type(numel).__name__}")
     if numel < 0:

@@ -1,5 +1,6 @@
 """Fixtures and settings for every test."""
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from fedmap_sparse._backends import native
 
 # What several test files share is a module beside them.
 sys.path.insert(0, str(Path(__file__).parent))
+
+if _ambient := os.environ.get("FEDMAP_SPARSE_AMBIENT"):
+    import ambient
+
+    ambient.install(_ambient)
 
 # No deadline: the first example pays for compilation. No database: a run depends on the code alone.
 settings.register_profile("fedmap_sparse", deadline=None, database=None, derandomize=True)

@@ -7,6 +7,7 @@ import torch
 from flat_models import Tied, small
 from torch import nn
 
+import fedmap_sparse as fs
 from fedmap_sparse.flat import flatten
 from fedmap_sparse.layout import FlatLayout
 
@@ -68,3 +69,51 @@ def test_digest_says_names_shapes_order_and_buffers_but_not_dtype():
     others = [flatten(m).layout.digest() for m in (wider, unbuffered, swapped)]
     others.append(flatten(small(), prunable=lambda name, p: p.ndim == 2).layout.digest())
     assert len({base, *others}) == 5
+
+
+def test_json_comes_back_equal():
+    for make in (small, Tied):
+        layout = flatten(make()).layout
+        read = FlatLayout.from_json(layout.to_json(), max_numel=10_000)
+        assert read == layout
+        assert read.digest() == layout.digest()
+
+
+def _json(**change):
+    import json
+
+    return json.dumps(json.loads(flatten(small()).layout.to_json()) | change)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "JSON of a layout"),
+        ("[]", "JSON of a layout"),
+        ("{}", "JSON of a layout"),
+        ("[" * 100_000, "JSON of a layout"),
+        (_json(parameters=[["w", [1 << 50, 1 << 50], True]]), "expected"),
+        (_json(parameters=[["w", [-1], True]]), "JSON of a layout"),
+        (_json(parameters=[["w", [True], True]]), "JSON of a layout"),
+        (_json(parameters=[["w", [2], 1]]), "JSON of a layout"),
+        (_json(parameters=[[3, [2], True]]), "JSON of a layout"),
+        (_json(aliases=[["a", "nothing"]]), "expected"),
+        (_json(names=["nothing"]), "names"),
+        (_json(buffers=[["b", [100_000], "float"]], names=[]), "at most 1000 elements"),
+    ],
+)
+def test_json_is_not_trusted(text, says):
+    with pytest.raises(ValueError, match=says):
+        FlatLayout.from_json(text, max_numel=1000)
+
+
+def test_slice_mask_is_the_part_over_one_tensor():
+    flat = flatten(small())
+    mask = fs.ops.prune_(flat.prunable, 20, within=flat.mask)
+    for name, keep in flat.layout.mask_dict(mask).items():
+        assert torch.equal(flat.layout.slice_mask(mask, name).to_bool(), keep.flatten())
+    for name in ("0.bias", "nothing"):
+        with pytest.raises(ValueError, match=name):
+            flat.layout.slice_mask(mask, name)
+    with pytest.raises(ValueError, match="256"):
+        flat.layout.slice_mask(fs.Mask.full(3), "0.weight")

@@ -192,9 +192,9 @@ def _header(layout: FlatLayout, mask: Mask, base: bytes, stamp: Stamp) -> Header
     if not isinstance(answers, bytes) or len(answers) != 16:
         raise ValueError(f"answers: expected a digest of 16 bytes, got {answers!r}")
     numbers = {
-        "round": stamp.get("round", 0),
-        "epoch": stamp.get("epoch", 0),
-        "num_samples": stamp.get("num_samples", 0),
+        "round": _checks.number(stamp.get("round", 0)),
+        "epoch": _checks.number(stamp.get("epoch", 0)),
+        "num_samples": _checks.number(stamp.get("num_samples", 0)),
     }
     if odd := stamp.keys() - numbers - {"answers", "meta"}:
         raise TypeError(f"expected {', '.join(Stamp.__annotations__)}, got {', '.join(odd)}")

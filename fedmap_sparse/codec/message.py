@@ -25,7 +25,7 @@ from fedmap_sparse.mask import Mask, check_mask
 MaskSection = Literal["none", "full", "delta"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Message:
     """A message in memory. Its tensors may view the bytes it came from: do not write to them.
 
@@ -166,6 +166,13 @@ class Message:
         _checks.check_numel("accumulator", accumulator.sums, self.mask.nnz, "the mask's nnz")
         values.add_to(accumulator.sums, self._values, weight)
         accumulator.total += weight
+
+    def __repr__(self) -> str:
+        kind = "update" if any(self.answers) else "broadcast"
+        return (
+            f"Message({kind}, round {self.round}, epoch {self.epoch}, {self.mask.nnz} of "
+            f"{self.layout.eligible} weights, {self.dtype}, {self.num_samples} samples)"
+        )
 
     def encode(self, mask_section: MaskSection | None = None, parent: Mask | None = None) -> bytes:
         """The message's bytes. Costs the mask section and one copy.

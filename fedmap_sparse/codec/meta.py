@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
+from fedmap_sparse import _checks
 from fedmap_sparse.codec.container import RAW, Id, Section, Wire
 from fedmap_sparse.errors import FormatError
 
@@ -40,6 +41,7 @@ def write(meta: Mapping[str, Value]) -> Section:
 
 
 def _write_value(key: str, value: object) -> bytes:
+    value = _checks.number(value)
     if isinstance(value, bool):
         return bytes([0, value])
     if isinstance(value, int):

@@ -168,6 +168,8 @@ def _torch(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     array = np.asarray(value)
+    if any(stride < 0 for stride in array.strides):  # torch has no such tensors
+        array = np.ascontiguousarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():  # read-only arrays are only read

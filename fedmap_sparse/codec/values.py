@@ -265,7 +265,7 @@ def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
         for entry in layout.tail_entries
         for start in [entry.offset + entry.numel - layout.prunable_numel]
     ]
-    places = torch.tensor([i for _, gap in gaps for i in gap], dtype=torch.int64)
+    places = torch.tensor([i for _, gap in gaps for i in gap], dtype=torch.int64, device="cpu")
     bits = tail.view(torch.int32 if tail.element_size() == 4 else torch.int16)
     wrong = set(places[bits[places.to(tail.device)].cpu() != 0].tolist())
     for entry, gap in gaps:
@@ -291,7 +291,7 @@ def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Sectio
     sections = []
     for kind, (number, dtypes) in _BUFFERS.items():
         entries = _of_kind(layout, kind)
-        tensors = [torch.as_tensor(buffers[b.name]).detach() for b in entries]
+        tensors = [_tensor(buffers[b.name]) for b in entries]
         for b, t in zip(entries, tensors, strict=True):
             if tuple(t.shape) != b.shape:
                 raise ValueError(f"{b.name}: expected shape {b.shape}, got {tuple(t.shape)}")
@@ -321,7 +321,7 @@ def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[st
                 f"{count} elements of {kind} buffers, got {got} section {number.name}", at
             )
         if section is None:
-            flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]])
+            flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]], device="cpu")
             continue
         check(section, count, dtypes, (RAW,))
         flat[kind] = read(section)
@@ -334,6 +334,11 @@ def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[st
         used[b.kind] += _numel(b)
         buffers[b.name] = flat[b.kind][start : used[b.kind]].view(b.shape)
     return buffers
+
+
+def _tensor(value: Any) -> Tensor:
+    """As it is, or on the CPU, whatever torch's default device is."""
+    return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
 
 
 def _of_kind(layout: FlatLayout, kind: str) -> list[BufferEntry]:

@@ -110,6 +110,10 @@ class FedMapClient(saved.BytesState):
         self._anchor: Tensor | None = None
         self._constants: dict[str, int] = {}  # infinite elements of the broadcast's buffers
 
+    def __repr__(self) -> str:
+        held = "no mask yet" if self._mask is None else f"{self._mask.nnz} weights"
+        return f"FedMapClient({held} of {self.layout.eligible}, {self.dtype})"
+
     @property
     def have(self) -> bytes | None:
         """Digest of the mask this client holds, for `FedMapServer.broadcast`; None at first."""

@@ -115,6 +115,14 @@ class FedMapServer(ModelServer):
         self.keys = None if keys is None else {c: codec.check_key(k) for c, k in keys.items()}
         super().__init__(params, dtype, self.server_optimizer)
 
+    def __repr__(self) -> str:
+        model = self._held.model
+        phase = "open" if self._open is not None else "idle"
+        return (
+            f"FedMapServer(round {self.round}, {phase}, epoch {model.epoch}, {model.mask.nnz} of "
+            f"{self.layout.eligible} weights, {self.dtype})"
+        )
+
     def begin_round(self) -> None:
         """Prune if the schedule's count for this round is below nnz, and encode the broadcast.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedmap_sparse import _checks
 from fedmap_sparse.codec.container import MAX_INTEGER, NO_DIGEST, as_bytes, parse_header
 from fedmap_sparse.codec.envelope import unseal
 from fedmap_sparse.errors import AuthenticationError
@@ -150,6 +151,7 @@ def trusted(
 
 def check_least(name: str, value: object) -> None:
     """Raise unless `value` is an int of at least 1."""
+    value = _checks.number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:

@@ -284,7 +284,7 @@ def _device_plan(coded: list[tuple[int, int, int]]) -> Tensor:
         fill = -1 if code & ONES_COMMON else 0
         rows.append((first, start, n, fill, *density_table(code)))
         first += -(-n // STEP_BITS)
-    return torch.tensor(rows, dtype=torch.int64).view(len(rows), 20)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), 20)
 
 
 def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.device) -> Tensor:
@@ -298,7 +298,7 @@ def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.d
         _device_plan(opened.coded).to(device),
         opened.steps,
         opened.chunk,
-        torch.tensor(all_ones(runs, opened.codes), dtype=torch.int64).view(-1, 2),
+        torch.tensor(all_ones(runs, opened.codes), dtype=torch.int64, device="cpu").view(-1, 2),
         num_words(numel),
     )
     for chunk in broken.nonzero()[:1].flatten().tolist():

@@ -232,6 +232,7 @@ def magnitude_mask(
     >>> fs.ops.magnitude_mask(torch.tensor([0.5, -2.0, 1.0]), 2).to_bool()
     tensor([False,  True,  True])
     """
+    keep = _checks.number(keep)
     made = None
     if direct(values, backend):
         made = _attempt(_mask, values, within, keep)  # type: ignore[arg-type]  # one tensor
@@ -280,6 +281,7 @@ def magnitude_threshold(
     >>> fs.ops.magnitude_threshold(torch.tensor([0.5, -2.0, 1.0]), 2)
     tensor(1.)
     """
+    keep = _checks.number(keep)
     made = None
     if direct(values, backend):
         made = _attempt(_threshold, values, within, keep)  # type: ignore[arg-type]  # one tensor

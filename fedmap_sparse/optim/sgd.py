@@ -24,9 +24,8 @@ class MaskedSGD(MaskedOptimizer):
         groups: parameter groups as torch takes them (dicts with "params": parameters of the
             module, and overrides). None: one group of all. Parameters of no group stay as they
             are and have no state.
-        capturable: hyper-parameters lie on the parameters' device, so that a captured CUDA graph
-            reads what is in them at each replay; `lr` may be a tensor there. On the CPU it changes
-            nothing.
+        capturable: accepted for code that sets it; it changes nothing. `lr` may be a tensor. A step
+            counts on the host: do not capture it in a CUDA graph.
 
     Pruned weights are +0.0 after each step, whatever gradient, decay or momentum say; the dense
     tail is updated in the same call. With a dense mask the result is torch's within rounding.

@@ -1,0 +1,98 @@
+"""Runs the package under a state of torch that a user may have set: `FEDMAP_SPARSE_AMBIENT=NAME`.
+
+The state is set inside of the package's own public calls, so that the tests' own tensors stay as
+they are; anomaly mode and deterministic algorithms are set for the whole run.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+#: Set in each public call.
+INSIDE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+#: Set for the whole run.
+AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "deterministic": deterministic,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+}
+
+
+def install(name: str) -> None:
+    """Let every public call of the package run under the state of this name."""
+    if name in AROUND:
+        AROUND[name]().__enter__()
+        return
+    state = INSIDE[name]
+    import fedmap_sparse as fs
+    from fedmap_sparse import codec, layout, mask, ops, optim
+
+    # Function transforms and autograd through an op are no business of inference mode.
+    skipped = {"pack", "unpack"} if name == "inference" else set()
+    for module in (ops, codec, fs):
+        for public in module.__all__:
+            found = getattr(module, public)
+            if inspect.isfunction(found) and public not in skipped:
+                setattr(module, public, _within(state, found))
+    classes = (
+        fs.FlatParameters,
+        fs.FedMapServer,
+        fs.FedMapClient,
+        layout.FlatLayout,
+        mask.Mask,
+        optim.MaskedSGD,
+        optim.MaskedAdamW,
+    )
+    for owner in classes:
+        for key, found in list(vars(owner).items()):
+            if key.startswith("_") and key not in ("__init__", "__le__", "__and__", "__or__"):
+                continue
+            if inspect.isfunction(found):
+                setattr(owner, key, _within(state, found))
+            elif isinstance(found, staticmethod):
+                setattr(owner, key, staticmethod(_within(state, found.__func__)))
+    for base in (optim.MaskedOptimizer,):
+        for key in ("set_mask", "load_state_dict", "state_dict", "_step"):
+            setattr(base, key, _within(state, getattr(base, key)))
+
+
+def _within(
+    state: Callable[[], AbstractContextManager[Any]], call: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with state():
+            return call(*args, **kwargs)
+
+    return run
