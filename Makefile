@@ -23,6 +23,12 @@ test: lint ## lint, types and every test
 test-arm: ## the kernels for 64-bit ARM, cross-compiled and run under QEMU against the scalar level
 	tools/arm/test.sh
 
+.PHONY: test-ambient
+AMBIENT := float64 bfloat16 meta inference autocast deterministic anomaly
+test-ambient: $(VENV)/dev.stamp ## the tests under states of torch that a user may set: default dtype, device, autocast
+	for state in $(AMBIENT); do echo "== $$state"; FEDMAP_SPARSE_AMBIENT=$$state $(BIN)/python -m pytest -q \
+	  --timeout 300 tests/ops tests/codec tests/federated tests/torch tests/test_*.py $(TEST_ARGS) || exit 1; done
+
 test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, whole; make test runs a selection
 	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
 
