@@ -194,7 +194,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def _run(self, part: Part, grads: list[Tensor | None] | None, cpu: bool) -> None:
         mask, rows, scalars = part.mask, part.segments.rows, part.segments.scalars
         packed = [
-            None if t is None else t[part.slot]
+            t if t is None or part.ask is None else t[part.slot]
             for t in map(self._packed.tensors.get, (*self.state_names, "master"))
         ]
         where = (part.values, mask.words, mask.rank, mask.numel)
