@@ -36,6 +36,7 @@ from mutate import Mutator, Parts, Seed, crc  # lies beside this file
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "tests" / "vectors"
+sys.path.insert(0, str(VECTORS))  # its modules import those beside them
 SLOWEST = 0.1  # seconds for one message
 
 

@@ -27,7 +27,8 @@ CXX=$cxx CC=$cxx \
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    tests=(tests/native tests/ops tests/test_mask.py tests/test_layout.py tests/test_optim.py)
+    tests=(tests/native tests/ops tests/test_mask.py tests/test_layout.py tests/test_optim.py
+        tests/test_optim_state.py)
 fi
 # Leaks are not looked for: the interpreter and torch keep memory to the end. What measures memory
 # or looks at the machine code would see the sanitizer's own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from fedmap_sparse import codec
 from fedmap_sparse.codec import container
 
 HERE = Path(__file__).parent.parent / "vectors"
+sys.path.insert(0, str(HERE))  # its modules import those beside them
 GOLDEN: dict[str, Any] = json.loads((HERE / "golden.json").read_text())
 MALFORMED: dict[str, Any] = json.loads((HERE / "malformed.json").read_text())
 FLIPPED = ("float32-full", "bfloat16-delta", "update")
@@ -160,7 +162,7 @@ SEALED = ("float32-delta", "update", "rans-mask-full", "rans-float16", "int8-64"
 @given(st.data())
 @pytest.mark.parametrize("name", SEALED)
 def test_damage_under_good_checksums_is_refused_or_read(name: str, data: st.DataObject) -> None:
-    edit = module("make_vectors").Edit(golden(name))
+    edit = module("malformed_vectors").Edit(golden(name))
     ends = [*edit.starts.values(), 0]
     headers = st.tuples(st.sampled_from(ends), st.integers(0, 200)).map(sum)
     places = (headers | st.integers(0, len(edit.data) - 1)).filter(lambda i: i < len(edit.data))

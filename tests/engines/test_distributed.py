@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+sys.path.insert(0, str(WORKER.parent))  # it imports the modules beside it
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"

@@ -1,101 +1,29 @@
-"""Runs on scikit-learn's digits: what they write, and that a killed one ends with the same bits."""
+"""Runs on scikit-learn's digits: what they write, measure and leave alone."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from experiment_runs import StopAfter, quick, records, same_results, timeless
 from torch import Tensor, nn
 
 from fedmap_sparse import codec
 from fedmap_sparse.engines.in_process import generator
 from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import arm as arm_module
-from fedmap_sparse.experiments import checkpoint, runner, training
-from fedmap_sparse.experiments.config import Config, build
+from fedmap_sparse.experiments import runner, training
 from fedmap_sparse.experiments.data import Dataset, Split, load
 from fedmap_sparse.experiments.models import mlp
 from fedmap_sparse.experiments.partition import iid
-from fedmap_sparse.experiments.progress import Bar, Lines, Observer
+from fedmap_sparse.experiments.progress import Bar, Lines
 from fedmap_sparse.federated import RoundFailed
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def quick(out: Path, **options: Any) -> Config:
-    """Two seconds at most; one thread, as the tensors are tiny."""
-    small = {"dataset": "digits", "model": "mlp", "clients": 4, "rounds": 4, "batch_size": 64}
-    return build({**small, "threads": 1, "out": str(out), **options})
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(out)]
-
-
-def same_results(one: Path, other: Path) -> None:
-    """Everything but seconds, bit for bit."""
-    assert timeless(one) == timeless(other)
-    for name in ("model.safetensors", "broadcast.fedmap"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    states = [checkpoint.load(out / "checkpoint.safetensors")["arms"] for out in (one, other)]
-    for arms in states:
-        for arm in arms.values():
-            for _, client in arm["clients"]:
-                # A kept optimizer follows a new mask at its next step, a loaded one at once.
-                client["optimizer"] = client["optimizer"] is not None
-    _same(states[0], states[1])
-    timed = {"seconds", "phases", "overhead"}
-    kept = []
-    for out in (one, other):
-        summary = json.loads((out / "summary.json").read_text())
-        kept.append(
-            {n: {k: v for k, v in arm.items() if k not in timed} for n, arm in summary.items()}
-        )
-    assert kept[0] == kept[1]
-
-
-def _same(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            _same(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other):
-            _same(a, b)
-    else:
-        assert one == other
-
-
-class StopAfter(Observer):
-    """Interrupts a run as Ctrl-C would, once so many rounds have ended."""
-
-    def __init__(self, rounds: int) -> None:
-        self.left = rounds
-
-    def round(self, record: dict[str, Any]) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def test_a_run_writes_what_it_says(tmp_path: Path) -> None:
@@ -178,110 +106,6 @@ def test_a_run_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
     runner.run(quick(tmp_path, rounds=1, baseline=False))
     assert torch.equal(torch.rand(3), wanted)
     assert torch.get_num_threads() == 2
-
-
-STATEFUL = {
-    "clients": 6,
-    "participation": 0.5,
-    "dropout": 0.2,
-    "keep_optimizer": True,
-    "server_optimizer": "fedavgm",
-    "server_lr": 0.7,
-    "prox_mu": 0.01,
-    "dtype": "bfloat16",
-    "uplink_dtype": "int8",
-    "delta": True,
-    "partition": "dirichlet",
-    "lr_decay": 0.9,
-}
-
-
-@pytest.mark.parametrize("options", [{}, STATEFUL, {"model": "resnet8", "optimizer": "adamw"}])
-@pytest.mark.parametrize("stop", [(1,), (3, 2)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-    options: dict[str, Any], stop: tuple[int, ...], tmp_path: Path
-) -> None:
-    # (1,) stops within FedMap; (3, 2) within dense FedAvg too, after a first resumption.
-    options = {"rounds": 4, "clients": 3, **options}
-    if options.get("model") == "resnet8":
-        options |= {"rounds": 3, "batch_size": 400}
-    whole, parts = (quick(tmp_path / name, **options) for name in ("whole", "parts"))
-    runner.run(whole)
-    for i, rounds in enumerate(stop):
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(parts, resume=i > 0, observer=StopAfter(rounds))
-    runner.run(parts, resume=True)
-    same_results(whole.folder, parts.folder)
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole, parts = (quick(tmp_path / name, rounds=10, clients=4) for name in ("whole", "parts"))
-    runner.run(whole)
-    words = [f"{k}={v}" for k, v in parts.to_dict().items() if k not in ("baseline",)]
-    for resume, lines in ((False, 3), (True, 13)):
-        command = [sys.executable, "-m", "fedmap_sparse", "run", *words]
-        process = subprocess.Popen(
-            command + ["--resume"] * resume, cwd=ROOT, stdout=subprocess.DEVNULL
-        )
-        metrics = parts.folder / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < lines:
-            assert process.poll() is None, "the run ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (parts.folder / "summary.json").exists()
-    runner.run(parts, resume=True)
-    same_results(whole.folder, parts.folder)
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
-    config = quick(tmp_path, rounds=2)
-    summary = runner.run(config)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert runner.run(config, resume=True) == summary
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-def test_resume_starts_what_was_never_begun(tmp_path: Path) -> None:
-    config = quick(tmp_path / "new", rounds=1, baseline=False)
-    assert runner.run(config, resume=True)["fedmap"]["rounds"] == 1
-
-
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
-    config = quick(tmp_path, rounds=1, baseline=False)
-    (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite replaces it"):
-        runner.run(config)
-    with pytest.raises(ConfigError, match="give one"):
-        runner.run(config, resume=True, overwrite=True)
-    runner.run(config, overwrite=True)
-    first = timeless(tmp_path)
-    runner.run(quick(tmp_path, rounds=1, baseline=False, seed=1), overwrite=True)
-    assert timeless(tmp_path) != first
-    assert (tmp_path / "mine.txt").read_text() == "keep me"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="expected a folder, got a file"):
-        runner.run(quick(tmp_path / "file"))
-
-
-def test_resume_wants_the_same_options_and_data(tmp_path: Path) -> None:
-    runner.run(quick(tmp_path, rounds=1, baseline=False))
-    for changed, message in (
-        ({"seed": 3}, "seed was 0, got 3"),
-        ({"partition": "dirichlet"}, "alpha was not given, got 0.5"),
-        ({"schedule": "dense"}, "criterion was magnitude, got none"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            runner.run(quick(tmp_path, **{"rounds": 1, "baseline": False, **changed}), resume=True)
-    other = load("digits")
-    other.train.images[0, 0, 0, 0] += 1
-    with pytest.raises(ConfigError, match="the data are not those"):
-        runner.run(quick(tmp_path, rounds=1, baseline=False), data=other, resume=True)
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(ConfigError, match="not a checkpoint, or damaged"):
-        runner.run(quick(tmp_path, rounds=1, baseline=False), resume=True)
 
 
 class Custom(nn.Module):
@@ -449,49 +273,3 @@ def test_impossible_options_are_found_before_the_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             runner.run(quick(tmp_path / "x", **options))
         assert not (tmp_path / "x").exists()
-
-
-def test_checkpoints_hold_any_tree_and_share_equal_tensors(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    big = torch.arange(1000, dtype=torch.int32)
-    state = {
-        "a": [big, big.clone(), {"b": torch.tensor(2.5, dtype=torch.bfloat16)}],
-        "n": [1, 2.5, True, None, "text", 1e-300],
-        "empty": torch.empty(0),
-        "floats": big.view(torch.float32),
-    }
-    checkpoint.save(path, state)
-    _same(checkpoint.load(path), state)
-    assert path.stat().st_size < 3 * 4000
-    with pytest.raises(TypeError, match=r"x: expected plain values and tensors, got set"):
-        checkpoint.save(path, {"x": {1}})
-    with pytest.raises(TypeError, match="expected keys that are text"):
-        checkpoint.save(path, {"x": {1: 2}})
-    _same(checkpoint.load(path), state)
-
-
-def test_a_write_that_fails_leaves_the_file_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"before")
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, b"after")
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    safetensors.save_file({"x": torch.zeros(3)}, path)
-    with pytest.raises(checkpoint.CheckpointError, match="it has no checksum"):
-        checkpoint.load(path)
-    checkpoint.save(path, {"x": torch.zeros(3)})
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-        checkpoint.load(path)

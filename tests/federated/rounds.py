@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fedmap_sparse as fs
 from fedmap_sparse.federated import FedMapClient, FedMapServer
+from fedmap_sparse.optim import MaskedSGD
 from fedmap_sparse.schedule import Dense, Schedule
 
 
@@ -39,6 +40,10 @@ def server_of(
 
 def client_of(model_dtype: torch.dtype = torch.float32, **options: Any) -> FedMapClient:
     return FedMapClient(fs.flatten(model(model_dtype)), **options)
+
+
+def sgd(params: fs.FlatParameters, mask: fs.Mask, lr: float | None) -> MaskedSGD:
+    return MaskedSGD(params, mask, lr=lr or 0.1, momentum=0.9)
 
 
 def move(client: FedMapClient, seed: int, size: float = 0.01) -> None:

@@ -1,4 +1,4 @@
-"""The round: server and client over bytes, with dropouts, late joiners and bad messages."""
+"""The round: server and client over bytes, with dropouts, late joiners and what both keep."""
 
 import copy
 import os
@@ -9,56 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import fedmap_sparse as fs
 from fedmap_sparse.codec import FormatError
-from fedmap_sparse.federated import FedMapClient, FedMapServer, NeedsMask, RoundFailed
+from fedmap_sparse.federated import FedMapClient, NeedsMask
 from fedmap_sparse.federated.server_optim import FedAdam, FedAvgM
 from fedmap_sparse.optim import MaskedSGD
 from fedmap_sparse.schedule import Dense, Iterative, OneShot
 
-
-def net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10)
-    )
-
-
-def make_server(schedule=None, **kw) -> FedMapServer:
-    torch.manual_seed(0)
-    return FedMapServer(fs.flatten(net()), schedule or Iterative(0.9, 1, 15, 2), lr=0.05, **kw)
-
-
-def make_client(seed=1, **kw) -> FedMapClient:
-    torch.manual_seed(seed)
-    kw.setdefault("optimizer", lambda p, m, lr: MaskedSGD(p, m, lr=lr, momentum=0.9))
-    return FedMapClient(fs.flatten(net()), **kw)
-
-
-def train(client: FedMapClient, seed: int, steps: int = 2) -> None:
-    g = torch.Generator().manual_seed(seed)
-    module = client.params.module.train()
-    for _ in range(steps):
-        x, y = torch.randn(8, 1, 6, 6, generator=g), torch.randint(10, (8,), generator=g)
-        client.optimizer.zero_grad()
-        nn.functional.cross_entropy(module(x), y).backward()
-        client.optimizer.step()
-
-
-def answer(server, client, seed, samples=10) -> bytes:
-    client.receive(server.broadcast(client.have))
-    train(client, seed)
-    return client.update(samples, 0.5)
-
-
-def bits(server) -> list[torch.Tensor]:
-    state = server.params.to_state_dict()
-    return [t.view(torch.int32) if t.is_floating_point() else t for t in state.values()]
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+from .rounds import same
+from .trained import answer, bits, make_client, make_server, net, train
 
 
 def test_server_and_clients_agree_over_20_rounds_with_dropouts_and_late_joiners():
@@ -125,98 +85,6 @@ def test_streaming_in_the_same_order_gives_the_same_bits_and_one_update_a_client
     assert same(bits(servers[0]), bits(servers[1]))
 
 
-def test_bad_updates_are_refused_with_a_reason_and_leave_no_trace():
-    server, reference = make_server(OneShot(0.5, 1)), make_server(OneShot(0.5, 1))
-    for s in (server, reference):
-        s.begin_round()
-    stale = answer(server, make_client(5), 5)
-    good = [(i, answer(server, make_client(i), i)) for i in range(2)]
-    for s in (server, reference):
-        s.aggregate(good)
-        s.begin_round()
-    good = [(i, answer(server, make_client(i), i)) for i in range(2)]
-    poisoned = make_client(6)
-    poisoned.receive(server.broadcast())
-    poisoned.params.prunable[int(server.mask.to_bool().nonzero()[0])] = float("nan")
-    buffered = make_client(7)
-    buffered.receive(server.broadcast())
-    buffered.params.module[1].running_var[0] = float("inf")
-    foreign_server = FedMapServer(fs.flatten(nn.Linear(4, 4)), Dense())
-    foreign_server.begin_round()
-    foreign = FedMapClient(fs.flatten(nn.Linear(4, 4)))
-    foreign.receive(foreign_server.broadcast())
-    flipped = bytearray(good[0][1])
-    flipped[700] ^= 4
-    bad = {
-        10: (stale, "answer to the broadcast"),
-        11: (good[0][1][:-1], "bytes"),
-        12: (bytes(flipped), "CRC"),
-        13: (poisoned.update(9), "finite"),
-        14: (buffered.update(9), "finite"),
-        15: (foreign.update(9), "layout"),
-        16: (b"", "128"),
-        17: (server.broadcast(), "answer to the broadcast"),
-    }
-    result = server.aggregate(good + [(i, data) for i, (data, _) in bad.items()])
-    reference.aggregate(good)
-    assert result.accepted == (0, 1)
-    assert result.refused.keys() == bad.keys()
-    for i, (_, says) in bad.items():
-        assert says in result.refused[i], (i, result.refused[i])
-    assert same(bits(server), bits(reference))
-    assert server.round == 2
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_two_different_updates_of_one_client_are_both_refused(reverse):
-    server = make_server()
-    server.begin_round()
-    client = make_client(0)
-    twice = [(0, answer(server, client, 0))]
-    train(client, 9)
-    twice.append((0, client.update(10)))
-    other = (1, answer(server, make_client(1), 1))
-    result = server.aggregate([*(reversed(twice) if reverse else twice), other])
-    assert result.accepted == (1,)
-    assert "2 that differ" in result.refused[0]
-
-
-def test_the_same_update_twice_counts_once():
-    server = make_server()
-    server.begin_round()
-    update = (0, answer(server, make_client(0), 0))
-    assert server.aggregate([update, update]).accepted == (0,)
-
-
-def test_a_failed_round_moves_nothing_and_takes_the_same_bytes_again():
-    server = make_server(min_updates=2)
-    server.begin_round()
-    update = answer(server, make_client(0), 0)
-    before = bits(server)
-    with pytest.raises(RoundFailed, match="expected at least 2 usable updates, got 1") as caught:
-        server.aggregate([(0, update), (1, b"?")])
-    assert caught.value.refused.keys() == {1}
-    assert same(bits(server), before)
-    assert server.round == 0
-    assert server.aggregate([(0, update), (1, answer(server, make_client(1), 1))]).round == 0
-    empty = make_server()
-    empty.begin_round()
-    with pytest.raises(RoundFailed, match="at least 1 usable updates, got 0"):
-        empty.aggregate([])
-
-
-def test_an_infinite_mean_fails_the_round():
-    server = make_server(Dense(), server_optimizer=FedAvgM(lr=1e30))
-    server.begin_round()
-    client = make_client(0)
-    client.receive(server.broadcast())
-    client.params.prunable[0] = 3e38
-    before = bits(server)
-    with pytest.raises(RoundFailed, match="finite"):
-        server.aggregate([(0, client.update(1))])
-    assert same(bits(server), before)
-
-
 def test_what_a_client_gets_is_what_it_needs_and_no_more():
     server = make_server(Iterative(0.9, 1, 4))
     fresh, lagging, current = make_client(1), make_client(2), make_client(3)
@@ -263,79 +131,6 @@ def test_needs_mask_before_any_change():
     with pytest.raises(FormatError):
         newcomer.receive(server.broadcast()[:-64])
     assert newcomer.have == server.mask.digest()
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_lossy_broadcast_is_adopted_by_the_server(dtype):
-    server = make_server(dtype=dtype)
-    for r in range(3):
-        server.begin_round()
-        clients = [make_client(i, dtype=dtype) for i in range(3)]
-        updates = [(i, answer(server, c, 10 * r + i)) for i, c in enumerate(clients)]
-        fresh = make_client(9)
-        fresh.receive(server.broadcast())
-        assert torch.equal(fresh.params.values, server.params.values)
-        server.aggregate(updates)
-
-
-def test_a_bfloat16_client_joins_a_float32_server():
-    server = make_server(OneShot(0.5, 0))
-    server.begin_round()
-    torch.manual_seed(3)
-    half = FedMapClient(fs.flatten(net().to(torch.bfloat16)), dtype="bfloat16")
-    half.receive(server.broadcast())
-    assert half.params.values.dtype == torch.bfloat16
-    assert torch.equal(half.params.values, server.params.values.to(torch.bfloat16))
-    update = half.update(3)
-    full = answer(server, make_client(1), 1)
-    assert len(update) < 0.6 * len(full)
-    assert server.aggregate([(0, update), (1, full)]).accepted == (0, 1)
-
-
-def test_values_beyond_the_wires_range_are_an_error_and_change_nothing():
-    server = make_server(dtype="float16")
-    state = bits(server)
-    held = server.params.prunable[7].clone()
-    server.params.prunable[7] = 1e6
-    with pytest.raises(ValueError, match=r"0\.weight: expected finite weights within 65504"):
-        server.begin_round()
-    server.params.prunable[7] = held
-    assert same(bits(server), state)
-    server.begin_round()
-    client = make_client(0, dtype="float16")
-    good = make_server()
-    good.begin_round()
-    client.receive(good.broadcast())
-    client.params.prunable[0] = 1e6
-    with pytest.raises(ValueError, match="range of float16"):
-        client.update(1)
-
-
-def test_order_of_calls():
-    server, client = make_server(), make_client()
-    for call in (server.broadcast, lambda: server.aggregate([]), server.close_round):
-        with pytest.raises(RuntimeError, match=r"begin_round\(\) first"):
-            call()
-    with pytest.raises(RuntimeError, match=r"receive\(\) first"):
-        client.update(1)
-    server.begin_round()
-    first = server.broadcast()
-    server.begin_round()
-    assert server.broadcast() == first
-    client.receive(first)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        client.update(0)
-    server.add(0, client.update(1))
-    with pytest.raises(RuntimeError, match="no stream under way"):
-        server.aggregate([])
-    server.close_round()
-    server.begin_round()
-    with pytest.raises(TypeError, match="all ints or all strings"):
-        server.aggregate([(0, b""), ("a", b"")])
-    with pytest.raises(ValueError, match="float32, float16, bfloat16, int8, got 'float64'"):
-        make_server(dtype="float64")
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        make_server(min_updates=0)
 
 
 @pytest.mark.parametrize("optimizer", [None, FedAvgM(), FedAdam(lr=0.03)])
@@ -488,86 +283,6 @@ def test_dense_schedule_is_fedavg_with_everything_on_the_wire():
     mean = (values[0] + values[1] + values[2]) / 6
     assert torch.equal(server.params.values, mean.float())
     assert len(updates[0][1]) >= 4 * server.layout.eligible
-
-
-def play(rounds, server, clients, samples=10):
-    sizes = []
-    for r in range(rounds):
-        server.begin_round()
-        updates = [(i, answer(server, c, 10 * r + i, samples)) for i, c in enumerate(clients)]
-        sizes.append(sum(len(data) for _, data in updates))
-        server.aggregate(updates)
-    return sizes
-
-
-def test_entropy_coding_saves_bytes_and_changes_no_bit():
-    coded, raw = (
-        make_server(Iterative(0.5, 1, 3)),
-        make_server(Iterative(0.5, 1, 3), coding="raw"),
-    )
-    small = play(4, coded, [make_client(i) for i in range(2)])
-    large = play(4, raw, [make_client(i, coding="raw") for i in range(2)])
-    assert same(bits(coded), bits(raw))
-    assert all(a <= b for a, b in zip(small, large, strict=True))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_delta_uplink_is_the_difference_from_the_broadcast(dtype):
-    server = make_server(OneShot(0.5, 0))
-    server.begin_round()
-    clients = [make_client(i, dtype=dtype, delta=True) for i in range(3)]
-    updates, values = [], []
-    for i, client in enumerate(clients):
-        updates.append((i, answer(server, client, i, samples=1)))
-        values.append(fs.ops.pack(client.params.prunable, server.mask))
-    start = fs.ops.pack(server.params.prunable, server.mask)
-    largest = max(float((v - start).abs().max()) for v in values)
-    server.aggregate(updates)
-    mean = fs.ops.pack(server.params.prunable, server.mask)
-    step = {"float32": 1e-7, "bfloat16": largest / 256, "int8": largest / 127}[dtype]
-    torch.testing.assert_close(mean, torch.stack(values).mean(0), rtol=0, atol=step)
-
-
-def test_int8_updates_keep_their_error_and_make_it_good():
-    server = make_server(Iterative(0.6, 2, 2))
-    client = make_client(0, dtype="int8", optimizer=None)
-    saved = None
-    for r in range(4):
-        server.begin_round()
-        client.receive(server.broadcast(client.have))
-        nnz = server.mask.nnz
-        before = client.state_dict()["residual"]
-        assert before.numel() == nnz  # it followed the mask
-        if r == 2:
-            dense = fs.ops.pack(fs.ops.unpack(saved["residual"], saved["mask_of"]), server.mask)
-            assert torch.equal(before, dense)
-        client.params.prunable.add_(torch.randn(client.params.prunable.numel()) * 0.01)
-        client.params.zero_pruned()
-        wanted = fs.ops.pack(client.params.prunable, server.mask) + before
-        data = client.update(1)
-        after = client.state_dict()["residual"]
-        sent = fs.decode(data, server.layout, mask=server.mask).packed
-        torch.testing.assert_close(sent + after, wanted, rtol=0, atol=1e-6)
-        assert after.any()
-        saved = {"residual": after, "mask_of": server.mask}
-        restarted = make_client(5, dtype="int8", optimizer=None)
-        restarted.load_state_dict(client.state_dict())
-        assert torch.equal(restarted.state_dict()["residual"], after)
-        assert server.aggregate([(0, data)]).accepted == (0,)
-
-
-def test_int8_broadcast_is_adopted_by_the_server():
-    server = make_server(Iterative(0.6, 1, 3), dtype="int8")
-    clients = [make_client(i, dtype="int8", delta=True) for i in range(2)]
-    for r in range(4):
-        server.begin_round()
-        updates = []
-        for i, c in enumerate(clients):
-            c.receive(server.broadcast(c.have))
-            assert torch.equal(c.params.values, server.params.values)
-            train(c, 10 * r + i)
-            updates.append((i, c.update(3)))
-        assert server.aggregate(updates).accepted == (0, 1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

@@ -1,0 +1,58 @@
+"""The file of a checkpoint: any tree, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_runs import same_tree
+
+from fedmap_sparse.experiments import checkpoint
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+
+def test_checkpoints_hold_any_tree_and_share_equal_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    big = torch.arange(1000, dtype=torch.int32)
+    state = {
+        "a": [big, big.clone(), {"b": torch.tensor(2.5, dtype=torch.bfloat16)}],
+        "n": [1, 2.5, True, None, "text", 1e-300],
+        "empty": torch.empty(0),
+        "floats": big.view(torch.float32),
+    }
+    checkpoint.save(path, state)
+    same_tree(checkpoint.load(path), state)
+    assert path.stat().st_size < 3 * 4000
+    with pytest.raises(TypeError, match=r"x: expected plain values and tensors, got set"):
+        checkpoint.save(path, {"x": {1}})
+    with pytest.raises(TypeError, match="expected keys that are text"):
+        checkpoint.save(path, {"x": {1: 2}})
+    same_tree(checkpoint.load(path), state)
+
+
+def test_a_write_that_fails_leaves_the_file_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"before")
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomically(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    safetensors.save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="it has no checksum"):
+        checkpoint.load(path)
+    checkpoint.save(path, {"x": torch.zeros(3)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        checkpoint.load(path)
