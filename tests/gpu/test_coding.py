@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,9 @@ def test_rounds(width: int, dtype: str, delta: bool) -> None:
 
 @pytest.fixture(scope="module")
 def vectors() -> Any:
-    return pytest.importorskip("test_codec_vectors", reason="hypothesis is not installed")
+    pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+    sys.path.insert(0, str(_VECTORS.parent / "codec"))
+    return importlib.import_module("test_vectors")
 
 
 @pytest.mark.parametrize("name", _GOLDEN)

@@ -230,7 +230,7 @@ def write_missing(path: Path, data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
         path.write_bytes(data)
-        print("wrote", path.extract_to(HERE))
+        print("wrote", path.relative_to(HERE))
     elif path.read_bytes() != data:
         raise SystemExit(f"{path} exists and would change: golden messages never do")
 
