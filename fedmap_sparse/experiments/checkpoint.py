@@ -21,6 +21,7 @@ from fedmap_sparse.experiments.files import write_atomically
 
 VERSION = "2"
 _TENSOR = "$tensor"  # {"$tensor": "name in the file"} stands for a tensor
+_ITEMS = "$items"  # {"$items": [[key, value], ...]} stands for a dict with numbers as keys
 _MARK = b'"sha256":"'
 _BLANK = b"0" * 64
 
@@ -97,8 +98,11 @@ def _stored(value: Any, name: str, tensors: dict[str, Tensor], known: dict[bytes
     if isinstance(value, Tensor):
         return {_TENSOR: _store(value, name, tensors, known)}
     if isinstance(value, dict):
-        if not all(isinstance(key, str) and key != _TENSOR for key in value):
-            raise TypeError(f"{name}: expected keys that are text, got {list(value)}")
+        if not all(isinstance(key, str | int) and key not in (_TENSOR, _ITEMS) for key in value):
+            raise TypeError(f"{name}: expected keys that are text or numbers, got {list(value)}")
+        if not all(isinstance(key, str) for key in value):  # JSON would make text of a number
+            items = [[k, _stored(v, f"{name}.{k}", tensors, known)] for k, v in value.items()]
+            return {_ITEMS: items}
         return {k: _stored(v, f"{name}.{k}".strip("."), tensors, known) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_stored(v, f"{name}.{i}", tensors, known) for i, v in enumerate(value)]
@@ -122,6 +126,8 @@ def _restored(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
+        if set(value) == {_ITEMS}:
+            return {k: _restored(v, tensors) for k, v in value[_ITEMS]}
         return {k: _restored(v, tensors) for k, v in value.items()}
     if isinstance(value, list):
         return [_restored(v, tensors) for v in value]

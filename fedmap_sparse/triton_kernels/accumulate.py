@@ -16,16 +16,6 @@ from fedmap_sparse.triton_kernels._tables import to_device
 
 
 @triton.jit
-def _has_rest(start, whole, n, BLOCK: tl.constexpr):
-    """Whether a program's tile holds the up to 15 elements behind the last multiple of 16.
-
-    Tiles are masked by that multiple: of it the compiler knows that the mask is one for every 16
-    bytes, and keeps accesses whole; of any other `n` it splits them.
-    """
-    return (whole < n) & (start <= whole) & (whole < start + BLOCK)
-
-
-@triton.jit
 def _add_payload(sums, payload, weight, offsets, inside, KIND: tl.constexpr):
     x = widen(tl.load(payload + offsets, mask=inside, other=0), KIND)
     return sums + x.to(tl.float64) * weight
@@ -88,11 +78,10 @@ def _weighted_mean(
     """`table` holds the clients' addresses, then their weights, then the total, as bits."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    whole = n // 16 * 16
-    _mean_of_tile(table, out, bad, clients, offsets, offsets < whole, FROM, TO, ALIGNED, BLOCK)
-    if _has_rest(start, whole, n, BLOCK):
-        rest = whole + tl.arange(0, 32)
-        _mean_of_tile(table, out, bad, clients, rest, rest < n, FROM, TO, ALIGNED, 32)
+    if start + BLOCK <= n:  # a mask that is always true does not split wide accesses
+        _mean_of_tile(table, out, bad, clients, offsets, offsets >= 0, FROM, TO, ALIGNED, BLOCK)
+    else:
+        _mean_of_tile(table, out, bad, clients, offsets, offsets < n, FROM, TO, ALIGNED, BLOCK)
 
 
 @triton.jit
@@ -109,11 +98,10 @@ def _accumulate_add(sums, payload, weight: tl.int64, n, KIND: tl.constexpr, BLOC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     w = weight.to(tl.int64).to(tl.float64, bitcast=True)
-    whole = n // 16 * 16
-    _add_to_tile(sums, payload, w, offsets, offsets < whole, KIND)
-    if _has_rest(start, whole, n, BLOCK):
-        rest = whole + tl.arange(0, 32)
-        _add_to_tile(sums, payload, w, rest, rest < n, KIND)
+    if start + BLOCK <= n:
+        _add_to_tile(sums, payload, w, offsets, offsets >= 0, KIND)
+    else:
+        _add_to_tile(sums, payload, w, offsets, offsets < n, KIND)
 
 
 @triton.jit
@@ -127,11 +115,10 @@ def _accumulate_mean(sums, total: tl.int64, out, bad, n, KIND: tl.constexpr, BLO
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     t = total.to(tl.int64).to(tl.float64, bitcast=True)
-    whole = n // 16 * 16
-    _mean_of_sums(sums, t, out, bad, offsets, offsets < whole, KIND)
-    if _has_rest(start, whole, n, BLOCK):
-        rest = whole + tl.arange(0, 32)
-        _mean_of_sums(sums, t, out, bad, rest, rest < n, KIND)
+    if start + BLOCK <= n:
+        _mean_of_sums(sums, t, out, bad, offsets, offsets >= 0, KIND)
+    else:
+        _mean_of_sums(sums, t, out, bad, offsets, offsets < n, KIND)
 
 
 def _bits(value: float) -> int:

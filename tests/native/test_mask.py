@@ -27,11 +27,11 @@ def check(n: int, density: float, threads: int) -> None:
         assert native.rank_index(words, n, rank, threads) == mask.nnz
         assert torch.equal(rank, rank_index(words, n, "reference"))
     with guarded(n, torch.uint8, shift=3) as bools:
-        native.mask_to_bools(words, bools, threads)
+        native.mask_to_bools(words, bools.view(torch.bool), threads)
         assert torch.equal(bools, kept.to(torch.uint8))
         bools *= torch.randint(1, 256, (n,), dtype=torch.uint8)  # any nonzero byte is true
         with guarded(num_words(n), torch.int32, shift=1) as back:
-            native.mask_from_bools(bools, back, threads)
+            native.mask_from_bools(bools.view(torch.bool), back, threads)
             assert torch.equal(back, words_from_bool(kept))
     assert native.mask_digest(words, n, threads) == digest_reference(words, n)
 

@@ -192,7 +192,6 @@ def scale(bench: Bench) -> None:
     """A model of 10^9 parameters in bfloat16 through a round's kernels."""
     import fedmap_sparse as fs
     from fedmap_sparse import ops
-    from fedmap_sparse.ops._segments import Segments
 
     if bench.arch:
         raise Skip("runs whole ops")
@@ -212,12 +211,10 @@ def scale(bench: Bench) -> None:
     mask = note("select", lambda: ops.magnitude_mask(values, n // 10, backend=backend))
     packed = note("pack", lambda: ops.pack(values, mask, backend=backend))
     note("unpack", lambda: ops.unpack(packed, mask, backend=backend))
-    segments = Segments([0], [n])
-    segments.scalars[0, :2] = torch.tensor([0.01, 0.9])
     momentum, master = torch.zeros(mask.nnz, device=bench.device), packed.float()
     gradient = torch.randn(n, device=bench.device, dtype=torch.bfloat16)
     note("masked_sgd", lambda: ops.masked_sgd_(
-        values, mask, [gradient], segments, momentum_buffer=momentum, master=master,
+        values, mask, gradient, lr=0.01, momentum=0.9, momentum_buffer=momentum, master=master,
         backend=backend))  # fmt: skip
     coder = ops.entropy
     coded = note("encode_values", lambda: coder.encode_values(
