@@ -26,8 +26,8 @@ def test_checkpoints_hold_any_tree_and_share_equal_tensors(tmp_path: Path) -> No
     assert path.stat().st_size < 3 * 4000
     with pytest.raises(TypeError, match=r"x: expected plain values and tensors, got set"):
         checkpoint.save(path, {"x": {1}})
-    with pytest.raises(TypeError, match="expected keys that are text"):
-        checkpoint.save(path, {"x": {1: 2}})
+    with pytest.raises(TypeError, match="expected keys that are text or numbers"):
+        checkpoint.save(path, {"x": {None: 2}})
     same_tree(checkpoint.load(path), state)
 
 
