@@ -26,7 +26,7 @@ closed: set[str] = set()
 
 def is_command() -> bool:
     """Whether this process is `fedmap-sparse` or `python -m fedmap_sparse`, not an importer."""
-    if sys.argv and os.path.basename(sys.argv[0]).removesuffix(".exe") == _PROG:  # noqa: PTH119
+    if sys.argv and os.path.basename(sys.argv[0]).removesuffix(".exe") == _PROG:  # noqa: PTH119  # no pathlib yet
         return True
     words = sys.orig_argv
     return any(a == "-m" and b == "fedmap_sparse" for a, b in itertools.pairwise(words))

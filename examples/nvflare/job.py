@@ -17,9 +17,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPAT
 sys.path.insert(0, str(HERE))
 os.chdir(HERE)  # where the script of the job is found
 
-import task  # noqa: E402
+import task  # noqa: E402  # after the path is set
 
-from fedmap_sparse.engines.nvflare import FedMapController  # noqa: E402
+from fedmap_sparse.engines.nvflare import FedMapController  # noqa: E402  # after the path is set
 
 workspace = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/fedmap_nvflare").resolve()
 workspace.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ class PackedHook:
         check_same_mask(self.params, self.group)
         ddp.register_comm_hook(self, PackedHook._run)
 
-    def _run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def _run(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]  # torch hides it
         buffer = bucket.buffer()
         mask = self._bucket_mask(bucket.parameters())
         world = dist.get_world_size(self.group)  # divided by first, as DDP does
