@@ -48,6 +48,33 @@ def test_a_step_follows_a_mask_set_on_the_parameters():
     assert int(flat.prunable.count_nonzero()) <= 50
 
 
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_the_step_after_a_mask_was_replaced_is_the_one_after_set_mask(make, whole, pruned):
+    """Nothing of it is lost: not even where the new mask keeps the same, as after a checkpoint."""
+    ends = []
+    for tell in (True, False):
+        torch.manual_seed(0)
+        flat = fs.flatten(net())
+        groups = None if whole else [{"params": flat.parameters[:2]}]
+        kw = {"momentum": 0.9} if make is MaskedSGD else {}
+        optimizer = make(flat, lr=0.1, groups=groups, **kw)
+        train(flat.module, optimizer, 0)
+        keep = 50 if pruned else flat.layout.eligible
+        mask = fs.ops.prune_(flat.prunable, keep, within=flat.mask)
+        before = flat.values.clone()
+        if tell:
+            optimizer.set_mask(mask)
+        else:
+            flat.mask = mask
+        train(flat.module, optimizer, 1)
+        assert not torch.equal(flat.values, before)
+        state = optimizer.state_dict()["state"]
+        ends.append([flat.values, *(one[optimizer.state_names[0]] for one in state.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize(
     ("make", "kw", "tensors"),
     [

@@ -15,7 +15,7 @@ from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim.packed import Packing
-from fedmap_sparse.optim.parts import Array, Part, parts_of, stepped
+from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped
 from fedmap_sparse.optim.state import PackedState, Shown, check_groups, numbered, saved_mask
 
 Groups = Iterable[dict[str, Any]]
@@ -163,15 +163,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         flat = self.flat
         cpu = _backends.pick(None, flat.values.device) == "cpu"
         packing = self._settle()
-        counts, grads = [], []
-        for part in self._parts:
-            read = flat.read_gradients(part.values, part.segments.rows, part.ask)
-            if read < 0:
-                flat.check_bound()
-            counts.append(read)
-            grads.append(None if read >= 0 and cpu else part.gradients(flat))
+        counts, grads = read_gradients(flat, self._parts, cpu)
         if flat.mask is not packing.mask:
             self.set_mask(flat.mask)
+            # What was read stands in the tables of the parts as they were laid out before.
+            counts, grads = read_gradients(flat, self._parts, cpu)
         flat.zero_written()
         for part, mine in zip(self._parts, grads, strict=True):
             if mine is not None:

@@ -94,6 +94,28 @@ def _part(
     return Part(values, mask, chosen, ask, slot, segments, *arrays, together=together)
 
 
+def read_gradients(
+    flat: FlatParameters, parts: Iterable[Part], cpu: bool
+) -> tuple[list[int], list[list[Tensor | None] | None]]:
+    """Of each part: how many of its parameters have a gradient, and those that C++ cannot read.
+
+    The addresses that it could read stand in the part's table of segments.
+
+    Raises:
+        RuntimeError: see `FlatParameters.check_bound`.
+        TypeError: a gradient that the kernels do not take.
+    """
+    counts: list[int] = []
+    grads: list[list[Tensor | None] | None] = []
+    for part in parts:
+        read = flat.read_gradients(part.values, part.segments.rows, part.ask)
+        if read < 0:
+            flat.check_bound()
+        counts.append(read)
+        grads.append(None if read >= 0 and cpu else part.gradients(flat))
+    return counts, grads
+
+
 def stepped(parts: Iterable[Part]) -> list[int]:
     """The parameters that had a gradient, once their addresses are in the tables."""
     return [

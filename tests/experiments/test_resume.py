@@ -41,11 +41,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     options: dict[str, Any],
     stop: tuple[int, ...],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if options is STATEFUL and stop == (3, 2):
-        reason = "a kept optimizer that a checkpoint brought back and that sits out a round differs"
-        request.applymarker(pytest.mark.xfail(reason=reason))
     # (1,) stops within FedMap; (3, 2) within dense FedAvg too, after a first resumption.
     options = {"rounds": 4, "clients": 3, **options}
     if options.get("model") == "resnet8":
