@@ -102,7 +102,9 @@ class Writes:
         mask, versions, _ = self._clean
         self.mark_written(indices)
         if indices is None:
-            versions = [p._version for p in self.parameters]
+            # Clean just before the step, so each is one on: to ask 59 of them takes 3 us more. A
+            # write by another thread meanwhile is one more, and seen.
+            versions = [version + 1 for version in versions]
         else:
             for i in indices:
                 versions[i] = self.parameters[i]._version

@@ -82,7 +82,7 @@ class Mask:
 
     def __init__(self, words: Tensor, rank: Tensor, numel: int, nnz: int) -> None:
         # For the package's own use. Precondition: the four agree.
-        if not torch.compiler.is_compiling() and words.is_inference():
+        if not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # a mask outlives the mode: autograd saves it
                 words, rank = words.clone(), rank.clone()
         self.words = words
@@ -154,6 +154,8 @@ class Mask:
         _checks.check_numel("words", words, num_words(_size(numel)), f"ceil({numel} / 32)")
         if numel & 31 and (int(words[-1]) & 0xFFFFFFFF) >> (numel & 31):
             raise ValueError(f"words: a bit past numel={numel} is set in the last word")
+        if not torch.compiler.is_compiling() and words.is_inference():
+            words = words.clone()  # which autograd can save
         return _with_rank(words.reshape(-1), numel)
 
     @staticmethod

@@ -4,9 +4,10 @@ namespace fedmap {
 namespace {
 
 Answer sgd_checked(const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
-                   const std::optional<Flats>& grads, const Flat& rows, const Flat& scalars,
-                   const Flat& momentum, const Flat& master, int threads, bool attempt) {
-  const Step s{values, {words, rank, prunable}, rows, scalars, grads, master};
+                   int64_t nnz, const std::optional<Flats>& grads, const Flat& rows,
+                   const Flat& scalars, const Flat& momentum, const Flat& master, int threads,
+                   bool attempt) {
+  const Step s{values, {words, rank, prunable}, nnz, rows, scalars, grads, master};
   if ((attempt && !s.ordinary(momentum)) || !s.fit(momentum))
     return unfit(attempt);
   s.write_addresses();
@@ -17,10 +18,10 @@ Answer sgd_checked(const Flat& values, const Flat& words, const Flat& rank, int6
 }
 
 Answer adamw_checked(const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
-                     const std::optional<Flats>& grads, const Flat& rows, const Flat& scalars,
-                     const Flat& exp_avg, const Flat& exp_avg_sq, const Flat& max_exp_avg_sq,
-                     const Flat& master, int threads, bool attempt) {
-  const Step s{values, {words, rank, prunable}, rows, scalars, grads, master};
+                     int64_t nnz, const std::optional<Flats>& grads, const Flat& rows,
+                     const Flat& scalars, const Flat& exp_avg, const Flat& exp_avg_sq,
+                     const Flat& max_exp_avg_sq, const Flat& master, int threads, bool attempt) {
+  const Step s{values, {words, rank, prunable}, nnz, rows, scalars, grads, master};
   if ((attempt && !s.ordinary(exp_avg, exp_avg_sq, max_exp_avg_sq)) ||
       !s.fit(exp_avg, exp_avg_sq, max_exp_avg_sq) || exp_avg.is_none() || exp_avg_sq.is_none() ||
       (max_exp_avg_sq.is_none() && s.flagged(kAmsgrad)))

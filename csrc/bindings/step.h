@@ -10,6 +10,7 @@ namespace fedmap {
 struct Step {
   const Flat& values;
   Bits mask;
+  int64_t nnz; // of the mask
   const Flat &rows, &scalars;
   const std::optional<Flats>& grads; // none: `rows` holds their addresses
   const Flat& master;
@@ -22,9 +23,9 @@ struct Step {
     if (!mask.fit() || !values.is_values(values.numel) || mask.numel > values.numel ||
         !rows.is(kInt64, 4 * count()) || !scalars.is(kFloat64, kScalars * count()) ||
         (master.is_none() && values.dtype != kFloat32) || !fit_segments() ||
-        (grads && !fit_grads()))
+        (grads && !fit_grads()) || mask.nnz() != nnz)
       return false;
-    const int64_t size = mask.nnz() + values.numel - mask.numel;
+    const int64_t size = nnz + values.numel - mask.numel;
     const auto packed = [&](const Flat& t) { return t.is_none() || t.is(kFloat32, size); };
     return (... && packed(states)) && packed(master);
   }

@@ -34,6 +34,7 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _overridden = torch.overrides.has_torch_function
 _compiling = torch.compiler.is_dynamo_compiling
 _increment_version = torch.autograd.graph.increment_version
+_threads = torch.get_num_threads
 
 
 def direct(first: Any, backend: str | None) -> bool:
@@ -72,8 +73,9 @@ class Op:
         schema: as torch writes it, without the namespace.
         fake: a function of the op's arguments that gives empty results of the right shape.
         reference: the op in plain torch, for any device.
-        cpu: the op by C++. It takes a further argument `attempt`, as the functions of the native
-            module do: true, if nothing was checked yet; its result is None if C++ declined.
+        cpu: the op by C++: a function of the native module by its name, or one that has further
+            arguments as those do: `threads`, and `attempt`, true if nothing was checked yet; the
+            result is then None if C++ declined.
         triton: the op by Triton kernels. None: the reference serves CUDA tensors too.
         rules: what the public function's arguments have to be, for `check`. C++ holds the same
             rules; tests/ops/test_rules.py compares the two.
@@ -85,13 +87,13 @@ class Op:
         fake: Callable[..., Any],
         *,
         reference: Callable[..., Any],
-        cpu: Callable[..., Any] | None = None,
+        cpu: Callable[..., Any] | str | None = None,
         triton: Callable[..., Any] | None = None,
         rules: Sequence[Rule] = (),
     ) -> None:
         self.name, arguments = schema.split("(", 1)
         self.rules = rules
-        self._cpu = cpu
+        self._cpu: Any = getattr(native, cpu, None) if isinstance(cpu, str) else cpu
         self._fake = fake
         self._changed: list[int] = []
         self._void = False
@@ -101,8 +103,11 @@ class Op:
         self._void = not of_schema.returns
         self._forms: dict[str, Any] = {}
         keys = {"reference": "CompositeExplicitAutograd", "cpu": "CPU", "triton": "CUDA"}
-        given = {"reference": reference, "cpu": cpu if native is not None else None}
-        given["triton"] = None if triton is None else _on_device(triton)
+        given = {
+            "reference": reference,
+            "cpu": None if native is None or cpu is None else self._checked,
+            "triton": None if triton is None else _on_device(triton),
+        }
         for backend, implementation in given.items():
             if implementation is not None:
                 run = self._run(implementation)
@@ -128,11 +133,12 @@ class Op:
 
         return run
 
+    def _checked(self, *args: Any) -> Any:
+        return self._cpu(*args, _threads(), False)
+
     def _bump_versions(self, args: tuple[Any, ...]) -> None:
         """A graph that saved what these tensors held raises in its backward, as in torch."""
-        changed = [args[i] for i in self._changed if args[i] is not None]
-        if changed:
-            _increment_version(changed)
+        _increment_version([args[i] for i in self._changed if args[i] is not None])
 
     @property
     def overloads(self) -> list[Any]:
@@ -148,9 +154,9 @@ class Op:
 
         It declines unless all are plain CPU tensors that fit. Only where `direct` was true.
         """
-        result = self._cpu(*args, True)  # type: ignore[misc]  # `direct` says that it is there
+        result = self._cpu(*args, _threads(), True)
         if self._changed and result is not None:
-            _increment_version([args[i] for i in self._changed if args[i] is not None])
+            self._bump_versions(args)
         return result
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
-from fedmap_sparse._backends import native
+from fedmap_sparse import _checks
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops._library import Op, direct
 from fedmap_sparse.ops._rules import FLOAT32, Arguments, Bitmap, Dense, Rule
@@ -195,26 +194,6 @@ def step(
     plain = check_gradients(grads, segments, values)
     where = (_checks.plain(values), mask.words, mask.rank, mask.numel, mask.nnz)
     op(*where, plain, rows, scalars, *states.values(), backend=backend)
-
-
-def step_cpu(kernel: str) -> Callable[..., Any]:
-    """The `cpu` implementation of a step's op."""
-
-    def run(
-        values: Tensor,
-        words: Tensor,
-        rank: Tensor,
-        numel: int,
-        nnz: int,
-        *rest: Any,
-    ) -> Any:
-        # An attempt's last argument is True; else it is the masters, a tensor or None.
-        attempt = rest[-1] is True
-        rest = rest[:-1] if attempt else rest
-        threads = _backends.threads()
-        return getattr(native, kernel)(values, words, rank, numel, *rest, threads, attempt)
-
-    return run
 
 
 def float32_scalar(value: float, like: Tensor) -> Tensor:

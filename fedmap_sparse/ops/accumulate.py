@@ -64,26 +64,11 @@ def _total(weights: Sequence[float]) -> float:
     return total
 
 
-def _mean_cpu(
-    payloads: Sequence[Tensor], weights: list[float], out: Tensor, attempt: bool = False
-) -> Any:
-    # A tuple keeps the payloads alive while the GIL is released.
-    return native.weighted_mean(tuple(payloads), weights, out, _backends.threads(), attempt)
-
-
 def _add_reference(sums: Tensor, payload: Tensor, weight: float) -> None:
     sums += payload.reshape(-1).to(torch.float64) * weight
 
 
-def _add_cpu(sums: Tensor, payload: Tensor, weight: float, attempt: bool = False) -> Any:
-    return native.accumulate_add(sums, payload, weight, _backends.threads(), attempt)
-
-
-def _round_cpu(sums: Tensor, total: float, out: Tensor, attempt: bool = False) -> Any:
-    return native.accumulate_mean(sums, total, out, _backends.threads(), attempt)
-
-
-def _finite(fill: Callable[..., Tensor | int | None]) -> Callable[..., int | None]:
+def _finite(fill: Any) -> Callable[..., int | None]:
     """Raises if `fill`, which fills `out`, counts elements that are not finite.
 
     Inside of the op: to return the count as a tensor and read it took 3 us of 14.
@@ -106,7 +91,7 @@ _mean = Op(
     "weighted_mean_out(Tensor[] payloads, float[] weights, Tensor(a!) out) -> ()",
     lambda payloads, weights, out: None,
     reference=_finite(_mean_reference),
-    cpu=_finite(_mean_cpu),
+    cpu=_finite(getattr(native, "weighted_mean", None)),
     triton=_finite(lambda *a: _backends.kernels("accumulate").weighted_mean_out(*a)),
     rules=(
         Alike("payloads", sized=True),
@@ -123,7 +108,7 @@ _add = Op(
     "accumulate_add_(Tensor(a!) sums, Tensor payload, float weight) -> ()",
     lambda sums, payload, weight: None,
     reference=_add_reference,
-    cpu=_add_cpu,
+    cpu="accumulate_add",
     triton=lambda *a: _backends.kernels("accumulate").accumulate_add_(*a),
     rules=(
         Dense(
@@ -139,7 +124,7 @@ _round = Op(
     "accumulate_mean_out(Tensor sums, float total, Tensor(a!) out) -> ()",
     lambda sums, total, out: None,
     reference=_finite(_round_reference),
-    cpu=_finite(_round_cpu),
+    cpu=_finite(getattr(native, "accumulate_mean", None)),
     triton=_finite(lambda *a: _backends.kernels("accumulate").accumulate_mean_out(*a)),
     rules=(Dense("out", numel=lambda given: given["sums"].numel(), beside="sums", optional=True),),
 )
@@ -207,7 +192,8 @@ def weighted_mean(
     first = payloads[0]
     if direct(first, backend) and all(map(_is_weight, weights)):
         target = first.new_empty(first.numel()) if out is None else out
-        if _mean.attempt(payloads, weights, target) is not None:
+        # A tuple keeps the payloads alive while the GIL is released.
+        if _mean.attempt(tuple(payloads), weights, target) is not None:
             return target
     _mean.check(payloads=payloads, weights=weights, out=out, first=first)
     if out is None:

@@ -6,7 +6,6 @@ bits out, `deposit` puts them back (pext and pdep on 64-bit words, prefix counts
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,29 +42,21 @@ def _deposit_reference(
 
 
 def _extract_cpu(
-    mask: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, attempt: bool = False
-) -> tuple[Tensor, Tensor] | None:
-    return _run_cpu(native.extract, mask, parent, rank, numel, nnz, attempt)
+    mask: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, threads: int, attempt: bool
+) -> tuple[Any, ...] | None:
+    words, ranks = unfilled_cpu(nnz)
+    count = native.extract(mask, parent, rank, numel, words, ranks, threads, attempt)
+    if count is None:
+        return None
+    return (words, ranks, count) if attempt else (words, ranks)
 
 
 def _deposit_cpu(
-    bits: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, attempt: bool = False
+    bits: Tensor, parent: Tensor, rank: Tensor, numel: int, nnz: int, threads: int, attempt: bool
 ) -> tuple[Tensor, Tensor] | None:
-    return _run_cpu(native.deposit, bits, parent, rank, numel, numel, attempt)
-
-
-def _run_cpu(
-    kernel: Callable[..., int | None],
-    source: Tensor,
-    parent: Tensor,
-    rank: Tensor,
-    numel: int,
-    size: int,
-    attempt: bool,
-) -> tuple[Tensor, Tensor] | None:
-    words, ranks = out = unfilled_cpu(size)
-    done = kernel(source, parent, rank, numel, words, ranks, _backends.threads(), attempt)
-    return None if done is None else out
+    words, ranks = out = unfilled_cpu(numel)
+    count = native.deposit(bits, parent, rank, numel, words, ranks, threads, attempt)
+    return None if count is None else out
 
 
 _extract = Op(
@@ -92,6 +83,10 @@ _deposit = Op(
         Bitmap("bits", lambda given: given["parent"].nnz, "parent"),
     ),
 )
+
+
+def _count(mask: Mask, rank: Tensor) -> int:
+    return mask.nnz if torch.compiler.is_compiling() else int(rank[-1])
 
 
 def _attempt(op: Op, source: Any, parent: Any, wanted: str, backend: str | None) -> Any:
@@ -136,9 +131,9 @@ def extract(mask: Mask, parent: Mask, *, backend: str | None = None) -> Mask:
         _extract.check(mask=mask, parent=parent)
         where = (parent.words, parent.rank, parent.numel, parent.nnz)
         made = _extract(mask.words, *where, backend=backend)
-    words, rank = made
+    words, rank, *counted = made  # straight from C++ with the count: to read it here takes 1.3 us
     # What lies outside the parent is lost on the way, so the counts agree only for a subset.
-    nnz = mask.nnz if torch.compiler.is_compiling() else int(rank[-1])
+    nnz = counted[0] if counted else _count(mask, rank)
     if nnz != mask.nnz:
         raise ValueError(
             f"mask: expected a subset of the parent, got {mask.nnz - nnz} survivors outside of it"

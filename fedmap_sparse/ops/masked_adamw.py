@@ -74,7 +74,7 @@ op = Op(
     " Tensor(d!) exp_avg_sq, Tensor(e!)? max_exp_avg_sq, Tensor(f!)? master) -> ()",
     lambda *args: None,
     reference=_reference,
-    cpu=_segments.step_cpu("masked_adamw"),
+    cpu="masked_adamw",
     triton=lambda *a: _backends.kernels("masked_adamw").masked_adamw_(*a),
     rules=(
         _Largest(),

@@ -44,7 +44,7 @@ op = Op(
     " Tensor(d!)? master) -> ()",
     lambda *args: None,
     reference=_reference,
-    cpu=_segments.step_cpu("masked_sgd"),
+    cpu="masked_sgd",
     triton=lambda *a: _backends.kernels("masked_sgd").masked_sgd_(*a),
     rules=_segments.rules(momentum_buffer=True),
 )

@@ -21,12 +21,6 @@ def _pack_reference(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) ->
     out.view(-1).copy_(cast_reference(kept, out.dtype))
 
 
-def _pack_cpu(
-    values: Tensor, words: Tensor, rank: Tensor, out: Tensor, attempt: bool = False
-) -> Any:
-    return native.pack(values, words, rank, out, _backends.threads(), attempt)
-
-
 def _pack_triton(*args: Any) -> None:
     _backends.kernels("pack").pack_out(*args)
 
@@ -37,12 +31,6 @@ def _unpack_reference(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) 
     out.view(-1)[kept] = cast_reference(packed.reshape(-1), out.dtype)
 
 
-def _unpack_cpu(
-    packed: Tensor, words: Tensor, rank: Tensor, out: Tensor, attempt: bool = False
-) -> Any:
-    return native.unpack(packed, words, rank, out, _backends.threads(), attempt)
-
-
 def _unpack_triton(*args: Any) -> None:
     _backends.kernels("pack").unpack_out(*args)
 
@@ -50,9 +38,9 @@ def _unpack_triton(*args: Any) -> None:
 def _fresh(fill: Any) -> Any:
     """The form that returns a new tensor of `size` elements, over the one that fills `out`."""
 
-    def run(source: Tensor, words: Tensor, rank: Tensor, size: int) -> Tensor:
+    def run(source: Tensor, words: Tensor, rank: Tensor, size: int, *how: Any) -> Tensor:
         out = source.new_empty(size)
-        fill(source, words, rank, out)
+        fill(source, words, rank, out, *how)
         return out
 
     return run
@@ -65,21 +53,21 @@ _pack = Op(
     "pack" + _FRESH,
     lambda source, words, rank, size: source.new_empty(size),
     reference=_fresh(_pack_reference),
-    cpu=_fresh(_pack_cpu),
+    cpu=_fresh(getattr(native, "pack", None)),
     triton=_fresh(_pack_triton),
 )
 _unpack = Op(
     "unpack" + _FRESH,
     lambda source, words, rank, size: source.new_empty(size),
     reference=_fresh(_unpack_reference),
-    cpu=_fresh(_unpack_cpu),
+    cpu=_fresh(getattr(native, "unpack", None)),
     triton=_fresh(_unpack_triton),
 )
 _pack_out = Op(
     "pack_out" + _INTO,
     lambda source, words, rank, out: None,
     reference=_pack_reference,
-    cpu=_pack_cpu,
+    cpu="pack",
     triton=_pack_triton,
     rules=(
         Dense("values"),
@@ -91,7 +79,7 @@ _unpack_out = Op(
     "unpack_out" + _INTO,
     lambda source, words, rank, out: None,
     reference=_unpack_reference,
-    cpu=_unpack_cpu,
+    cpu="unpack",
     triton=_unpack_triton,
     rules=(
         Dense("packed"),

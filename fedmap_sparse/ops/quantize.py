@@ -42,8 +42,8 @@ def _cast_reference(values: Tensor, out: Tensor) -> Tensor:
     return (cast.isinf() & ~flat.isinf()).sum()
 
 
-def _cast_cpu(values: Tensor, out: Tensor, attempt: bool = False) -> Any:
-    count = native.cast(values, out, _backends.threads(), attempt)
+def _cast_cpu(values: Tensor, out: Tensor, threads: int, attempt: bool) -> Any:
+    count = native.cast(values, out, threads, attempt)
     return count if attempt else torch.tensor(count, device="cpu")
 
 
@@ -105,8 +105,8 @@ def cast(
     return out, int(_cast(_checks.plain(values), out, backend=backend))
 
 
-def _finite_cpu(values: Tensor, attempt: bool = False) -> Any:
-    answer = native.all_finite(values, _backends.threads(), attempt)
+def _finite_cpu(values: Tensor, threads: int, attempt: bool) -> Any:
+    answer = native.all_finite(values, threads, attempt)
     return answer if attempt else torch.tensor(bool(answer), device="cpu")
 
 
@@ -171,9 +171,9 @@ def _quantize_cpu(
     q: Tensor,
     scales: Tensor,
     residual: Tensor | None,
-    attempt: bool = False,
+    threads: int,
+    attempt: bool,
 ) -> Any:
-    threads = _backends.threads()
     finite = native.all_finite(values, threads, attempt)
     if finite is None:
         return None
@@ -197,9 +197,10 @@ def _dequantize_reference(q: Tensor, scales: Tensor, block: int) -> Tensor:
     return (rows * scales[:, None]).reshape(-1)[: q.numel()]
 
 
-def _dequantize_cpu(q: Tensor, scales: Tensor, block: int, attempt: bool = False) -> Any:
+def _dequantize_cpu(
+    q: Tensor, scales: Tensor, block: int, threads: int, attempt: bool
+) -> Tensor | None:
     out = torch.empty(q.numel(), dtype=torch.float32, device="cpu")
-    threads = _backends.threads()
     done = native.dequantize_int8(q, scales, block, out, threads, attempt)
     return None if done is None else out
 

@@ -63,9 +63,9 @@ def _mask_cpu(
     within: Sequence[Tensor | None],
     eligible: int,
     keep: int,
-    attempt: bool = False,
+    threads: int,
+    attempt: bool,
 ) -> list[Tensor] | None:
-    threads = _backends.threads()
     if attempt:  # of one tensor, and something to keep
         words, rank = unfilled_cpu(values[0].numel())
         done = native.select(values, within, eligible, keep, (words,), (rank,), threads, True)
@@ -99,9 +99,9 @@ def _threshold_cpu(
     within: list[Tensor | None],
     eligible: int,
     keep: int,
-    attempt: bool = False,
+    threads: int,
+    attempt: bool,
 ) -> Tensor | None:
-    threads = _backends.threads()
     key = native.select(values, within, eligible, keep, [], [], threads, attempt)
     if key is None:
         return None
@@ -114,13 +114,6 @@ def _zero_reference(values: Tensor, before: Tensor | None, after: Tensor) -> Non
     if before is not None:
         gone &= bool_from_words(before, values.numel())
     values.view(-1)[gone] = 0.0
-
-
-def _zero_cpu(
-    values: Tensor, before: Tensor | None, after: Tensor, attempt: bool = False
-) -> int | None:
-    done: int | None = native.zero_pruned(values, before, after, _backends.threads(), attempt)
-    return done
 
 
 _LISTS = (Alike("values"), Bitmaps("within", of="values"))
@@ -145,7 +138,7 @@ _zero = Op(
     "zero_pruned_(Tensor(a!) values, Tensor? before, Tensor after) -> ()",
     lambda values, before, after: None,
     reference=_zero_reference,
-    cpu=_zero_cpu,
+    cpu="zero_pruned",
     triton=lambda *a: _backends.kernels("select").zero_pruned_(*a),
     rules=(
         Dense("values"),
@@ -232,7 +225,8 @@ def magnitude_mask(
     >>> fs.ops.magnitude_mask(torch.tensor([0.5, -2.0, 1.0]), 2).to_bool()
     tensor([False,  True,  True])
     """
-    keep = _checks.number(keep)
+    if type(keep) is not int:
+        keep = _checks.number(keep)
     made = None
     if direct(values, backend):
         made = _attempt(_mask, values, within, keep)  # type: ignore[arg-type]  # one tensor
@@ -281,7 +275,8 @@ def magnitude_threshold(
     >>> fs.ops.magnitude_threshold(torch.tensor([0.5, -2.0, 1.0]), 2)
     tensor(1.)
     """
-    keep = _checks.number(keep)
+    if type(keep) is not int:
+        keep = _checks.number(keep)
     made = None
     if direct(values, backend):
         made = _attempt(_threshold, values, within, keep)  # type: ignore[arg-type]  # one tensor

@@ -14,6 +14,7 @@ from fedmap_sparse import _backends, ops
 from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.optim.hooks import hookable
 from fedmap_sparse.optim.packed import Packing
 from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped
 from fedmap_sparse.optim.state import PackedState, Shown, check_groups, numbered, saved_mask
@@ -131,6 +132,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         chosen = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
 
+    @hookable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, in one call into the kernels.
 
@@ -193,12 +195,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             t if t is None or part.ask is None else t[part.slot]
             for t in map(self._packed.tensors.get, (*self.state_names, "master"))
         ]
-        where = (part.values, mask.words, mask.rank, mask.numel)
+        where = (part.values, mask.words, mask.rank, mask.numel, mask.nnz)
         if grads is None:
             kernel, threads = getattr(native, self._kernel), _backends.threads()
             kernel(*where, None, rows, scalars, *packed, threads, False)
         else:
-            self._op(*where, mask.nnz, grads, rows, scalars, *packed)
+            self._op(*where, grads, rows, scalars, *packed)
 
     def _settle(self) -> Packing:
         """Take up what users did since: a copy's state, groups, a rebind, edits of `state`."""

@@ -185,6 +185,27 @@ def test_hooks_run_as_torchs_do():
     assert run(MaskedSGD(fs.flatten(m), lr=0.1)) == wanted
 
 
+def test_global_hooks_and_profilers_see_a_step():
+    """A step that nobody watches goes past torch's wrapper (optim/hooks.py)."""
+    from torch.optim import optimizer as of_torch
+
+    optimizer = MaskedSGD(fs.flatten(net()), lr=0.1)
+    calls = []
+    added = [
+        of_torch.register_optimizer_step_pre_hook(lambda *a: calls.append("before")),
+        of_torch.register_optimizer_step_post_hook(lambda *a: calls.append("after")),
+    ]
+    optimizer.step()
+    for hook in added:
+        hook.remove()
+    optimizer.step()
+    assert calls == ["before", "after"]
+    with torch.profiler.profile(acc_events=True) as profile:
+        optimizer.step()
+    name = "Optimizer.step#MaskedSGD.step"
+    assert name in {event.key for event in profile.key_averages()}
+
+
 def test_hooks_may_replace_what_is_saved_and_loaded():
     m = net()
     o = MaskedSGD(fs.flatten(m), lr=0.1)
