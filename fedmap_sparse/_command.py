@@ -1,7 +1,8 @@
 """The process of the command line, from the package's first import on: Ctrl-C, closed streams.
 
 torch takes a second or more to import, so an early Ctrl-C comes while nothing has begun. This
-module is imported before torch and needs the standard library alone.
+module is imported before torch and needs little of the standard library: what it imports itself
+can still be interrupted with a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 CODE = 130
 _PROG = "fedmap-sparse"
@@ -43,6 +43,7 @@ def watch_imports() -> None:
         _fill_closed_streams()
         if _interruptible():
             signal.signal(signal.SIGINT, _leave)
+        _check_folder()
 
 
 def _fill_closed_streams() -> None:
@@ -54,6 +55,14 @@ def _fill_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             closed.add(name)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def _check_folder() -> None:
+    """End the command where the current folder was removed: MKL would, with a line about itself."""
+    try:
+        os.getcwd()  # noqa: PTH109  # no pathlib yet
+    except OSError as error:
+        _end(f"the current folder cannot be read: {error.strerror}; start from another one", 2)
 
 
 def watch_run() -> None:
@@ -80,7 +89,7 @@ def held() -> Iterator[None]:
         return
     pressed = False
 
-    def note(*_: Any) -> None:
+    def note(*_: object) -> None:
         nonlocal pressed
         pressed = True
 
@@ -100,12 +109,16 @@ def _interruptible() -> bool:
     return here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def _leave(*_: Any) -> None:
-    line = f"{_PROG}: interrupted before anything began; start again with: {again()}\n"
+def _leave(*_: object) -> None:
+    _end(f"interrupted before anything began; start again with: {again()}", CODE)
+
+
+def _end(text: str, code: int) -> None:
+    """End the process at once, with one line."""
     try:
-        os.write(2, line.encode("utf-8", "backslashreplace"))
+        os.write(2, f"{_PROG}: {text}\n".encode("utf-8", "backslashreplace"))
     finally:
-        os._exit(CODE)
+        os._exit(code)
 
 
 def _again_later(found: sys.UnraisableHookArgs) -> None:

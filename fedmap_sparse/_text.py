@@ -17,9 +17,17 @@ def say(*lines: str) -> None:
     Raises:
         OutputClosed: they cannot be written.
     """
+    put("".join(f"{printable(line)}\n" for line in lines))
+
+
+def put(text: str) -> None:
+    """Write text to standard output as it is, and flush.
+
+    Raises:
+        OutputClosed: it cannot be written.
+    """
     try:
-        for line in lines:
-            print(printable(line))
+        sys.stdout.write(text)
         sys.stdout.flush()
     except (OSError, ValueError) as error:  # ValueError: the stream object itself is closed
         raise OutputClosed(str(getattr(error, "strerror", None) or error)) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmap_sparse import __version__, _command
-from fedmap_sparse._text import OutputClosed, printable, say, shown
+from fedmap_sparse._text import OutputClosed, printable, put, say, shown
 from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed
 
 if TYPE_CHECKING:
@@ -62,6 +62,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{printable(f'{self.prog}: {message}')}\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse drops what it cannot write, and the exit code would say that all is well.
+        if file is sys.stdout:
+            _check_open()
+            put(message)
+        else:
+            super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, and raises nothing but argparse's SystemExit."""
@@ -77,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = f"{PROG} {args.command}"
             if args.command != "run":
                 _command.watch_run()
-                if "stdout" in _command.closed:
-                    raise OutputClosed("it was closed")
+                _check_open()
             code = int(args.do(args))
         finally:
             _flush()
@@ -114,6 +121,11 @@ def _is_memory(error: Exception) -> bool:
 
     kinds = MemoryError | torch.OutOfMemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _check_open() -> None:
+    if "stdout" in _command.closed:
+        raise OutputClosed("it was closed")
 
 
 def _flush() -> None:

@@ -62,11 +62,13 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.dense = path / "model-dense.safetensors"
         self._lock = path / ".lock"
+        self._sound = True  # false while `checkpoint` is known to be damaged
 
     @property
     def _files(self) -> list[Path]:
         """A run's files, in the order they are removed: without its options nothing goes on."""
-        paths = [p for p in vars(self).values() if p not in (self.path, self._lock)]
+        found = [p for p in vars(self).values() if isinstance(p, Path)]
+        paths = [p for p in found if p not in (self.path, self._lock)]
         return [*paths, *(p.with_name(f".{p.name}.partial") for p in paths)]
 
     @contextmanager
@@ -165,10 +167,16 @@ class RunFolder:
             if path == self.previous:
                 why = troubles[0] if troubles else f"{self.checkpoint} is missing"
                 notes.append(f"note: {why}; going on from the one before, {self.previous.name}")
+            self._sound = not troubles
             return state
         if troubles:
             raise ConfigError(f"{'; '.join(troubles)}; --overwrite starts anew")
         return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """The checkpoint. The one before is kept, unless it is damaged: then its predecessor is."""
+        checkpoint.save(self.checkpoint, state, keep=self.previous if self._sound else None)
+        self._sound = True
 
     def write_config(self, config: Config, python: str) -> None:
         """config.toml, unless it is there: a run that goes on leaves it alone."""

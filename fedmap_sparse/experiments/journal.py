@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from fedmap_sparse.errors import ConfigError
-from fedmap_sparse.experiments import checkpoint, files
+from fedmap_sparse.experiments import files
 from fedmap_sparse.experiments.arm import Arm
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset
@@ -83,5 +83,4 @@ class Journal:
         files.write_atomically(path, arm.model())
 
     def _save(self) -> None:
-        state = {**self._fixed, "records": self.records, "arms": self._states}
-        checkpoint.save(self._folder.checkpoint, state, keep=self._folder.previous)
+        self._folder.save({**self._fixed, "records": self.records, "arms": self._states})

@@ -1,6 +1,8 @@
 """A run's folder: one run at a time, whole files, and no other experiment than its own."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,26 @@ def test_the_checkpoint_before_is_used_with_a_line_that_says_so(
     text = capsys.readouterr().out
     assert "going on from the one before, checkpoint.previous.safetensors" in text
     assert "going on after 1 of 2 rounds" in text
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_sound_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    out = tmp_path / "run"
+    runner.run(tiny(out))
+    (out / "checkpoint.safetensors").write_bytes(b"rubbish")
+    real = os.replace
+
+    def crash(source: Path, target: Path) -> None:
+        if target.name == "checkpoint.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    assert cli.main(resume(out)) == 3
+    monkeypatch.undo()
+    assert cli.main(resume(out)) == 0
     assert outcome(out) == outcome(whole)
 
 
