@@ -196,7 +196,6 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     from fedmap_sparse import bench
 
     bench.add_arguments(parser)
-    parser.set_defaults(do=bench.run)
 
 
 def _run_help(parser: argparse.ArgumentParser) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmap_sparse.bench import compare
+
 __all__ = ["add_arguments", "main", "run"]
 
 
@@ -41,7 +43,8 @@ def _densities(text: str) -> list[float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fedmap-sparse bench`."""
+    """The options of `fedmap-sparse bench`, and its form `compare`."""
+    parser.set_defaults(do=run)
     parser.add_argument("--ops", type=_strings, help="names of ops or groups; default: all of them")
     parser.add_argument("--sizes", type=_sizes, help="elements; default 26214400, or as trained")
     parser.add_argument("--densities", type=_densities, help="default: each op's own")
@@ -53,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and records there")
     parser.add_argument("--quick", action="store_true", help="a check of the machinery in seconds")
+    forms = parser.add_subparsers(dest="form", metavar="[compare]")
+    compare.add_arguments(
+        forms.add_parser("compare", help="what moved between two files of --json")
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,4 +148,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m fedmap_sparse.bench`: the same as `fedmap-sparse bench`."""
     parser = argparse.ArgumentParser(prog="fedmap-sparse bench", description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return int(args.do(args))
