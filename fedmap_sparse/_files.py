@@ -1,12 +1,16 @@
-"""Files from outside: looked at before they are read."""
+"""Files: looked at before they are read, written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
+from fedmap_sparse import _command
+
+_BINARY: int = getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -53,4 +57,47 @@ def read_regular(path: Path | str, most: int) -> bytes:
         raise OSError(errno.EFBIG, f"expected at most {most:,} bytes, got {size:,}", str(path))
 
 
-_BINARY: int = getattr(os, "O_BINARY", 0)
+def write_atomically(path: Path, data: bytes | bytearray, keep: Path | None = None) -> None:
+    """Write `path` so that a reader, a crash or a full disk finds the old file or the new one.
+
+    The data go to a file beside it, on to the disk, and then under its name. With `keep` the old
+    file goes there; between the two renames `keep` alone is there.
+
+    Raises:
+        OSError: with `path` as its file; the old file is untouched.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    with _command.held():
+        try:
+            _write(beside, data)
+            if keep is not None:
+                with suppress(FileNotFoundError):
+                    os.replace(path, keep)  # noqa: PTH105  # counted and failed by the crash tests
+            os.replace(beside, path)  # noqa: PTH105
+            _flush_folder(path.parent)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(beside)  # noqa: PTH108
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(path: Path, data: bytes | bytearray) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    """A rename is on the disk once its folder is; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

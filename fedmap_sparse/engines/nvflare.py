@@ -14,8 +14,8 @@ from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.model_controller import ModelController
 
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse.codec import Message
-from fedmap_sparse.engines.files import replace_file
 from fedmap_sparse.engines.records import MAX_NUMEL, decode_arrays, encode_arrays
 from fedmap_sparse.errors import NeedsMask, RoundFailed
 from fedmap_sparse.federated import FedMapClient, FedMapServer
@@ -152,7 +152,7 @@ class FedMapController(ModelController):  # type: ignore[misc, unused-ignore]
             about = {"nnz": server.mask.nnz, "loss": result.loss, "refused": result.refused}
             self.info(f"round {result.round}: {len(result.accepted)} updates, {json.dumps(about)}")
             if path is not None:
-                replace_file(path, server.to_bytes())
+                write_atomically(path, server.to_bytes())
 
     def _updates(self, server: FedMapServer, clients: list[str]) -> dict[str, bytes]:
         updates: dict[str, bytes] = {}

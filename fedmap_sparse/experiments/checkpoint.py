@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedmap_sparse import _files
 from fedmap_sparse.errors import CheckpointError
-from fedmap_sparse.experiments.files import write_atomically
 
 VERSION = "2"
 _TENSOR = "$tensor"  # {"$tensor": "name in the file"} stands for a tensor
@@ -45,7 +44,7 @@ def save(path: Path, state: Any, keep: Path | None = None) -> None:
     data = bytearray(serialise(tensors, header))
     start = _place(data)
     data[start : start + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
-    write_atomically(path, data, keep)
+    _files.write_atomically(path, data, keep)
 
 
 def load(path: Path) -> Any:

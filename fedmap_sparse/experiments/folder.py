@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse.errors import CheckpointError, ConfigError
-from fedmap_sparse.experiments import checkpoint, files, options
+from fedmap_sparse.experiments import checkpoint, options
 from fedmap_sparse.experiments.config import Config, is_complete
+from fedmap_sparse.experiments.lock import Lock
 
 Record = dict[str, Any]
 
@@ -87,7 +89,7 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"{self.path}: expected a folder, got a file")
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = files.Lock(self._lock)
+            lock = Lock(self._lock)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
         except ValueError as error:  # NUL, or a name that the file system cannot encode
@@ -182,13 +184,13 @@ class RunFolder:
         """config.toml, unless it is there: a run that goes on leaves it alone."""
         if not self._config_text().strip():
             head = f"{FROM_PYTHON}{python}\n\n" if python else ""
-            files.write_atomically(self.config, (head + config.to_toml()).encode())
+            write_atomically(self.config, (head + config.to_toml()).encode())
 
     def write_metrics(self, records: Sequence[Record]) -> None:
         """metrics.jsonl."""
         text = "".join(json.dumps(record) + "\n" for record in records)
-        files.write_atomically(self.metrics, text.encode())
+        write_atomically(self.metrics, text.encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json."""
-        files.write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(self.summary, (json.dumps(summary, indent=2) + "\n").encode())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse.errors import ConfigError
-from fedmap_sparse.experiments import files
 from fedmap_sparse.experiments.arm import Arm
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset
@@ -62,7 +62,7 @@ class Journal:
         if arm.name != self._first or arm.round != arm.config.rounds - 1:
             return 0.0
         start = perf_counter()
-        files.write_atomically(self._folder.broadcast, arm.broadcast())
+        write_atomically(self._folder.broadcast, arm.broadcast())
         return perf_counter() - start
 
     def add(self, arm: Arm, record: Record) -> None:
@@ -80,7 +80,7 @@ class Journal:
     def end(self, arm: Arm) -> None:
         """The last round of an arm has ended."""
         path = self._folder.model if arm.name == self._first else self._folder.dense
-        files.write_atomically(path, arm.model())
+        write_atomically(path, arm.model())
 
     def _save(self) -> None:
         self._folder.save({**self._fixed, "records": self.records, "arms": self._states})

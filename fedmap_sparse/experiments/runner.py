@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse._text import printable, shown
 from fedmap_sparse.errors import ConfigError, RoundFailed
-from fedmap_sparse.experiments import baselines, files, models, report
+from fedmap_sparse.experiments import baselines, models, report
 from fedmap_sparse.experiments.arm import Arm
 from fedmap_sparse.experiments.config import Config, build
 from fedmap_sparse.experiments.data import Dataset, load
@@ -114,7 +115,7 @@ def _finish(
     folder.write_summary(summary)
     lines = report.closing(summary)
     try:
-        files.write_atomically(folder.curves, report.curves(journal.records))
+        write_atomically(folder.curves, report.curves(journal.records))
     except ImportError:
         lines.append("no curves.png without matplotlib: pip install 'fedmap-sparse[plots]'")
     watch.end([*lines, f"everything is in {folder.path}"])

@@ -1,6 +1,5 @@
-"""The file of a checkpoint: any tree, written whole or not at all."""
+"""The file of a checkpoint: any tree, and nothing but one."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -29,22 +28,6 @@ def test_checkpoints_hold_any_tree_and_share_equal_tensors(tmp_path: Path) -> No
     with pytest.raises(TypeError, match="expected keys that are text or numbers"):
         checkpoint.save(path, {"x": {None: 2}})
     same_tree(checkpoint.load(path), state)
-
-
-def test_a_write_that_fails_leaves_the_file_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"before")
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_atomically(path, b"after")
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

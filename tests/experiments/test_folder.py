@@ -11,8 +11,9 @@ import torch
 
 from fedmap_sparse import cli
 from fedmap_sparse.errors import CheckpointError, ConfigError
-from fedmap_sparse.experiments import checkpoint, files, runner
+from fedmap_sparse.experiments import checkpoint, runner
 from fedmap_sparse.experiments.config import Config, build
+from fedmap_sparse.experiments.lock import Lock
 from fedmap_sparse.experiments.models import mlp
 from fedmap_sparse.experiments.progress import Observer
 
@@ -87,7 +88,7 @@ def test_a_second_process_is_one_line_and_changes_nothing(
     how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = stopped(tmp_path / "run", StopAfterOne())
-    lock = files.Lock(out / ".lock")
+    lock = Lock(out / ".lock")
     before = snapshot(out)
     assert "another run is at work in it (process " in line(capsys, command(out, *how))
     assert snapshot(out) == before
@@ -97,7 +98,7 @@ def test_a_second_process_is_one_line_and_changes_nothing(
 
 def test_the_lock_ends_with_a_run_that_fails(tmp_path: Path) -> None:
     stopped(tmp_path / "run", StopAfterOne())
-    files.Lock(tmp_path / "run" / ".lock").release()
+    Lock(tmp_path / "run" / ".lock").release()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing"])

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse.codec import Message as Broadcast
-from fedmap_sparse.engines.files import replace_file
 from fedmap_sparse.engines.flower.codec import message_of, record_of
 from fedmap_sparse.errors import NeedsMask, StateError
 from fedmap_sparse.federated import FedMapClient
@@ -76,7 +76,7 @@ class FileState:
 
     def save(self, context: Context, federation: str, data: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self._path(context), federation.encode() + b"\n" + data)
+        write_atomically(self._path(context), federation.encode() + b"\n" + data)
 
 
 def fedmap_train(

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedmap_sparse.engines.files import replace_file
+from fedmap_sparse._files import write_atomically
 from fedmap_sparse.engines.flower.client import ARRAYS, CONFIG, METRICS
 from fedmap_sparse.engines.flower.codec import message_of, record_of
 from fedmap_sparse.engines.in_process import generator
@@ -240,7 +240,9 @@ class FedMap(Strategy):
         if result.loss is not None:
             metrics["train-loss"] = result.loss
         if self.checkpoint is not None:
-            replace_file(self.checkpoint, self.federation.encode() + b"\n" + self.server.to_bytes())
+            write_atomically(
+                self.checkpoint, self.federation.encode() + b"\n" + self.server.to_bytes()
+            )
         return self.arrays, MetricRecord(metrics)
 
     def aggregate_evaluate(

@@ -1,4 +1,4 @@
-"""How a run writes: every file whole or not at all, by one process at a time."""
+"""One run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -7,59 +7,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from fedmap_sparse import _command
 from fedmap_sparse.errors import ConfigError
 
 #: Errors that say that another process has the lock.
 _TAKEN = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 #: File systems without locks answer with one of these.
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
-
-
-def write_atomically(path: Path, data: bytes | bytearray, keep: Path | None = None) -> None:
-    """Write `path` so that a reader, a crash or a full disk finds the old file or the new one.
-
-    The data go to a file beside it, on to the disk, and then under its name. With `keep` the old
-    file goes there; between the two renames `keep` alone is there.
-
-    Raises:
-        OSError: with `path` as its file; the old file is untouched.
-    """
-    beside = path.with_name(f".{path.name}.partial")
-    with _command.held():
-        try:
-            _write(beside, data)
-            if keep is not None:
-                with suppress(FileNotFoundError):
-                    os.replace(path, keep)  # noqa: PTH105  # counted and failed by the crash tests
-            os.replace(beside, path)  # noqa: PTH105
-            _flush_folder(path.parent)
-        except OSError as error:
-            with suppress(OSError):
-                os.unlink(beside)  # noqa: PTH108
-            raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _write(path: Path, data: bytes | bytearray) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    """A rename is on the disk once its folder is; Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class Lock:
