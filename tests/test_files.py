@@ -37,7 +37,7 @@ def test_the_file_before_can_be_kept(tmp_path: Path) -> None:
 
 
 def test_files_are_renamed_in_one_place() -> None:
-    """Who writes by other means can leave half a file; a second writer would have to be as careful."""
+    """Who writes by other means can leave half a file."""
     found = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")

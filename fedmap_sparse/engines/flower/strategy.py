@@ -240,9 +240,8 @@ class FedMap(Strategy):
         if result.loss is not None:
             metrics["train-loss"] = result.loss
         if self.checkpoint is not None:
-            write_atomically(
-                self.checkpoint, self.federation.encode() + b"\n" + self.server.to_bytes()
-            )
+            state = self.federation.encode() + b"\n" + self.server.to_bytes()
+            write_atomically(self.checkpoint, state)
         return self.arrays, MetricRecord(metrics)
 
     def aggregate_evaluate(
