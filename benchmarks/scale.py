@@ -19,7 +19,11 @@ REPEATS = 5
 
 
 def model(parameters: int) -> fs.FlatParameters:
-    return fs.flatten(nn.Linear(parameters // 1000, 1000, bias=False))
+    """Normal weights: trained ones are nearer to those than to the uniform ones of a new layer."""
+    torch.manual_seed(0)
+    linear = nn.Linear(parameters // 1000, 1000, bias=False)
+    nn.init.normal_(linear.weight, std=0.02)
+    return fs.flatten(linear)
 
 
 def peak() -> int:
@@ -27,14 +31,20 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def started(parameters: int) -> tuple[fs.FedMapServer, fs.FedMapClient]:
+def started(
+    parameters: int, coding: fs.codec.Coding = "entropy"
+) -> tuple[fs.FedMapServer, fs.FedMapClient]:
     """A server in a pruned round, and a client that has received its broadcast."""
     schedule = fs.schedule.OneShot(1 - DENSITY, at=0)
-    server = fs.FedMapServer(model(parameters), schedule, max_samples=1000)
+    server = fs.FedMapServer(model(parameters), schedule, max_samples=1000, coding=coding)
     server.begin_round()
-    client = fs.FedMapClient(model(parameters))
+    client = fs.FedMapClient(model(parameters), coding=coding)
     client.receive(server.broadcast())
     return server, client
+
+
+#: With torch and this package imported, and nothing made.
+ALONE = peak()
 
 
 def cpu(call) -> float:
@@ -47,8 +57,8 @@ def cpu(call) -> float:
     return min(found)
 
 
-def cost(parameters: int) -> None:
-    server, client = started(parameters)
+def cost(parameters: int, coding: fs.codec.Coding) -> None:
+    server, client = started(parameters, coding)
     full, short = server.broadcast(), server.broadcast(client.have)
     update = client.update(10)
     names = iter(range(10**6))
@@ -59,7 +69,8 @@ def cost(parameters: int) -> None:
         "add": cpu(lambda: server.add(next(names), update)),
     }
     sizes = {"broadcast with mask": full, "broadcast": short, "update": update}
-    print(f"{parameters:,} parameters:", ", ".join(f"{n} {len(m):,} B" for n, m in sizes.items()))
+    said = ", ".join(f"{n} {len(m):,} B" for n, m in sizes.items())
+    print(f"{parameters:,} parameters, {coding}: {said}")
     start = time.process_time()
     server.close_round()
     seconds["close_round"] = time.process_time() - start
@@ -94,5 +105,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["flat"]:
         flat(int(sys.argv[2]))
     else:
+        print(f"torch alone {ALONE:,} MB")
         for size in (10**6, 10**7, 10**8):
-            cost(size)
+            for coding in ("entropy", "raw"):
+                cost(size, coding)
