@@ -24,6 +24,7 @@ from fedmap_sparse.engines.nvflare import FedMapController  # noqa: E402  # afte
 workspace = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp/fedmap_nvflare").resolve()
 workspace.mkdir(parents=True, exist_ok=True)
 job = FedJob(name="fedmap", min_clients=task.CLIENTS)
+job.set_app_packages(["fedmap_sparse"])  # installed: not to be copied into the job
 job.to_server(
     FedMapController(
         server="task:make_server",

@@ -15,7 +15,7 @@ def main(grid: Grid, context: Context) -> None:
     server = task.make_server(int(config["clients"]))
     strategy = FedMap(
         server,
-        fraction_evaluate=1.0,
+        fraction_evaluate=float(config["evaluate"]),
         min_nodes=int(config["clients"]),
         order="partition-id",  # the same bits whatever ids the nodes get
         checkpoint=config["checkpoint"] or None,
