@@ -33,7 +33,8 @@ test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, who
 	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
 
 test-engines: $(VENV)/engines.stamp ## torch.distributed, Flower's processes on loopback, NVFlare's simulator: some minutes
-	FEDMAP_SPARSE_ENGINES=1 $(BIN)/python -m pytest tests/engines --timeout 900 $(TEST_ARGS)
+	FEDMAP_SPARSE_ENGINES=1 $(BIN)/python -m pytest tests/engines --timeout 900 \
+	  "tests/test_documents.py::test_code_blocks_run[docs/guides/nvflare.md]" $(TEST_ARGS)
 
 test-crash: $(VENV)/dev.stamp ## kill, starve and interrupt CRASHES runs (50), and resume each to the same bits
 	$(BIN)/python tests/experiments/crashes.py $(or $(CRASHES),50)

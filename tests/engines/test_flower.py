@@ -227,6 +227,23 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, dtype:
     assert len(strategy.results) == 2
 
 
+def test_a_server_that_dies_before_it_aggregates_repeats_the_round(tmp_path: Path) -> None:
+    """The nodes have trained and saved: the error of an int8 update that was lost is not spent."""
+    app = make_app(FileState(tmp_path / "clients"), dtype="int8")
+    grid = LocalGrid(app, NODES)
+
+    def die(exchange: int, node: int, reply: Message) -> None:
+        if exchange == 2 and NODES[node] == 2:
+            raise KeyboardInterrupt
+
+    grid.tamper = die
+    with pytest.raises(KeyboardInterrupt):
+        run(grid, checkpoint=tmp_path / "server")
+    strategy = run(LocalGrid(app, {5: 0, 2**50: 1, 77: 2}), checkpoint=tmp_path / "server")
+    assert len(strategy.results) == 2
+    assert fingerprint(strategy.server) == alone(dtype="int8")
+
+
 def test_the_state_of_another_federation_is_not_used(tmp_path: Path) -> None:
     state = FileState(tmp_path)
     for _ in range(2):

@@ -16,13 +16,13 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install fedmap-
 
 from flower_grid import LocalGrid, over_the_wire
 from flower_setup import NODES, batch, network, one_thread  # noqa: F401  # a fixture
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod, message_size_mod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 
 from fedmap_sparse.engines.flower import CodecGrid, CodecMod
-from fedmap_sparse.engines.flower.codec import message_of, record_of
+from fedmap_sparse.engines.flower.codec import STYPE, message_of, record_of
 
 CHUNK = 5 * 2**20
 
@@ -36,6 +36,26 @@ def test_a_message_survives_flowers_chunks(size: int) -> None:
     # Message, records and Array, then the chunks; about 1 kB of overhead.
     assert len(objects) == 4 + max(1, -(-size // CHUNK)) or size == 0
     assert sum(map(len, objects.values())) - size < 2000
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"message": Array("uint8", (3,), "fedmap_sparse/2", b"abc")},
+        {"message": Array(np.zeros(3, np.uint8))},
+        {},
+        {f"message{n}": Array("uint8", (3,), STYPE, b"abc") for n in range(2)},
+    ],
+    ids=["another stype", "numpy", "none", "two"],
+)
+def test_only_one_array_of_our_stype_is_a_message(arrays: dict[str, Array]) -> None:
+    with pytest.raises(ValueError, match=f"expected one array of stype {STYPE}"):
+        message_of(ArrayRecord(arrays))
+
+
+def test_flower_does_not_read_a_message_as_weights() -> None:
+    with pytest.raises(TypeError, match="Unsupported serialization type"):
+        record_of(b"abc")["message"].numpy()
 
 
 # The codec around somebody's app and strategy.
