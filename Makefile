@@ -32,7 +32,7 @@ test-ambient: $(VENV)/dev.stamp ## the tests under states of torch that a user m
 test-gpu-free: $(VENV)/dev.stamp ## the checks of GPU code that need no GPU, whole; make test runs a selection
 	FEDMAP_SPARSE_LADDER=whole $(BIN)/python -m pytest tests/gpu_free $(TEST_ARGS)
 
-test-engines: $(VENV)/engines.stamp ## torch.distributed, Flower's processes on loopback, NVFlare's simulator: some minutes
+test-engines: $(VENV)/engines.stamp ## torch.distributed, Flower's processes on loopback, NVFlare's simulator: six minutes
 	FEDMAP_SPARSE_ENGINES=1 $(BIN)/python -m pytest tests/engines --timeout 900 \
 	  "tests/test_documents.py::test_code_blocks_run[docs/guides/nvflare.md]" $(TEST_ARGS)
 
