@@ -1,13 +1,14 @@
 """What a client costs the server in a round, and whether memory grows with clients.
 
-`python benchmarks/scale.py cost` prints bytes and CPU seconds per message; `python
-benchmarks/scale.py flat MESSAGES` streams many messages through one aggregator and prints its peak
+`python benchmarks/scale.py cost [PARAMETERS ...]` prints bytes and CPU seconds per message; `python
+benchmarks/scale.py flat MESSAGES` streams many messages through one aggregator and prints its
 memory on the way. One thread.
 """
 
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 import fedmap_sparse as fs
 
 DENSITY = 0.1
-REPEATS = 5
+REPEATS = 9
 
 
 def model(parameters: int) -> fs.FlatParameters:
@@ -29,6 +30,12 @@ def model(parameters: int) -> fs.FlatParameters:
 def peak() -> int:
     """This process's largest resident memory so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def now() -> int:
+    """Its resident memory, in MB; 0 where the system does not say."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() >> 20 if path.exists() else 0
 
 
 def started(
@@ -92,7 +99,8 @@ def flat(messages: int) -> None:
         assert refused is None, refused
         if (n + 1) in (10, 100, 1000, 10_000, messages):
             spent = time.process_time() - began
-            print(f"{n + 1:,} messages: peak {peak():,} MB, {spent:.1f} CPU s", flush=True)
+            memory = f"{now():,} MB, peak {peak():,} MB"
+            print(f"{n + 1:,} messages: {memory}, {spent:.1f} CPU s", flush=True)
     result = server.close_round()
     done = sum(map(len, updates)) / len(updates) * messages / 1e9
     print(
@@ -106,6 +114,6 @@ if __name__ == "__main__":
         flat(int(sys.argv[2]))
     else:
         print(f"torch alone {ALONE:,} MB")
-        for size in (10**6, 10**7, 10**8):
+        for size in map(int, sys.argv[2:] or (10**6, 10**7, 10**8)):
             for coding in ("entropy", "raw"):
                 cost(size, coding)
