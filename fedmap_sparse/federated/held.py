@@ -84,7 +84,9 @@ class HeldModel:
             raise ValueError("params.mask: expected the server's mask; set_mask() changes it")
         check_buffers(params, params.buffers)
         now = ops.pack(params.prunable.detach(), model.mask)
-        ours, tail = (ops.cast(t, now.dtype)[0] for t in (model.values, model.tail))
+        ours, tail = model.values, model.tail
+        if now.dtype != torch.float32:
+            ours, tail = (ops.cast(t, now.dtype)[0] for t in (ours, tail))
         if torch.equal(now, ours) and torch.equal(params.tail, tail):
             return model
         values, tail = self._taken(model.mask)
