@@ -60,6 +60,53 @@ class Tree:
         )
 
 
+class BufferPlaces:
+    """Where a module holds what its state dict has beside parameters.
+
+    To ask the state dict anew takes 0.5 ms of each look at resnet20's buffers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        of = {
+            f"{prefix}.{key}" if prefix else key: (owner._buffers, key)
+            for prefix, owner in module.named_modules(remove_duplicate=False)
+            for key in owner._buffers
+        }
+        self._names = list(buffers(module))
+        self._places = [of.get(name) for name in self._names]
+        self._owners = list(module.modules())
+        self._counts = self._count()
+        # What else decides a state dict's names is asked anew each time.
+        self._plain = None not in self._places and all(
+            type(owner).state_dict is nn.Module.state_dict
+            and type(owner)._save_to_state_dict is nn.Module._save_to_state_dict
+            for owner in self._owners
+        )
+
+    def _count(self) -> list[int]:
+        return [
+            len(held)
+            for owner in self._owners
+            for held in (
+                owner._buffers,
+                owner._non_persistent_buffers_set,
+                owner._state_dict_hooks,
+            )
+        ]
+
+    def found(self) -> dict[str, Tensor] | None:
+        """The buffers by name; None if the module must be asked. Its modules must be the same."""
+        if not self._plain or self._count() != self._counts:
+            return None
+        found = {}
+        for name, place in zip(self._names, self._places, strict=True):
+            value = None if place is None else place[0].get(place[1])
+            if value is None:
+                return None
+            found[name] = value
+        return found
+
+
 def save_tensors_alone(module: nn.Module) -> None:
     """Let state dicts hold tensors with storages of their own size, on the parameters' memory.
 
@@ -93,6 +140,24 @@ def _own_storage(t: Tensor) -> Tensor:
             found = torch.utils.dlpack.from_dlpack(t)
         _made[key] = found
     return found
+
+
+def check_ordinary(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError where a flat buffer cannot take a module's parameters."""
+    for m in module.modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError("model: expected Python modules, got a ScriptModule; flatten it before")
+    for name, p in parameters.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run once")
+        if type(p.data) is not Tensor:
+            kind = type(p.data).__name__
+            remedy = (
+                "; use DistributedDataParallel, or encode_state_dict on a full state dict"
+                if kind == "DTensor"
+                else ""
+            )
+            raise TypeError(f"{name}: expected an ordinary torch tensor, got a {kind}{remedy}")
 
 
 def check_apart(parameters: Mapping[str, Tensor]) -> None:

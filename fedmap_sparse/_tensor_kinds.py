@@ -19,6 +19,9 @@ Tie = tuple[str, tuple[int, ...] | None]
 _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
+_KINDS = {torch.float32: "float", torch.int64: "int", torch.bool: "bool"}  # of most buffers
+
+
 @dataclass(frozen=True)
 class Extra:
     """What a state dict holds beside parameters and buffers: a module's `get_extra_state()`."""
@@ -28,8 +31,11 @@ class Extra:
 
 def kind_of(t: Any) -> str:
     """The kind of a buffer: one of CARRIED, or what makes it none of them."""
-    if isinstance(t, Tensor) and t.layout is not torch.strided:
-        return str(t.layout).removeprefix("torch.")
+    if isinstance(t, Tensor):
+        if t.layout is not torch.strided:
+            return str(t.layout).removeprefix("torch.")
+        if t.dtype in _KINDS:
+            return _KINDS[t.dtype]
     # A NumPy dtype has a name without its byte order.
     dtype = getattr(t.dtype, "name", str(t.dtype).removeprefix("torch."))
     if dtype == "bool":

@@ -19,6 +19,7 @@ class Writes:
     values: Tensor
     parameters: list[Tensor]
     _mask: Mask
+    _segments: Tensor  # the parameters as C++ takes them: offset, size, a gradient's address, flags
     # Parameters of their own on the memory of another one: (it, its place, how it is permuted).
     _tied: list[tuple[Tensor, int, tuple[int, ...] | None]]
     # When pruned weights were last known to be zero: the mask, the Parameters' versions, values'.
@@ -59,7 +60,7 @@ class Writes:
         from fedmap_sparse import ops
 
         if native is not None and self.values.device.type == "cpu":
-            rows = self._rows()
+            rows = self._segments[: len(self.layout.prunable_entries)]
             whole = self._looked_at(rows[list(indices)], -1)
             indices = [i for i in indices if whole and self._looked_at(rows[i : i + 1], -1)]
         for i in indices:
@@ -67,11 +68,6 @@ class Writes:
             part = self.values[e.offset : e.offset + e.numel]
             ops.zero_pruned_(part.detach(), self.layout.slice_mask(self._mask, e.name))
         self.mark_written(indices)
-
-    def _rows(self) -> Tensor:
-        """The prunable parameters as a table of segments."""
-        rows = [[e.offset, e.numel, 0, 0] for e in self.layout.prunable_entries]
-        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
 
     def _looked_at(self, rows: Tensor, turn: int) -> bool:
         mask, values = self._mask, self.values

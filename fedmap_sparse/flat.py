@@ -18,7 +18,9 @@ from fedmap_sparse.mask import Mask
 from fedmap_sparse.prunable import Prunable, from_module
 
 # What a copy makes anew from its module, when it is first asked for.
-_BOUND = frozenset({"values", "parameters", "_tree", "_tied", "_clean"})
+_BOUND = frozenset(
+    {"values", "parameters", "_tree", "_places", "_shapes", "_segments", "_tied", "_clean"}
+)
 _REFLATTEN = "rebind() cannot follow that: flatten the module again, fs.flatten(model)"
 
 
@@ -46,6 +48,8 @@ class FlatParameters(Writes):
     """
 
     _tree: _module_tree.Tree
+    _places: _module_tree.BufferPlaces
+    _shapes: list[tuple[int, ...]]
 
     def __init__(self, module: nn.Module, layout: FlatLayout, shared: Iterable[str] = ()) -> None:
         # `shared`: aliases that are Parameters of their own on the memory of another one.
@@ -109,6 +113,10 @@ class FlatParameters(Writes):
         self.values = values
         self.parameters = list(current.values())
         self._tree = _module_tree.Tree(self.module, [found[n] for n in current])
+        self._places = _module_tree.BufferPlaces(self.module)
+        self._shapes = [e.shape for e in self.layout.entries]
+        rows = [[e.offset, e.numel, 0, 0] for e in self.layout.entries]
+        self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
         self._clean = None, [-1] * len(self.parameters), -1
         _module_tree.save_tensors_alone(self.module)
 
@@ -120,7 +128,10 @@ class FlatParameters(Writes):
             RuntimeError: a buffer was added, removed or given another shape or kind since
                 `flatten`; the message names it.
         """
-        found = _module_tree.buffers(self.module)
+        found: dict[str, Any] | None = self._places.found() if self._tree.is_same() else None
+        if found is None:
+            found = _module_tree.buffers(self.module)
+            self._places = _module_tree.BufferPlaces(self.module)
         expected = {b.name: b for b in self.layout.buffers}
         for name in [*expected, *found]:
             wanted, got = expected.get(name), found.get(name)
@@ -132,6 +143,16 @@ class FlatParameters(Writes):
                 was, now = _buffer_text(shape), _buffer_text(seen)
                 raise RuntimeError(f"{name}: expected {was}, got {now}; {_REFLATTEN}")
         return {name: found[name] for name in expected}
+
+    def _is_as_bound(self) -> bool:
+        """Whether nothing has changed since parameters were last looked at; false: look again."""
+        return (
+            native is not None
+            and not self._tied
+            and self._tree.is_same()
+            and [tuple(p.shape) for p in self.parameters] == self._shapes
+            and self.read_gradients(self.values, self._segments) >= 0
+        )
 
     @property
     def mask(self) -> Mask:
@@ -181,8 +202,10 @@ class FlatParameters(Writes):
         Raises:
             RuntimeError: names the parameter, what happened to it, and what to do.
 
-        O(modules). A step asks C++ first (`read_gradients`).
+        O(modules).
         """
+        if self._is_as_bound():
+            return
         found = _module_tree.registered(self.module)
         if problem := self._misfit(found):
             raise RuntimeError(problem)
@@ -337,20 +360,7 @@ def flatten(model: nn.Module, *, prunable: Prunable | None = None) -> FlatParame
     ['0.weight']
     """
     named = {name: r.value for name, r in _module_tree.registered(model).items()}
-    for m in model.modules():
-        if isinstance(m, torch.jit.ScriptModule):
-            raise TypeError("model: expected Python modules, got a ScriptModule; flatten it before")
-    for name, p in named.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run once")
-        if type(p.data) is not Tensor:
-            kind = type(p.data).__name__
-            remedy = (
-                "; use DistributedDataParallel, or encode_state_dict on a full state dict"
-                if kind == "DTensor"
-                else ""
-            )
-            raise TypeError(f"{name}: expected an ordinary torch tensor, got a {kind}{remedy}")
+    _module_tree.check_ordinary(model, named)
     first: dict[int, str] = {}
     tied: dict[str, Any] = {}
     for name, p in named.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs", default="normal", help="normal, uniform, ties, sorted or trained:PACKAGE"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and records there")
+    parser.add_argument(
+        "--round", action="store_true", help="whole rounds of federated models instead of ops"
+    )
+    parser.add_argument("--models", type=_strings, help="with --round; default: all of them")
     parser.add_argument("--quick", action="store_true", help="a check of the machinery in seconds")
     forms = parser.add_subparsers(dest="form", metavar="[compare]")
     compare.add_arguments(
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         options = _options(args)
+        results = _rounds(args) if args.round else runner.run(options)
         header = runner.header(options, _words(args))
         console = report.console()
     except (ValueError, RuntimeError) as error:
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     refused: list[dict[str, Any]] = []
     try:
         with console.status("") as status:
-            for result in runner.run(options):
+            for result in results:
                 if isinstance(result, runner.Refused):
                     refused.append(result.as_dict())
                     console.print(report.refusal(result), style="red", highlight=False)
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                     found = {"header": header, "records": records, "refused": refused}
                     args.json.write_text(json.dumps(found, indent=1) + "\n")
     finally:
-        console.print(report.table(records))
+        console.print(report.round_table(records) if args.round else report.table(records))
     if (cpus := load.cpus()) > QUIET_CPUS:
         console.print(f"Others kept {cpus:.1f} CPUs busy meanwhile: repeat on a quiet machine.")
     return 1 if refused else 0
@@ -137,6 +142,18 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
         plan=timing.QUICK if args.quick else timing.Plan(),
         most_sets=2 if args.quick else runner.MOST_SETS,
     )
+
+
+def _rounds(args: argparse.Namespace) -> Iterator[Any]:
+    from fedmap_sparse.bench import models, rounds
+
+    names = args.models or [n for n, (_, n_weights) in models.MODELS.items()
+                            if not args.quick or n_weights < QUICK_MODEL]  # fmt: skip
+    for name in names:
+        if name not in models.MODELS:
+            raise ValueError(f"models: expected any of {', '.join(models.MODELS)}, got {name!r}")
+    densities = args.densities or ([0.1] if args.quick else [0.5, 0.1, 0.01])
+    return rounds.run(names, densities, rounds.Size(), 2 if args.quick else 7)
 
 
 def _words(args: argparse.Namespace) -> list[str]:

@@ -15,6 +15,8 @@ from fedmap_sparse.errors import FedMapError
 from fedmap_sparse.mask import Mask
 
 Run = Callable[[], object]
+#: Of a whole round (`rounds.py`), in order.
+PHASES = ("prune", "broadcast", "receive", "steps", "update", "aggregate")
 CPU = torch.device("cpu")
 
 

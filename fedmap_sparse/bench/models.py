@@ -1,16 +1,19 @@
 """Cases of whole-model optimizer steps: one call for every parameter, tail included.
 
-The models are real parameter lists; no forward or backward runs, gradients are drawn once.
+In these no forward or backward runs, gradients are drawn once; `forward_backward` times both.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import prune
 
 from fedmap_sparse import ops
@@ -28,37 +31,72 @@ def resnet20() -> nn.Module:
 
 
 def mobilenetv2() -> nn.Module:
-    """The layers of Sandler et al. 2018 (arXiv 1801.04381, table 2), 1,000 classes, no forward."""
+    """The layers of Sandler et al. 2018 (arXiv 1801.04381, table 2), 1,000 classes.
+
+    Without the additions around its blocks, which have no parameters.
+    """
     layers: list[nn.Module] = []
 
-    def conv(channels_in: int, channels: int, kernel: int, groups: int = 1) -> None:
-        layers.append(nn.Conv2d(channels_in, channels, kernel, groups=groups, bias=False))
+    def conv(
+        channels_in: int,
+        channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        linear: bool = False,
+    ) -> None:
+        layers.append(
+            nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        )
         layers.append(nn.BatchNorm2d(channels))
+        if not linear:
+            layers.append(nn.ReLU6())
 
-    conv(3, 32, 3)
+    conv(3, 32, 3, stride=2)
     width = 32
-    for expansion, channels, repeats in (
-        (1, 16, 1),
-        (6, 24, 2),
-        (6, 32, 3),
-        (6, 64, 4),
-        (6, 96, 3),
-        (6, 160, 3),
-        (6, 320, 1),
+    for expansion, channels, repeats, stride in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
     ):
-        for _ in range(repeats):
+        for repeat in range(repeats):
             hidden = expansion * width
             if expansion != 1:
                 conv(width, hidden, 1)
-            conv(hidden, hidden, 3, groups=hidden)
-            conv(hidden, channels, 1)
+            conv(hidden, hidden, 3, stride=1 if repeat else stride, groups=hidden)
+            conv(hidden, channels, 1, linear=True)
             width = channels
     conv(width, 1280, 1)
-    return nn.Sequential(*layers, nn.Linear(1280, 1000))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
+
+
+class BertLayers(nn.Sequential):
+    """BERT (Devlin et al. 2018) over a plain list of layers."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words, places, kinds, norm, *layers, pool = list[Any](self)
+        batch, length = tokens.shape
+        x = norm(words(tokens) + places.weight[:length] + kinds.weight[0])
+
+        def heads(t: Tensor) -> Tensor:
+            return t.view(batch, length, -1, 32).transpose(1, 2)
+
+        for i in range(0, len(layers), 8):
+            q, k, v, out, norm, up, down, last = layers[i : i + 8]
+            seen = functional.scaled_dot_product_attention(heads(q(x)), heads(k(x)), heads(v(x)))
+            x = norm(x + out(seen.transpose(1, 2).reshape(x.shape)))
+            x = last(x + down(functional.gelu(up(x))))
+        pooled: Tensor = pool(x[:, 0])
+        return pooled
 
 
 def minilm() -> nn.Module:
-    """The layers of all-MiniLM-L6-v2: BERT with 6 blocks of width 384, no forward."""
+    """The layers of all-MiniLM-L6-v2: BERT with 6 blocks of width 384."""
     width, hidden = 384, 1536
     layers: list[nn.Module] = [
         *(nn.Embedding(rows, width) for rows in (30522, 512, 2)),
@@ -67,7 +105,7 @@ def minilm() -> nn.Module:
     for _ in range(6):
         layers += [*(nn.Linear(width, width) for _ in range(4)), nn.LayerNorm(width)]
         layers += [nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width)]
-    return nn.Sequential(*layers, nn.Linear(width, width))
+    return BertLayers(*layers, nn.Linear(width, width))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -75,6 +113,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mobilenetv2": (mobilenetv2, 3_504_872),
     "minilm": (minilm, 22_713_216),
 }
+#: A batch of each: images, or sentences of 128 words.
+BATCHES: dict[str, Callable[[], Tensor]] = {
+    "resnet20": lambda: torch.randn(32, 3, 32, 32),
+    "mobilenetv2": lambda: torch.randn(8, 3, 224, 224),
+    "minilm": lambda: torch.randint(30522, (8, 128)),
+}
+
+
+def forward_backward(name: str, module: nn.Module, rounds: int = 3) -> float:
+    """Seconds that forward and backward of one batch take: the least of `rounds`."""
+    batch, least = BATCHES[name](), math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        module(batch).square().mean().backward()
+        least = min(least, time.perf_counter() - start)
+    return least
+
+
 OPTIMIZERS: dict[str, tuple[Callable[..., MaskedOptimizer], Callable[..., Any], dict[str, Any]]] = {
     "sgd": (MaskedSGD, torch.optim.SGD, SGD),
     "adamw": (MaskedAdamW, torch.optim.AdamW, ADAMW),

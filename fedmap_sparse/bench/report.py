@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedmap_sparse.bench.case import PHASES
 from fedmap_sparse.bench.runner import Record, Refused
 
 
@@ -64,6 +65,41 @@ def table(records: list[Record]) -> Any:
             "\n".join(peers),
         )
     return grid
+
+
+def round_table(records: list[Record]) -> Any:
+    """One row per arm of a round: ours, then each peer with how many times ours it takes."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False)
+    for name in ("round of", "density", "arm"):
+        grid.add_column(name, no_wrap=True)
+    for name in ("time", "bytes", "memory"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column(f"ms: {' / '.join(PHASES)}")
+    for r in records:
+        model = r["op"].removeprefix("round_")
+        places = [model, f"{r['clients']} clients", f"{r['steps']} steps each"]
+        for name, arm in (("ours", r), *r["peers"].items()):
+            grid.add_row(
+                places.pop(0) if places else "",
+                f"{r['density']:g}" if arm is r else "",
+                name,
+                *(_beside(arm, r, key) for key in ("median_s", "payload_bytes", "memory_bytes")),
+                " / ".join(f"{arm['phases_s'][phase] * 1e3:.3g}" for phase in PHASES),
+            )
+        training = seconds(r["forward_backward_s"])
+        grid.add_row("", "", "forward and backward, beside", training, end_section=True)
+    return grid
+
+
+def _beside(arm: Record, ours: Record, key: str) -> str:
+    """A figure of ours; of a peer how many times ours it is."""
+    if key not in arm:
+        return ""
+    if arm is not ours:
+        return f"×{arm[key] / ours[key]:.3g}" if ours[key] else ""
+    return seconds(arm[key]) if key == "median_s" else f"{arm[key] / 1e6:.3g} MB"
 
 
 def over_floor(r: Record) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedmap_sparse.codec.values import peak
+
 #: The largest magnitude of an element of a float64 buffer: times 2^53 samples, summed over any
 #: number of clients, it stays finite.
 _WIDEST = 2.0**900
@@ -43,7 +45,10 @@ class BufferMeans:
     def __init__(self, sent: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
         self._sent = sent
         self._dtypes = {name: b.dtype for name, b in held.items()}
-        self._sums: dict[str, Tensor] = {}
+        self._floats = [name for name, b in sent.items() if b.is_floating_point()]
+        self._limit = min((largest(self._dtypes[name]) for name in self._floats), default=0.0)
+        self._constants = any(bool(self._constant(name).any()) for name in self._floats)
+        self._sums: Tensor | None = None  # of all float buffers, side by side
         self._flips: dict[str, Tensor] = {}
         self._changed: dict[str, list[Tensor]] = {}
         self._clients = 0
@@ -51,11 +56,17 @@ class BufferMeans:
 
     def check(self, came: Mapping[str, Tensor]) -> None:
         """Raise ValueError, naming the buffer, unless each element follows its rule."""
+        if self._constants or not peak(self._side_by_side(came)) <= self._limit:
+            for name in self._floats:
+                self._check_floats(name, came[name])
         for name, b in came.items():
-            if b.is_floating_point():
-                self._check_floats(name, b)
-            elif b.dtype != torch.bool:
+            if not b.is_floating_point() and b.dtype != torch.bool:
                 self._check_integers(name, b)
+
+    def _side_by_side(self, came: Mapping[str, Tensor]) -> Tensor:
+        """All float buffers as one: a model has dozens of small ones."""
+        parts = [came[name].reshape(-1) for name in self._floats]
+        return torch.cat(parts) if parts else torch.empty(0, device="cpu")
 
     def _constant(self, name: str) -> Tensor:
         """Where the broadcast's buffer cannot be averaged."""
@@ -93,12 +104,12 @@ class BufferMeans:
         """Add checked buffers of one client."""
         self._clients += 1
         self._samples += weight
+        product = self._side_by_side(came).to(torch.float64) * weight
+        self._sums = product if self._sums is None else self._sums + product
         for name, b in came.items():
             if b.is_floating_point():
-                product = b.to(torch.float64) * weight
-                held = self._sums.get(name)
-                self._sums[name] = product if held is None else held + product
-            elif b.dtype == torch.bool:
+                continue
+            if b.dtype == torch.bool:
                 flips = (b != self._sent[name]).to(torch.int32)
                 before = self._flips.get(name)
                 self._flips[name] = flips if before is None else before + flips
@@ -111,11 +122,19 @@ class BufferMeans:
         Args:
             floats: the float buffers, if an aggregator has found them already.
         """
+        if floats is None:
+            assert self._sums is not None
+            sizes = [self._sent[name].numel() for name in self._floats]
+            means = (self._sums / self._samples).split(sizes)
+            floats = {
+                name: mean.view(self._sent[name].shape)
+                for name, mean in zip(self._floats, means, strict=True)
+            }
         found = {}
         for name, sent in self._sent.items():
             if sent.is_floating_point():
                 constant = self._constant(name)
-                mean = self._sums[name] / self._samples if floats is None else floats[name]
+                mean = floats[name]
                 found[name] = torch.where(constant, sent.to(mean.dtype), mean)
             elif sent.dtype == torch.bool:
                 found[name] = sent ^ (2 * self._flips[name] > self._clients)

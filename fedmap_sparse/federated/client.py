@@ -18,6 +18,7 @@ from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated import state as saved
 from fedmap_sparse.federated.global_model import (
     check_buffers,
+    infinite_elements,
     limit_of,
     read_mask,
     write_buffers,
@@ -157,11 +158,7 @@ class FedMapClient(saved.BytesState):
             return message
         self._received = message.broadcast_digest
         self._base = message if self.delta else None
-        self._constants = {
-            name: int((~b.isfinite()).sum())
-            for name, b in message.buffers.items()
-            if b.is_floating_point()
-        }
+        self._constants = infinite_elements(message.buffers)
         if self.prox_mu:
             self._anchor = params.values.clone()
         self._renew_optimizer(lr)
@@ -291,8 +288,9 @@ class FedMapClient(saved.BytesState):
         array = arrays.join(packed, self.params.tail, self.params.buffers)
         if not ops.all_finite(array):
             raise ValueError("update_array: expected finite weights, got NaN or infinity")
-        for name, b in self.params.buffers.items():
-            if b.is_floating_point() and int((~b.isfinite()).sum()) != self._constants.get(name, 0):
+        now = infinite_elements(self.params.buffers)
+        for name in {**now, **self._constants}:
+            if now.get(name) != self._constants.get(name):
                 raise ValueError(f"{name}: expected the broadcast's finite elements to be finite")
         return array
 
