@@ -19,7 +19,9 @@ pytest.importorskip("rich", reason="rich prints the table")
 
 def test_a_record(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
-    code = main(["--round", "--models", "resnet20", "--densities", ".1", "--quick", "--json", str(file)])
+    code = main(
+        ["--round", "--models", "resnet20", "--densities", ".1", "--quick", "--json", str(file)]
+    )
     assert code == 0
     [record] = json.loads(file.read_text())["records"]
     assert (record["op"], record["clients"], record["density"]) == ("round_resnet20", 10, 0.1)
@@ -67,7 +69,8 @@ def test_peak_memory() -> None:
         held = torch.ones(16 << 20)  # 64 MiB, freed before the end
         del held
         torch.ones(1 << 20)
-    assert 64 << 20 <= used.bytes < 80 << 20
+    # Each thread reports its pages to the kernel's count in batches.
+    assert 62 << 20 <= used.bytes < 80 << 20
 
 
 def test_mobilenet_and_minilm_run_forward() -> None:
