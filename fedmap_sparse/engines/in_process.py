@@ -29,6 +29,7 @@ from fedmap_sparse.federated import (
     RoundFailed,
     RoundResult,
 )
+from fedmap_sparse.federated import state as saved
 
 #: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
 Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
@@ -204,16 +205,24 @@ class InProcessEngine:
         """Continue from `state_dict`, with the same clients.
 
         Raises:
-            ValueError: other clients, or a state that does not fit server or client.
+            ValueError: other clients, or a state that does not fit server or client; nothing is
+                changed.
         """
-        saved: Sequence[tuple[ClientId, dict[str, Any]]] = state["clients"]
-        if [name for name, _ in saved] != sorted(self.clients):
-            wanted, got = len(self.clients), len(saved)
+        attempt = saved.count(state, "attempt")
+        clients: Sequence[tuple[ClientId, dict[str, Any]]] = saved.field(state, "clients", list)
+        if [name for name, _ in clients] != sorted(self.clients):
+            wanted, got = len(self.clients), len(clients)
             raise ValueError(f"clients: expected the {wanted} of this engine, got {got} others")
-        for name, own in saved:
-            self.clients[name].load_state_dict(own)
-        self.server.load_state_dict(state["server"])
-        self.attempt = state["attempt"]
+        before = {name: client.state_dict() for name, client in self.clients.items()}
+        try:
+            for name, own in clients:
+                self.clients[name].load_state_dict(own)
+            self.server.load_state_dict(saved.field(state, "server", dict))
+        except ValueError:
+            for name, own in before.items():
+                self.clients[name].load_state_dict(own)
+            raise
+        self.attempt = attempt
 
 
 def check_draw(clients: int, cohort: int | None, dropout: float) -> int:

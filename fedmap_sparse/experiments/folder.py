@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmap_sparse._files import write_atomically
-from fedmap_sparse.errors import CheckpointError, ConfigError
-from fedmap_sparse.experiments import checkpoint, options
+from fedmap_sparse.errors import CheckpointError, ConfigError, StateError
+from fedmap_sparse.experiments import checkpoint, options, saved
 from fedmap_sparse.experiments.config import Config, is_complete
 from fedmap_sparse.experiments.lock import Lock
 
@@ -163,8 +163,12 @@ class RunFolder:
                 continue
             try:
                 state: dict[str, Any] = checkpoint.load(path)
+                saved.check(state)
             except CheckpointError as error:
                 troubles.append(str(error))
+                continue
+            except StateError as error:
+                troubles.append(f"{path}: not a run's checkpoint: {error}")
                 continue
             if path == self.previous:
                 why = troubles[0] if troubles else f"{self.checkpoint} is missing"

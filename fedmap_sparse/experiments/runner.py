@@ -156,13 +156,13 @@ def _agreed(config: Config, dataset: Dataset, python: str, found: Found) -> Conf
         ConfigError: another option, other data, or a model that came from elsewhere.
     """
     if found.state is not None:
-        before = found.state["config"]
+        before = build(found.state["config"]).to_dict()
     elif found.options is not None:
         before = build(found.options).to_dict()
     else:
         before = {}
     if config.threads is None:
-        config = config.with_threads(before.get("threads", torch.get_num_threads()))
+        config = config.with_threads(int(before.get("threads", torch.get_num_threads())))
     if found.options is None:
         return config
     now = config.to_dict()

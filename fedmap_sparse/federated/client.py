@@ -204,12 +204,13 @@ class FedMapClient(saved.BytesState):
     def _renew_optimizer(self, lr: float | None) -> None:
         if self._make_optimizer is None or self._mask is None:
             return
-        if self.optimizer is not None and self.keep_optimizer:
-            if lr is not None:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr
-            return
-        self.optimizer = self._made_optimizer(self._mask, lr)
+        kept = self.optimizer if self.keep_optimizer else None
+        # What another federation pruned has no state, and a state of NaN trains no model.
+        if kept is None or not (self._mask <= kept.mask and kept.is_finite()):
+            self.optimizer = self._made_optimizer(self._mask, lr)
+        elif lr is not None:
+            for group in kept.param_groups:
+                group["lr"] = lr
 
     def _made_optimizer(self, mask: Mask, lr: float | None) -> MaskedOptimizer:
         assert self._make_optimizer is not None
@@ -302,6 +303,8 @@ class FedMapClient(saved.BytesState):
         if self._spent is not None and self._residual is not None:
             unspent = {"round": self._spent[0], "residual": self._residual.clone()}
         kept = self.optimizer if self.keep_optimizer else None
+        if kept is not None and not kept.is_finite():
+            kept = None  # as at the next `receive`
         return {
             "mask": None if self._mask is None else self._mask.words.clone(),
             "round": self._seen[0],
@@ -319,6 +322,8 @@ class FedMapClient(saved.BytesState):
                 message names the field, and nothing is changed.
         """
         defaults = {"round": 0, "epoch": 0, "residual": None, "unspent": None, "optimizer": None}
+        if not isinstance(state, Mapping):
+            raise StateError(f"state: expected a dict, got {type(state).__name__}")
         given = {**defaults, **state}
         seen = saved.count(given, "round"), saved.count(given, "epoch")
         mask = None
@@ -356,6 +361,10 @@ class FedMapClient(saved.BytesState):
         try:
             optimizer = self._made_optimizer(mask, state["param_groups"][0]["lr"])
             optimizer.load_state_dict(state)
+            if not optimizer.is_finite():
+                raise ValueError("expected a state of finite numbers, got others")
+            if not mask <= optimizer.mask:
+                raise ValueError("expected a state under the client's mask, got another")
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             self.params.mask = before
             raise StateError(f"optimizer: {error}") from error

@@ -129,7 +129,8 @@ class GlobalModel:
         saved.tensor("tail", tail, floats, layout.tail_numel, limit)
         saved.tensor("pruned_at", pruned_at, (torch.uint8, torch.int16), mask.numel)
         if set(optimizer) != set(names):
-            raise StateError(f"optimizer: expected {sorted(names)}, got {sorted(optimizer)}")
+            got = sorted(map(str, optimizer))
+            raise StateError(f"optimizer: expected {sorted(names)}, got {got}")
         largest = torch.finfo(torch.float32).max
         for name, t in optimizer.items():
             saved.tensor(f"optimizer.{name}", t, floats, values.numel() + tail.numel(), largest)

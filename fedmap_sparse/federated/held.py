@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import ops
+from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.errors import StateError
 from fedmap_sparse.federated import state as saved
@@ -115,6 +116,9 @@ class HeldModel:
         if reason := self.optimizer.bad_state(model.state):
             raise StateError(f"optimizer.{reason}")
         buffers = saved.field(state, "buffers", dict)
+        for name, b in buffers.items():
+            if isinstance(b, Tensor):  # `check_buffers` names what is none
+                saved.dense(f"buffers.{name}", b)
         try:
             check_buffers(self.params, buffers)
         except ValueError as error:
@@ -206,7 +210,7 @@ class ModelServer(saved.BytesState):
         with self._lock:
             at_round = saved.count(state, "round")
             typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
-            if typical is not None and typical < 1:
-                raise StateError(f"samples: expected at least 1, got {typical}")
+            if typical is not None and not 1 <= typical <= MAX_INTEGER:
+                raise StateError(f"samples: expected 1 to 2^53, got {typical}")
             self._held.load_state_dict(state)
             self.round, self._typical, self._open = at_round, typical, None

@@ -49,7 +49,7 @@ class OpenRound:
 
     def broadcast(self, have: bytes | None, model: GlobalModel) -> bytes:
         """The broadcast's bytes for a receiver; the last few are kept."""
-        known = have if have in model.digests else None
+        known = have if isinstance(have, bytes) and have in model.digests else None
         if known not in self._sent:
             if len(self._sent) == CACHED:
                 self._sent.popitem(last=False)
@@ -60,7 +60,7 @@ class OpenRound:
 
 def encoded(message: Message, have: bytes | None, model: GlobalModel) -> bytes:
     """`message` for a receiver that has the mask of digest `have`; None, or unknown: no mask."""
-    if have not in model.digests:
+    if not isinstance(have, bytes) or have not in model.digests:
         return message.encode("full")
     if have == model.mask.digest():
         return message.encode("none")

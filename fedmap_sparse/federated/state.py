@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -223,15 +223,28 @@ def count(state: Any, name: str) -> int:
     return value
 
 
+def dense(name: str, value: Tensor, dtypes: Collection[torch.dtype] | None = None) -> None:
+    """Raise StateError unless a tensor has elements in memory, of one of the dtypes.
+
+    None: of those that a state may hold as bytes.
+    """
+    allowed = _DTYPES.values() if dtypes is None else dtypes
+    if value.dtype not in allowed or value.layout is not torch.strided or value.is_meta:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        kind = "" if value.layout is torch.strided else f" ({value.layout})"
+        raise StateError(
+            f"{name}: expected a dense tensor of {wanted}, got {value.dtype}{kind} on "
+            f"{value.device}"
+        )
+
+
 def tensor(
     name: str, value: Any, dtypes: tuple[torch.dtype, ...], numel: int, limit: float | None = None
 ) -> Tensor:
     """A 1-D tensor from outside, checked; with `limit`, finite and of magnitude `limit` at most."""
     if not isinstance(value, Tensor):
         raise StateError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes or value.layout is not torch.strided:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise StateError(f"{name}: expected a dense tensor of {wanted}, got {value.dtype}")
+    dense(name, value, dtypes)
     if value.dim() != 1 or value.numel() != numel:
         raise StateError(f"{name}: expected shape ({numel},), got {tuple(value.shape)}")
     if limit is not None and not bool((value.abs() <= limit).all()):

@@ -68,10 +68,11 @@ def opener(
 
 
 def size(data: object) -> int:
-    """`len` of a message; 0 for what is none."""
-    if isinstance(data, memoryview):
-        return data.nbytes
-    return len(data) if isinstance(data, bytes | bytearray) else 0
+    """The bytes of a message; 0 for what is none."""
+    try:
+        return memoryview(data).nbytes if isinstance(data, bytes | bytearray | memoryview) else 0
+    except ValueError:  # a view whose memory was released
+        return 0
 
 
 def held(data: object) -> bytes:
@@ -79,8 +80,9 @@ def held(data: object) -> bytes:
 
     Raises:
         TypeError: it is not bytes, bytearray or a contiguous memoryview.
+        ValueError: it is a memoryview that was released.
     """
-    return data if isinstance(data, bytes) else bytes(as_bytes(data))
+    return data if type(data) is bytes else bytes(as_bytes(data))
 
 
 def _equal(a: object, b: object) -> bool:
@@ -88,7 +90,7 @@ def _equal(a: object, b: object) -> bool:
         return True
     try:
         return size(a) == size(b) and held(a) == held(b)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
 
 

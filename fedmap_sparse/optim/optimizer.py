@@ -93,6 +93,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self.flat.mask = mask
         self._lay_out()
 
+    def is_finite(self) -> bool:
+        """Whether no element of the state is infinite or NaN; one read of it."""
+        self._settle()
+        return all(ops.all_finite(t) for t in self._packed.tensors.values())
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the parameters must be among the flattened ones."""
         self._check_group({**self.defaults, **param_group})
@@ -308,7 +313,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         the state is packed under it.
 
         Raises:
-            ValueError: other groups, names or sizes than this optimizer's; nothing is changed.
+            ValueError: other groups, names or sizes than this optimizer's, or hyper-parameters out
+                of range; nothing is changed.
         """
         saved = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -329,7 +335,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         flat, groups = self.flat, saved["param_groups"]
-        check_groups(self.param_groups, groups)
+        check_groups(self.param_groups, groups, self._check_group)
         known = flat.index_of()
         index = dict(
             zip(numbered(groups), (known[id(p)] for p in numbered(self.param_groups)), strict=True)

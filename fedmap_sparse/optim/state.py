@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,24 @@ from fedmap_sparse.optim.packed import Packing
 
 #: The count of steps of a parameter with this state, by the optimizer's rule.
 CountOf = Callable[[Mapping[str, Any]], float]
+
+
+_MOST_STEPS = 2.0**53
+
+
+def _check_tensor(where: str, value: Any, *, integers: bool) -> None:
+    """Raise ValueError unless `value` is None or a dense tensor of floats, or of integers."""
+    if value is None:
+        return
+    wanted = "integers" if integers else "floats"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where}: expected a tensor of {wanted}, got {type(value).__name__}")
+    fits = value.dtype in (torch.int32, torch.int64) if integers else value.is_floating_point()
+    if not fits or value.layout is not torch.strided or value.is_meta:
+        raise ValueError(
+            f"{where}: expected a dense tensor of {wanted}, got {value.dtype} ({value.layout}) on "
+            f"{value.device}"
+        )
 
 
 class PackedState:
@@ -90,6 +109,11 @@ class PackedState:
         if unknown := sorted(set(saved) - {*self.names, "master", "mask", "step"}):
             raise ValueError(f"{where}: expected the state {list(self.names)}, got {unknown}")
         held = None
+        steps = float(saved.get("step", 0))
+        if not 0 <= steps < _MOST_STEPS:
+            raise ValueError(f"{where}['step']: expected 0 to 2^53, got {steps}")
+        for name in (*self.names, "master", "mask"):
+            _check_tensor(f"{where}[{name!r}]", saved.get(name), integers=name == "mask")
         if saved.get("mask") is not None:
             words = saved["mask"]
             if e.offset >= flat.layout.prunable_numel or words.numel() != num_words(e.numel):
@@ -179,14 +203,27 @@ def numbered(groups: list[dict[str, Any]]) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
-def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless as many parameters were saved, in as many groups."""
+def check_groups(
+    groups: list[dict[str, Any]],
+    saved: list[dict[str, Any]],
+    check: Callable[[dict[str, Any]], None],
+) -> None:
+    """Raise ValueError unless as many parameters were saved, in as many groups that `check` lets
+    pass."""
     ours, theirs = ([len(g["params"]) for g in each] for each in (groups, saved))
     if ours != theirs:
         raise ValueError(
             f"param_groups: expected the groups of this optimizer, of {ours} parameters, got "
             f"{theirs}"
         )
+    for own, new in zip(groups, saved, strict=True):
+        for name, value in new.items():
+            if isinstance(own.get(name), bool) is not isinstance(value, bool) and name in own:
+                wanted = type(own[name]).__name__
+                raise ValueError(f"{name}: expected {wanted}, got {type(value).__name__}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        check({**own, **new})
 
 
 def saved_mask(flat: FlatParameters, held: Mapping[int, Mask | None]) -> Mask:

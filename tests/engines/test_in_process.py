@@ -270,6 +270,22 @@ def test_a_state_of_other_clients_is_refused() -> None:
         make(3).load_state_dict(make(4).state_dict())
 
 
+@pytest.mark.parametrize("what", ["attempt", "server", "clients", "one client"])
+def test_a_damaged_state_changes_no_client(what: str) -> None:
+    engine, other = make(3, keep=True), make(3, keep=True)
+    other.round()
+    state = other.state_dict()
+    if what == "one client":
+        state["clients"][2][1]["round"] = "3"
+    else:
+        state[what] = {"attempt": -1, "server": {}, "clients": None}[what]
+    before = bits(engine.server.params).clone()
+    with pytest.raises(ValueError, match=r"attempt|layout|round|clients"):
+        engine.load_state_dict(state)
+    assert torch.equal(bits(engine.server.params), before)
+    assert all(client.have is None for client in engine.clients.values())
+
+
 def test_no_optimizer_is_left_behind() -> None:
     engine = make(3)
     engine.round()

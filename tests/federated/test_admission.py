@@ -300,11 +300,28 @@ def test_a_loss_that_is_no_number_never_reaches_the_result(loss: float) -> None:
     assert server.aggregate([(i, huge) for i in range(3)]).loss == pytest.approx(1.7e308)
 
 
-STRANGERS: list[Any] = [None, "text", 7, b"", [1, 2], memoryview(bytes(512))[::2], object()]
+def released() -> memoryview:
+    view = memoryview(bytes(512))
+    view.release()
+    return view
 
 
-@pytest.mark.parametrize("data", STRANGERS, ids=lambda d: type(d).__name__)
-def test_a_strangers_mistake_is_its_own_refusal(data: Any) -> None:
+class Unmeasured(bytes):
+    def __len__(self) -> int:
+        raise RuntimeError("a length that the sender's code computes")
+
+
+STRANGERS: dict[str, Any] = {
+    "none": None, "text": "text", "number": 7, "empty": b"", "list": [1, 2],
+    "strided": memoryview(bytes(512))[::2], "object": object(), "released": released(),
+    "array": torch.zeros(512).numpy(), "numbers": memoryview(torch.zeros(64).numpy()),
+    "subclass": Unmeasured(512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_strangers_mistake_is_its_own_refusal(kind: str) -> None:
+    data = STRANGERS[kind]
     for stream in (False, True):
         server = server_of()
         server.begin_round()
@@ -314,9 +331,17 @@ def test_a_strangers_mistake_is_its_own_refusal(data: Any) -> None:
             assert server.add(0, good) is None
             result = server.close_round()
         else:
-            result = server.aggregate([(1, data), (0, good)])
+            result = server.aggregate([(1, data), (0, good), (1, data)])
         assert result.accepted == (0,)
         assert result.refused.keys() == {1}
+
+
+@pytest.mark.parametrize("have", ["text", 5, [1], bytearray(16), torch.zeros(2).numpy(), b"?"])
+def test_a_claim_to_have_what_is_no_digest_gets_the_whole_mask(have: Any) -> None:
+    server = server_of(OneShot(0.5, 0))
+    server.begin_round()
+    assert server.broadcast(have) == server.broadcast()
+    assert server.snapshot(have) == server.snapshot()
 
 
 def test_accepted_and_refused_are_disjoint() -> None:

@@ -10,10 +10,10 @@ import torch
 
 from fedmap_sparse import codec
 from fedmap_sparse.errors import FormatError
-from fedmap_sparse.federated import FedMapServer
+from fedmap_sparse.federated import FedMapClient, FedMapServer
 from fedmap_sparse.schedule import OneShot
 
-from .rounds import answer, bits, client_of, move, same, server_of
+from .rounds import answer, bits, client_of, move, same, server_of, sgd
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -73,6 +73,42 @@ def test_receive_checks_everything_before_it_writes(case: str) -> None:
     fresh = client_of(dtype="int8")
     fresh.from_bytes(state)
     assert fresh.have == client.have
+
+
+def step(client: FedMapClient) -> None:
+    assert client.optimizer is not None
+    client.optimizer.zero_grad()
+    client.params.module.a(torch.ones(2, 12)).sum().backward()  # type: ignore[operator,union-attr]
+    client.optimizer.step()
+
+
+def test_a_kept_optimizer_ends_with_the_federation_that_it_served() -> None:
+    """Of what the old one pruned it has no state."""
+    old, new = server_of(OneShot(0.8, 0), lr=0.1), server_of(OneShot(0.2, 0), lr=0.1)
+    client, fresh = (client_of(optimizer=sgd, keep_optimizer=True) for _ in range(2))
+    old.begin_round()
+    client.receive(old.broadcast())
+    step(client)
+    new.begin_round()
+    for c in (client, fresh):
+        c.receive(new.broadcast(c.have))
+        step(c)
+    assert same(bits(client.params), bits(fresh.params))
+
+
+def test_a_kept_optimizer_whose_state_is_no_number_begins_anew() -> None:
+    server = server_of(lr=0.1)
+    client, fresh = (client_of(optimizer=sgd, keep_optimizer=True) for _ in range(2))
+    server.begin_round()
+    client.receive(server.broadcast())
+    step(client)
+    assert client.optimizer is not None
+    client.optimizer.state[client.params.parameters[0]]["momentum_buffer"].fill_(float("nan"))
+    assert client.state_dict()["optimizer"] is None  # a run that goes on does the same
+    for c in (client, fresh):
+        c.receive(server.broadcast(c.have))
+        step(c)
+    assert same(bits(client.params), bits(fresh.params))
 
 
 def test_a_narrow_client_refuses_what_its_model_cannot_hold() -> None:

@@ -111,6 +111,16 @@ SERVER_STATES = {
     "NaN in a buffer": ("buffers", lambda b: {**b, "mean": nan(b["mean"])}),
     "a buffer missing": ("buffers", lambda b: {"mean": b["mean"]}),
     "samples of 0": ("samples", 0),
+    "samples beyond": ("samples", 2**53 + 1),
+    "values without memory": ("values", lambda t: t.to("meta")),
+    "sparse values": ("values", lambda t: t.to_sparse()),
+    "epochs without memory": ("pruned_at", lambda t: t.to("meta")),
+    "a mask without memory": ("mask", lambda t: t.to("meta")),
+    "a buffer without memory": ("buffers", lambda b: {**b, "mean": b["mean"].to("meta")}),
+    "a sparse buffer": ("buffers", lambda b: {**b, "mean": b["mean"].to_sparse()}),
+    "a complex integer": ("buffers", lambda b: {**b, "steps": torch.tensor(0j)}),
+    "a buffer of another kind": ("buffers", lambda b: {**b, "steps": b["steps"].to(torch.uint64)}),
+    "optimizer with a number as name": ("optimizer", lambda o: {**o, 1: o["first"]}),
     "no state": ("values", None),
 }
 
@@ -137,6 +147,34 @@ def test_a_servers_state_from_outside_is_checked(case: str) -> None:
     assert same(before, bits(server.params))
 
 
+def momentum(change: Any) -> Any:
+    """A change of every momentum in an optimizer's state."""
+
+    def changed(saved: dict[str, Any]) -> dict[str, Any]:
+        own = {
+            n: {**one, **{k: change(t) for k, t in one.items() if k == "momentum_buffer"}}
+            for n, one in saved["state"].items()
+        }
+        return {**saved, "state": own}
+
+    return changed
+
+
+def group(**options: Any) -> Any:
+    return lambda o: {**o, "param_groups": [{**o["param_groups"][0], **options}]}
+
+
+def fewer(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer whose mask keeps nothing."""
+    none = {
+        n: {**one, "mask": torch.zeros_like(one["mask"]), "momentum_buffer": torch.zeros(0)}
+        if "mask" in one
+        else one
+        for n, one in saved["state"].items()
+    }
+    return {**saved, "state": none}
+
+
 CLIENT_STATES = {
     "a mask of another size": ("mask", lambda w: w[1:]),
     "padding in the mask": ("mask", lambda w: torch.full_like(w, -1)),
@@ -145,6 +183,22 @@ CLIENT_STATES = {
     "a round that is text": ("round", "3"),
     "an optimizer of nothing": ("optimizer", {}),
     "an optimizer with other groups": ("optimizer", lambda o: {**o, "param_groups": []}),
+    "a momentum of NaN": ("optimizer", momentum(lambda t: t * float("nan"))),
+    "an infinite momentum": ("optimizer", momentum(lambda t: t + float("inf"))),
+    "a momentum beyond float32": ("optimizer", momentum(lambda t: t.double() + 1e300)),
+    "a momentum without memory": ("optimizer", momentum(lambda t: t.to("meta"))),
+    "a complex momentum": ("optimizer", momentum(lambda t: t.to(torch.complex64))),
+    "a momentum as a list": ("optimizer", momentum(lambda t: t.tolist())),
+    "a learning rate of NaN": ("optimizer", group(lr=float("nan"))),
+    "a momentum's factor below 0": ("optimizer", group(momentum=-1.0)),
+    "a momentum's factor of text": ("optimizer", group(momentum="much")),
+    "an infinite decay": ("optimizer", group(weight_decay=float("inf"))),
+    "a flag of text": ("optimizer", group(nesterov="x")),
+    "an optimizer under another mask": ("optimizer", fewer),
+    "a mask without memory": ("mask", lambda w: w.to("meta")),
+    "a residual without memory": ("residual", lambda t: t.to("meta")),
+    "an unspent error of nothing": ("unspent", {}),
+    "an unspent error of a list": ("unspent", [1]),
 }
 
 
@@ -160,11 +214,18 @@ def test_a_clients_state_from_outside_is_checked(case: str) -> None:
     client.update(3)
     name, value = CLIENT_STATES[case]
     state, optimizer, have = client.state_dict(), client.optimizer, client.have
-    with pytest.raises(StateError, match=name):
+    with pytest.raises(StateError, match=r"unspent|round" if name == "unspent" else name):
         client.load_state_dict(spoil(state, name, value))
     assert client.optimizer is optimizer
     assert client.have == have
     client.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, [], "text", 5, {}])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    for owner in (server_of(), client_of()):
+        with pytest.raises(StateError):
+            owner.load_state_dict(state)
 
 
 def test_state_bytes_are_refused_when_damaged() -> None:
