@@ -1,8 +1,8 @@
 # Each target makes .venv by itself. Variables, all optional:
 #   PYTHON      the interpreter that .venv is made from (3.11 or later)
 #   PIP_ARGS    passed on to pip install, as --extra-index-url for a CPU build of torch
-#   RUN_ARGS, TEST_ARGS, BENCH_ARGS, MEASURE_ARGS   passed on to fedmap-sparse run, pytest,
-#               fedmap-sparse bench, tools/measure_gpu.py
+#   RUN_ARGS, TEST_ARGS, BENCH_ARGS, COUNT_ARGS, MEASURE_ARGS   passed on to fedmap-sparse run,
+#               pytest, fedmap-sparse bench, benchmarks/instructions.py, tools/measure_gpu.py
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON PIP_ARGS
@@ -43,7 +43,7 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos, and what GitHub read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h tools/*.cpp)
 	$(BIN)/typos
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
@@ -57,6 +57,10 @@ docs: $(VENV)/dev.stamp ## the site, in build/docs; a warning or a broken link i
 
 bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
 	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)
+
+.PHONY: count
+count: ## instructions that six kernels execute beside benchmarks/instructions.csv; needs valgrind
+	$(or $(PYTHON),python3) benchmarks/instructions.py $(COUNT_ARGS)
 
 .PHONY: measure-gpu
 measure-gpu: ## all measurements on a GPU, 8 minutes, with PYTHON or python3; MEASURE_ARGS=--dry-run

@@ -1,9 +1,10 @@
-// Runs one kernel at one ISA level some times over: to be counted under an emulator
-// (tools/arm/count.py), or timed on a board.
+// Runs kernels at one ISA level: to be counted under an emulator (tools/arm/count.py) or valgrind
+// (benchmarks/instructions.py), or timed on a board.
 //
-//   kernels                      list the kernels
-//   kernels KERNEL LEVEL TIMES   run it, and print how many elements one run has
-//   kernels time                 nanoseconds per element of each kernel at each level, one thread
+//   kernels                         list the kernels
+//   kernels KERNEL LEVEL TIMES      run it, and print how many elements one run has
+//   kernels each LEVEL KERNEL ...   run each of them twice, inside `counted`, and print the same
+//   kernels time                    nanoseconds per element of each at each level, one thread
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -195,6 +196,14 @@ std::vector<Kernel> kernels(Data& d) {
   };
 }
 
+const Kernel& named(const std::vector<Kernel>& all, const char* name) {
+  for (const Kernel& kernel : all)
+    if (!std::strcmp(name, kernel.name))
+      return kernel;
+  std::fprintf(stderr, "kernels: no kernel '%s'; without arguments it lists them\n", name);
+  std::exit(2);
+}
+
 void print_times(const std::vector<Kernel>& all) {
   using Clock = std::chrono::steady_clock;
   std::printf("%-30s", "ns per element");
@@ -218,22 +227,34 @@ void print_times(const std::vector<Kernel>& all) {
 
 } // namespace
 
+// What a profiler is told to look at. No call to be left out, inlined or made a jump.
+extern "C" __attribute__((noinline)) void counted(const std::function<void()>* run) {
+  (*run)();
+  __asm__ volatile("" ::: "memory");
+}
+
 int main(int argc, char** argv) {
   Data data;
   const std::vector<Kernel> all = kernels(data);
   if (argc == 2 && !std::strcmp(argv[1], "time")) {
     print_times(all);
-    return 0;
-  }
-  for (const Kernel& kernel : all) {
-    if (argc < 4) {
-      std::printf("%s\n", kernel.name);
-    } else if (!std::strcmp(argv[1], kernel.name)) {
-      fedmap::set_isa(argv[2]);
-      for (int k = std::atoi(argv[3]); k > 0; --k)
-        kernel.run();
+  } else if (argc > 3 && !std::strcmp(argv[1], "each")) {
+    fedmap::set_isa(argv[2]);
+    for (int k = 3; k < argc; ++k) {
+      const Kernel& kernel = named(all, argv[k]);
+      counted(&kernel.run); // what happens once in a process: tables, memory
+      counted(&kernel.run);
       std::printf("%lld\n", static_cast<long long>(kernel.elements));
     }
+  } else if (argc == 4) {
+    const Kernel& kernel = named(all, argv[1]);
+    fedmap::set_isa(argv[2]);
+    for (int k = std::atoi(argv[3]); k > 0; --k)
+      kernel.run();
+    std::printf("%lld\n", static_cast<long long>(kernel.elements));
+  } else {
+    for (const Kernel& kernel : all)
+      std::printf("%s\n", kernel.name);
   }
   return 0;
 }
