@@ -1,5 +1,6 @@
 // The module: what belongs to no stem, and then what the other files of this folder add.
 #include "bindings/args.h"
+#include "core/ahead.h"
 #include "core/cpu.h"
 #include "core/pool.h"
 
@@ -10,6 +11,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return isa_name(isa()); });
   m.def("isa_levels", &isa_levels);
   m.def("set_isa", &set_isa);
+  m.def("read_ahead", &read_ahead);
+  m.def("set_read_ahead", &set_read_ahead);
   m.def("isa_probe", &isa_probe);
   m.def("pool_threads", &pool::workers);
   for (const Binding::Bind bind : Binding::all())

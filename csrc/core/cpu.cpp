@@ -1,5 +1,7 @@
 #include "core/cpu.h"
 
+#include "core/ahead.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <initializer_list>
@@ -94,6 +96,21 @@ int parse(const std::string& name, const char* origin) {
 
 std::atomic<int> active{-1};
 
+int64_t vendors_read_ahead() {
+#if FEDMAP_X86
+  unsigned a, b, c, d;
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && d == signature_INTEL_edx &&
+      c == signature_INTEL_ecx)
+    return 8 << 10;
+#endif
+  return 0;
+}
+
+std::atomic<int64_t>& ahead() {
+  static std::atomic<int64_t> bytes{vendors_read_ahead()};
+  return bytes;
+}
+
 } // namespace
 
 int isa() {
@@ -112,6 +129,14 @@ const char* isa_name(int level) {
 
 std::vector<std::string> isa_levels() {
   return {kLevels, kLevels + highest() + 1};
+}
+
+int64_t read_ahead() {
+  return ahead().load(std::memory_order_relaxed);
+}
+
+void set_read_ahead(int64_t bytes) {
+  ahead().store(bytes, std::memory_order_relaxed);
 }
 
 void set_isa(const std::string& name) {

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "core/ahead.h"
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/pool.h"
@@ -48,10 +49,14 @@ static __m256i load(const uint64_t* at) {
 
 static uint64_t read(const uint64_t* src, int64_t n) {
   __m256i sums[4] = {};
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
+  for (; i + 16 <= n; i += 16) {
+    if (ahead)
+      fetch_lines(reinterpret_cast<const char*>(src + i) + ahead, 128);
     for (int k = 0; k < 4; ++k)
       sums[k] = _mm256_add_epi64(sums[k], load(src + i + 4 * k));
+  }
   uint64_t total[4];
   _mm256_storeu_si256(
       reinterpret_cast<__m256i*>(total),
@@ -63,24 +68,35 @@ static uint64_t read(const uint64_t* src, int64_t n) {
 static void copy(const uint64_t* src, uint64_t* dst, int64_t n) {
   if (reinterpret_cast<uintptr_t>(dst) % 32)
     return scalar::copy(src, dst, n);
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
+  for (; i + 16 <= n; i += 16) {
+    if (ahead)
+      fetch_lines(reinterpret_cast<const char*>(src + i) + ahead, 128);
     for (int k = 0; k < 16; k += 4)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + k), load(src + i + k));
+  }
   _mm_sfence();
   scalar::copy(src + i, dst + i, n - i);
 }
 
 static void inplace(uint64_t* buf, int64_t n) {
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
+  for (; i + 4 <= n; i += 4) {
+    if (ahead && i % 8 == 0)
+      fetch_lines(reinterpret_cast<const char*>(buf + i) + ahead, 64);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(buf + i),
                         _mm256_add_epi64(load(buf + i), _mm256_set1_epi64x(1)));
+  }
   scalar::inplace(buf + i, n - i);
 }
 
 static void touched(uint32_t* buf, const uint16_t* lines, int64_t n) {
+  const int64_t ahead = read_ahead() / 64; // lines
   for (int64_t line = 0; line < n; ++line) {
+    if (ahead && line + ahead < n && lines[line + ahead])
+      fetch_lines(buf + 16 * (line + ahead), 64);
     if (!lines[line])
       continue;
     __m256i* at = reinterpret_cast<__m256i*>(buf + 16 * line);

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/ahead.h"
 #include "core/bits.h"
 #include "core/dtype.h"
 #include "core/half.h"
@@ -32,7 +33,21 @@ struct Run {
   float* weights;
   T* out;
   States states;
+  bool in_place; // gradient and `out` lie in memory, not packed in L1
 };
+
+// Asks for what 64 bytes of float32 elements, from element i + ahead / 4 on, need from memory.
+template <class T, class Rule>
+__attribute__((always_inline)) inline void ask_ahead(int64_t i, const Rule& rule, const Run<T>& run,
+                                                     int64_t ahead) {
+  for (int k = 0; k < Rule::kStates; ++k)
+    if (rule.uses(k))
+      fetch_lines(reinterpret_cast<const char*>(run.states[k] + i) + ahead, 64);
+  if (run.in_place || !std::is_same_v<T, float>)
+    fetch_lines(reinterpret_cast<const char*>(run.weights + i) + ahead, 64);
+  if (run.in_place)
+    fetch_lines(reinterpret_cast<const char*>(run.gradient + i) + ahead, 64);
+}
 
 inline void square_root(float& x) {
   x = std::sqrt(x);
@@ -108,8 +123,11 @@ template <class T, class Rule>
 void update(const Rule& shared_rule, const Run<T>& shared_run) {
   const Rule rule = shared_rule; // copies, which stores cannot alias
   const Run<T> run = shared_run;
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
   for (; i + 8 <= run.n; i += 8) {
+    if (ahead && i % 16 == 0)
+      ask_ahead(i, rule, run, ahead);
     __m256 p = load(run.weights + i), g = load(run.gradient + i), s[kMaxStates] = {};
     if constexpr (!std::is_same_v<T, float>)
       p = unless_written(p, run.out + i);
@@ -164,9 +182,13 @@ template <class T, class Rule>
 void update(const Rule& shared_rule, const Run<T>& shared_run) {
   const Rule rule = shared_rule;
   const Run<T> run = shared_run;
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
-  for (; i + 16 <= run.n; i += 16)
+  for (; i + 16 <= run.n; i += 16) {
+    if (ahead)
+      ask_ahead(i, rule, run, ahead);
     update_16(i, rule, run);
+  }
   // Packed runs are short: up to 15 survivors one by one would cost as much as all before.
   if (i < run.n)
     update_16(i, rule, run, static_cast<__mmask16>((1u << (run.n - i)) - 1));
@@ -298,7 +320,7 @@ class MaskedStep {
       T* values = b_.values + at;
       const uint32_t* words = b_.words + at / 32;
       if (count == n)
-        update(rule, gradient, values, state, n);
+        update(rule, gradient, values, state, n, true);
       else if (count * kSparse < n)
         step_sparse(rule, gradient, values, words, n, state);
       else
@@ -337,8 +359,9 @@ class MaskedStep {
   }
 
   // n survivors side by side, in place or packed.
-  void update(const Rule& rule, const T* gradient, T* values, int64_t state, int64_t n) const {
-    Run<T> run{n, gradient, nullptr, values, {}};
+  void update(const Rule& rule, const T* gradient, T* values, int64_t state, int64_t n,
+              bool in_place = false) const {
+    Run<T> run{n, gradient, nullptr, values, {}, in_place};
     if constexpr (std::is_same_v<T, float>)
       run.weights = values;
     else

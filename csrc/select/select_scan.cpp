@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/ahead.h"
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/dtype.h"

@@ -7,6 +7,7 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
            uint32_t* words, int64_t* counts, uint32_t* candidates) {
   const T* values = static_cast<const T*>(bytes);
   const Keys<T> keys(bracket);
+  const int64_t ahead = read_ahead();
   const int64_t whole = n / 64 * 64;
   Tally tally;
   uint32_t* out = candidates;
@@ -20,6 +21,8 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
         store_64(words + j / 32, 0);
         continue;
       }
+      if (ahead)
+        fetch_lines(reinterpret_cast<const char*>(values + j) + ahead, 64 * sizeof(T));
       const uint64_t kept = keys.template take<kTies>(values + j, eligible, j - i, tally, next);
       store_64(words + j / 32, kept);
       kept_in_block += __builtin_popcountll(kept);

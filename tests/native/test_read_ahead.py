@@ -1,0 +1,64 @@
+"""Fetching ahead (csrc/core/ahead.h) changes when memory is read, never what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fedmap_sparse import ops
+from fedmap_sparse._backends import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is not built")
+
+
+@pytest.fixture
+def ahead() -> Iterator[None]:
+    before = native.read_ahead()
+    yield
+    native.set_read_ahead(before)
+
+
+def made(dtype: torch.dtype, density: float, n: int = 70_001) -> list[torch.Tensor]:
+    """What every kernel that fetches ahead makes of the same inputs."""
+    torch.manual_seed(3)
+    values, grad = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
+    mask = ops.prune_(values, round(density * n))
+    found = [mask.words, mask.rank, ops.pack(values, mask), values]
+    master = None if dtype == torch.float32 else ops.pack(values, mask).float()
+    state = [torch.zeros(mask.nnz) for _ in range(3)]
+    ops.masked_sgd_(
+        values, mask, grad, lr=0.1, momentum=0.9, momentum_buffer=state[0], master=master
+    )
+    adamw = {"lr": 0.1, "step": 1, "exp_avg": state[1], "exp_avg_sq": state[2], "master": master}
+    ops.masked_adamw_(values, mask, grad, **adamw)
+    return [*found, *state] + ([] if master is None else [master])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits(isa: str, ahead: None, dtype: torch.dtype, density: float) -> None:
+    results = []
+    for nbytes in (0, 8 << 10):
+        native.set_read_ahead(nbytes)
+        assert native.read_ahead() == nbytes
+        results.append(made(dtype, density))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_floors_touch_the_same(ahead: None) -> None:
+    from fedmap_sparse.bench import floors
+
+    mask = ops.magnitude_mask(torch.randn(100_352), 5_000)
+    results = []
+    for nbytes in (0, 8 << 10):
+        native.set_read_ahead(nbytes)
+        buffers = torch.zeros(100_352), torch.zeros(100_352)
+        floors.inplace(buffers[0])()
+        floors.touched(buffers[1], mask)()
+        assert buffers[0].count_nonzero() >= 50_176
+        assert 5_000 <= buffers[1].count_nonzero() < 100_352
+        results.append(buffers)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
