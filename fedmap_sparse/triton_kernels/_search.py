@@ -13,12 +13,14 @@ from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount, 
 
 # Slots of the state, int64. Of the bracket: its top key. Of what is known: the wanted key lies in
 # [LOW, LOW + 2^SHIFT) and is the WANTED-th largest there. Counts of the read: keys above the
-# bracket and within. Whether the bracket missed. Then a ticket of each launch, and
-# the ties with the key, kept or not.
+# bracket and within. Whether the bracket missed; if so, SHIFT holds _ASTRAY too, so that a
+# refinement that has nothing to do ends after one load. Then a ticket of each launch, and the ties
+# with the key, kept or not.
 _TOP, _LOW, _SHIFT, _WANTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _ABOVE, _FOUND, _MISSED = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 _TICKETS, _ALL_TIES = tl.constexpr(7), tl.constexpr(15)
 SLOTS = 16
+_ASTRAY = tl.constexpr(64)
 
 # Bins of the sample: the highest 13 bits of a key. Of the histograms: 11 bits a level.
 SAMPLE_BINS, BINS = 8192, 2048
@@ -272,7 +274,7 @@ def _decide(state, histogram, copies, keep, capacity, KEY_BITS: tl.constexpr, RO
     _narrow(state, histogram, copies, low, wanted, shift, ROWS)
     if missed:  # then it may be any key
         tl.store(state + _LOW, tl.zeros((), tl.int64))
-        tl.store(state + _SHIFT, tl.zeros((), tl.int64) + KEY_BITS)
+        tl.store(state + _SHIFT, tl.zeros((), tl.int64) + (KEY_BITS + _ASTRAY))
         tl.store(state + _WANTED, tl.zeros((), tl.int64) + keep)
 
 
@@ -296,8 +298,8 @@ def _refine(
 ):  # fmt: skip
     """The next 11 bits of the wanted key, unless it is known: from the candidates, with the last
     tensor's launch, or from all values if the bracket missed."""
-    shift = tl.load(state + _SHIFT)
-    missed = tl.load(state + _MISSED) != 0
+    known = tl.load(state + _SHIFT)
+    shift, missed = known % _ASTRAY, known >= _ASTRAY
     if (shift == 0) | ((last == 0) & (missed == 0)):
         return
     low = tl.load(state + _LOW)
@@ -320,5 +322,7 @@ def _refine(
     if _is_last(state, LAUNCH):
         if last != 0:
             _narrow(state, histogram, copies, low, tl.load(state + _WANTED), finer, ROWS)
+            if missed:
+                tl.store(state + _SHIFT, finer + _ASTRAY)
         else:
             tl.store(state + _TICKETS + LAUNCH, tl.zeros((), tl.int64))

@@ -26,8 +26,12 @@ STEP_SPARSE: Shape = (128, 32, 1, 256)
 
 #: Words of the parent per program of `extract`.
 EXTRACT_WORDS = 64
+#: Warps per program of `deposit`, which takes 256 words: each asks for the rank index again.
+DEPOSIT_WARPS = 2
 
 # Selection.
+#: Values of the sample, at most: with a quarter, twice as many become candidates.
+SAMPLES = 65536
 #: Copies of the radix histogram of the candidates, at most; of the histogram of the sample.
 HISTOGRAMS = 16
 SAMPLE_COPIES = 4

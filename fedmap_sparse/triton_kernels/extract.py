@@ -235,5 +235,6 @@ def deposit(
             parent.numel(),
             WORDS=256,
             WINDOW=512,
+            num_warps=_tuning.DEPOSIT_WARPS,
         )
     return out, add_up(counts)

@@ -215,7 +215,7 @@ class _Search:
         """Launch what leads to the key; with `words`, write the bits above the bracket."""
         bits, final = self.key_bits, self.parts[-1][0]
         # A sixty-fourth, within limits: 4 to 2% of the input become candidates.
-        wanted = min(self.total, max(16384, min(65536, self.total // 64)))
+        wanted = min(self.total, max(16384, self.total // 64), _tuning.SAMPLES)
         for i, value, within in self.parts:
             runs = max(1, min(self.words[i], wanted * value.numel() // self.total // _RUN))
             launch(

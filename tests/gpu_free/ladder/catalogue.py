@@ -108,8 +108,7 @@ def _nesting(n: int, device: torch.device) -> Iterator[Workload]:
             lambda k=kept, p=parent: extract.deposit(k.words, p.words, p.rank, p.numel, p.nnz),
             0.125 * 2 + density / 8 + 3 * index,
             1.05,
-            # 1.102: it writes its own counts, so less is touched for the same requests.
-            1.11,
+            1.1,
         )
     mask = _masks(n, 0.5, device)
     yield Workload(
@@ -229,8 +228,7 @@ def _selecting(n: int, device: torch.device) -> Iterator[Workload]:
             5.2 / 4.125 if dtype == F32 else 3.2 / 2.125,
             # Candidates (3% of the values) are loaded again one by one, and each counts in a bin of
             # its own: a sector for 4 bytes, from the caches. The sample likewise, a fixed number.
-            # 1.78 since three refinements serve the missed path too; not timed.
-            1.8 if dtype == F32 else 2.05,
+            1.75 if dtype == F32 else 2.05,
         )
     yield Workload(
         "select within 0.3",
