@@ -53,6 +53,25 @@ def _sweeps(step: Json) -> list[str]:
     return table(["constant", "value", "us"], rows) if rows else []
 
 
+def _ties(step: Json) -> list[str]:
+    rows: list[list[object]] = []
+    for name, row in step.get("ties", {}).items():
+        kernels = ", ".join(f"{k} {us}" for k, us in row.get("kernels_us", {}).items())
+        rows.append([name, row["us"], row["of normal"], kernels])
+    return table(["input, width, kept", "us", "of normal", "kernels, by the profiler"], rows)
+
+
+def _waits(step: Json) -> list[str]:
+    captures, host = step.get("captures", {}), step.get("host_us", {})
+    syncs = {name: len(seen) for name, seen in step.get("syncs", {}).items()}
+    rows: list[list[object]] = [
+        [name, host.get(name, ""), syncs.get(name, ""), captures.get(name, "").replace("|", "/")]
+        for name in dict.fromkeys([*syncs, *captures])
+    ]
+    head = ["op", "host, us", "numbers fetched", "captured without a warm-up"]
+    return table(head, rows)
+
+
 def section(found: dict[str, Json]) -> str:
     """The page's part between BEGIN and END: card, versions, date, commit, then the figures."""
     run, machine = found["run"], found.get("machine", {})
@@ -77,12 +96,27 @@ def section(found: dict[str, Json]) -> str:
     parts = {
         "Ops": _baseline(found.get("baseline", {}), rates),
         "Constants tried": _sweeps(found.get("sweeps", {})),
-        "Selection of hard inputs": table(
-            ["input, constants", "us"],
-            [[k, v] for k, v in found.get("winners", {}).get("select_us", {}).items()],
+        "Selection of inputs with ties": _ties(found.get("ties", {})),
+        "Masks coded in chunks of other lengths": table(
+            ["steps per chunk", "bytes", "encode, us", "decode, us"],
+            [
+                [steps, row["bytes"], row.get("encode_mask", ""), row.get("decode_mask", "")]
+                for steps, row in found.get("chunks", {}).get("chunks", {}).items()
+            ],
         ),
+        "Launched directly and replayed": table(
+            ["work", "us per call, directly", "replayed"],
+            [
+                [k, row.get("direct", "failed"), row.get("replay", "failed")]
+                for k, row in found.get("graphs", {}).get("wall_us", {}).items()
+            ],
+        ),
+        "What a caller waits for": _waits(found.get("waits", {})),
         "10^9 parameters in bfloat16": table(
             ["op", "us"], [[k, v] for k, v in found.get("scale", {}).get("us", {}).items()]
+        ),
+        "2^31 + 4,999 elements in bfloat16": table(
+            ["op", "us"], [[k, v] for k, v in found.get("large", {}).get("us", {}).items()]
         ),
     }
     for title, part in parts.items():

@@ -35,8 +35,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 #: What a failed step's record keeps of its output, in characters.
 _TAIL = 4000
-#: Seconds beyond its limit after which a step that does not end by itself is killed.
+#: Of its limit, the seconds in which a step ought to have ended by itself.
 _GRACE = 5.0
+#: Minutes that the limits are planned for.
+_MINUTES = 8.0
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,23 @@ class Step:
     command: tuple[str, ...] = ()
 
 
+#: Their limits add up to eight minutes: a run that is killed at each of them ends in time.
 STEPS = (
-    Step("build", 90, "the C++ extension, whose bytes some contracts compare"),
-    Step("machine", 30, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
-    Step("contracts", 100, "tests/gpu, and selections under stress"),
-    Step("baseline", 60, "device time and kernels of every workload"),
-    Step("counters", 90, "ncu, one launch per kernel, where it is allowed"),
-    Step("sweeps", 210, "each constant of _tuning.py, one after another"),
-    Step("winners", 40, "contracts with the fastest values; inputs with ties"),
-    Step("peers", 120, "fedmap-sparse bench beside its peers"),
-    Step("scale", 60, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
-    Step("experiment", 60, "fedmap-sparse run device=cuda"),
+    Step("build", 40, "the C++ extension, whose bytes some contracts compare"),
+    Step("machine", 15, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
+    Step("contracts", 70, "tests/gpu, and selections under stress"),
+    Step("waits", 30, "captures without a warm-up, numbers that ops fetch, host time of a call"),
+    Step("baseline", 40, "device time and kernels of every workload"),
+    Step("counters", 40, "ncu, one launch per kernel, where it is allowed"),
+    Step("sweeps", 90, "each constant of _tuning.py, one after another"),
+    Step("chunks", 15, "the entropy coder's masks in chunks of other lengths"),
+    Step("graphs", 15, "direct launches beside replays of a CUDA graph, of a local step too"),
+    Step("ties", 15, "selections of inputs with ties"),
+    Step("winners", 20, "contracts with the fastest values"),
+    Step("scale", 25, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
+    Step("large", 20, "more than 2^31 elements: the contracts, and times"),
+    Step("peers", 25, "fedmap-sparse bench beside its peers"),
+    Step("experiment", 20, "fedmap-sparse run device=cuda"),
 )
 
 
@@ -83,7 +91,7 @@ def command_of(step: Step, out: Path, mode: Sequence[str], limit: float) -> list
         "--out",
         str(out),
         "--limit",
-        str(limit),
+        str(max(1.0, limit - _GRACE)),
         *mode,
     ]
 
@@ -99,7 +107,7 @@ def play(step: Step, out: Path, mode: Sequence[str], limit: float) -> dict[str, 
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            code: int | None = process.wait(limit + _GRACE)
+            code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
         with contextlib.suppress(ProcessLookupError):
@@ -127,9 +135,9 @@ def commit() -> str:
 
 
 def conduct(
-    steps: Sequence[Step], out: Path, mode: Sequence[str] = (), minutes: float = 8.0
+    steps: Sequence[Step], out: Path, mode: Sequence[str] = (), minutes: float = _MINUTES
 ) -> dict[str, Any]:
-    """Play the steps in turn; each has its limit, all together `minutes`."""
+    """Play the steps in turn; each has its share of `minutes`."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     run: dict[str, Any] = {
@@ -147,7 +155,7 @@ def conduct(
         else:
             print(f"{step.name}: {step.what}", flush=True)
             try:
-                record = play(step, out, mode, min(step.limit, left))
+                record = play(step, out, mode, min(step.limit * minutes / _MINUTES, left))
             except Exception as error:  # such as a full disk: the next step may still go
                 record = {
                     "state": "failed",
@@ -170,7 +178,8 @@ def main() -> int:
         "--compile", metavar="ARCH", help="fill build/triton for an architecture, as 90"
     )
     parser.add_argument("--steps", default=",".join(names), help=f"default: {','.join(names)}")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of all steps; default 8")
+    parser.add_argument("--minutes", type=float, default=_MINUTES,
+                        help="of all steps, whose limits grow with it; default 8")  # fmt: skip
     parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=60.0, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -12,7 +12,8 @@ from typing import Any
 
 import measure_gpu
 import pytest
-from gpu_run import counters, steps, sweeps
+from gpu_run import chunks, counters, steps, sweeps, ties, waits
+from gpu_run.bench import Bench
 from measure_gpu import Step
 
 from fedmap_sparse.triton_kernels import _tuning
@@ -67,8 +68,13 @@ def test_no_step_starts_without_time(tmp_path: Path) -> None:
     assert run["steps"]["late"]["state"] == "skipped"
 
 
-@pytest.mark.parametrize("name", ["build", "machine", "baseline", "counters", "sweeps", "peers",
-                                  "scale", "experiment"])  # fmt: skip
+def test_the_limits_of_all_steps_are_the_eight_minutes() -> None:
+    assert sum(step.limit for step in measure_gpu.STEPS) <= 60 * measure_gpu._MINUTES
+    assert [step.name for step in measure_gpu.STEPS] == list(steps.STEPS)
+    assert all(step.limit > 2 * measure_gpu._GRACE for step in measure_gpu.STEPS)
+
+
+@pytest.mark.parametrize("name", [n for n in steps.STEPS if n not in ("contracts", "winners")])
 def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
     code = steps.run(name, tmp_path, 60.0, True, None)
     nothing = {"counters", "peers", "experiment"}
@@ -84,6 +90,19 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
     if name == "sweeps":
         assert set(found["sweeps"]) == {sweep.constant for sweep in sweeps.SWEEPS}
         assert found["winners"] == {}
+    if name == "waits":
+        assert found["captures"] == dict.fromkeys(waits.CAPTURED, "replayed")
+        assert set(waits.CAPTURED) < set(found["syncs"])
+    if name == "graphs":
+        assert set(found["wall_us"]) == {"local step", "select", "pack", "masked_sgd"}
+    if name == "ties":
+        assert len(found["ties"]) == 2 * 2 * len(ties.INPUTS)
+    if name == "chunks":
+        sizes = [row["bytes"] for row in found["chunks"].values()]
+        assert list(found["chunks"]) == [str(steps) for steps in chunks.STEPS]
+        assert sizes == sorted(sizes, reverse=True)
+    if name == "large":
+        assert "code" in found
 
 
 def test_a_step_minds_its_deadline(tmp_path: Path) -> None:
@@ -96,6 +115,38 @@ def test_without_a_device_nothing_is_timed(tmp_path: Path) -> None:
         pytest.skip("there is a device")
     assert steps.run("baseline", tmp_path, 60.0, False, None) == steps.SKIPPED
     assert not (tmp_path / "baseline.json").exists()
+
+
+def test_a_capture_that_fails_or_goes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(run: Any, real: bool) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(waits, "captured", refused)
+    assert waits.attempt("pack", False).startswith("refused: RuntimeError: operation not permitted")
+    monkeypatch.setattr(waits, "captured", lambda run, real: (run() + 1, lambda: None))
+    assert waits.attempt("pack", False) == "replayed, other values"
+
+
+def test_tests_of_a_step_fail_it_or_end_in_time(tmp_path: Path) -> None:
+    bench = Bench("tests", tmp_path, 60.0, True, None)
+    for name, text in (("test_fails", "def test_it(): assert 0"), ("test_no_import", "import no_")):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        with pytest.raises(RuntimeError, match="tests: 1 "):
+            steps.run_tests(bench, str(file))
+        assert name in bench.found["failures"][0]
+    file = tmp_path / "test_two.py"
+    file.write_text("def test_a(): pass\ndef test_b(): assert 0")
+    bench.deadline = 0.0
+    assert steps.run_tests(bench, str(file)) == "1 passed, then no time left"
+
+
+def test_limits_grow_with_the_minutes(tmp_path: Path) -> None:
+    code = "import time; time.sleep(1.5)"
+    step = Step("slow", 0.5, "", (sys.executable, "-c", code))
+    for minutes, want in ((8.0, "timed out"), (80.0, "done")):
+        run = measure_gpu.conduct([step], tmp_path, minutes=minutes)
+        assert run["steps"]["slow"]["state"] == want
 
 
 def test_every_constant_is_swept() -> None:
@@ -163,13 +214,21 @@ def test_a_run_becomes_a_page(tmp_path: Path, page: Any) -> None:
             "cast": {"error": "out | of registers"}}},
         "sweeps": {"sweeps": {"A": {"default": 1, "chosen": 2,
                                     "us": {"1": {"pack": 9.0}, "2": {"pack": 8.0}}}}},
+        "ties": {"ties": {"zeros float32 0.1": {"us": 90.0, "of normal": 1.1}}},
+        "waits": {"captures": {"pack": "refused: E: a | b"}, "syncs": {"cast": ["quantize.py:9"]},
+                  "host_us": {"cast": 12.0}},
+        "chunks": {"chunks": {"1024": {"bytes": 99, "encode_mask": 70.0, "decode_mask": 130.0}}},
+        "graphs": {"wall_us": {"local step": {"direct": 300.0, "replay": 40.0}}},
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     text = page.section(page.read(tmp_path))
     for part in ("Some Card", "torch 2.11", "commit abc",
                  "| pack | 40.0 | 20.0 | 2.00 | _pack 38.0 |",
-                 "out / of registers", "| A | 2 (kept) | pack 8.0 |", "timed out"):  # fmt: skip
+                 "out / of registers", "| A | 2 (kept) | pack 8.0 |", "timed out",
+                 "| zeros float32 0.1 | 90.0 | 1.1 |", "| pack |  |  | refused: E: a / b |",
+                 "| cast | 12.0 | 1 |  |", "| 1024 | 99 | 70.0 | 130.0 |",
+                 "| local step | 300.0 | 40.0 |"):  # fmt: skip
         assert part in text
     once = page.put("head\n\n## Counted\ntail", text)
     assert once.startswith("head")

@@ -22,6 +22,7 @@ CONTRACTS: dict[str, Callable[[Any], None]] = {
     "STEP_MIDDLE": lambda show: contracts.masked_adamw(0.15, F32, "cpu", show),
     "STEP_SPARSE": lambda show: contracts.masked_sgd(0.02, F32, "cpu", show),
     "EXTRACT_WORDS": lambda show: contracts.deposit(40000, 0.05, "cpu", show),
+    "DEPOSIT_WARPS": lambda show: contracts.deposit(40000, 0.3, "cpu", show),
 }
 
 

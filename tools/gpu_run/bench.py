@@ -102,6 +102,21 @@ class Bench:
         return round(statistics.median(self.clock(run, **how)), 2)
 
 
+def by_profiler(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+    """Mean microseconds of each kernel in one run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key: round(event.self_device_time_total / repeats, 2)
+        for event in watched.key_averages()
+        if event.self_device_time_total > 0
+    }
+
+
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
     """Launchers run, kernels do not: what a dry run can show of a workload."""

@@ -13,12 +13,21 @@ from typing import Any
 
 import torch
 
-from gpu_run import counters, sweeps
-from gpu_run.bench import Bench, Skip, tuned
+from gpu_run.bench import Bench, Skip, by_profiler, tuned
+from gpu_run.chunks import chunks
+from gpu_run.counters import counters
+from gpu_run.graphs import graphs
 from gpu_run.machine import machine
+from gpu_run.sweeps import sweeps
+from gpu_run.ties import ties
+from gpu_run.waits import waits
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 3
+#: What the step of this name runs instead of the contracts.
+_LARGE = "more_than_2_to_the_31"
+#: Seconds before a step's deadline at which no further test begins.
+_LEFT_TO_TESTS = 3.0
 
 
 def build(bench: Bench) -> None:
@@ -53,24 +62,36 @@ def run_tests(bench: Bench, *arguments: str, settings: dict[str, Any] | None = N
     class Last:
         line = ""
 
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failures.append(report.nodeid)
+                bench.note(failures=failures)
+
+        def pytest_runtest_teardown(self, item: Any) -> None:
+            if bench.left() < _LEFT_TO_TESTS:
+                item.session.shouldstop = "no time left"
+
         def pytest_terminal_summary(self, terminalreporter: Any) -> None:
             counts = terminalreporter.stats
             kinds = ("passed", "failed", "error", "skipped")
             self.line = ", ".join(f"{len(counts[k])} {k}" for k in kinds if counts.get(k))
-            bench.note(failures=[r.nodeid for k in ("failed", "error") for r in counts.get(k, [])])
+            failures.extend(r.nodeid for r in counts.get("error", []) if r.nodeid not in failures)
+            if bench.left() < _LEFT_TO_TESTS:
+                self.line += ", then no time left"
 
+    failures: list[str] = []
     last = Last()
     fixed = ["-q", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests' / 'gpu'}", "--tb=short"]
     with tuned(settings or {}):
         code = pytest.main([*fixed, *arguments], plugins=[last])
-    bench.note(tests=last.line, code=int(code))
-    if code not in (0, 5):
+    bench.note(tests=last.line, code=int(code), failures=failures)
+    if failures or code not in (0, 2, 5):  # 2: stopped
         raise RuntimeError(f"tests: {last.line}")
     return last.line
 
 
 def contracts(bench: Bench) -> None:
-    run_tests(bench, str(ROOT / "tests" / "gpu"))
+    run_tests(bench, str(ROOT / "tests" / "gpu"), "-k", f"not {_LARGE}")
     stress(bench)
 
 
@@ -121,46 +142,18 @@ def baseline(bench: Bench) -> None:
         raise RuntimeError(f"failed: {[name for name, row in rows.items() if 'error' in row]}")
 
 
-def by_profiler(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
-    """Mean microseconds of each kernel in one run."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    return {
-        event.key: round(event.self_device_time_total / repeats, 2)
-        for event in watched.key_averages()
-        if event.self_device_time_total > 0
-    }
-
-
 def winners(bench: Bench) -> None:
-    """The contracts with every fastest value at once, and inputs that are hard on a selection."""
+    """The contracts with every fastest value at once, and what a selection takes with them."""
     from fedmap_sparse.triton_kernels import select
 
     best = bench.earlier("sweeps").get("winners", {})
-    bench.note(settings=best)
-    n = bench.n
-    drawn = torch.randn(n, device=bench.device)
-    inputs = {
-        "normal": drawn,
-        "constant": torch.ones_like(drawn),
-        "zeros": drawn * (drawn > 2),
-        "two values": torch.where(drawn > 0, 1.0, -2.0),
-        "sorted": drawn.abs().sort().values,
-        "bfloat16": drawn.bfloat16(),
-    }
+    n, drawn = bench.n, torch.randn(bench.n, device=bench.device)
     times: dict[str, float] = {}
-    for name, values in inputs.items():
-        for which, settings in (("defaults", {}), ("winners", best)):
-            with tuned(settings):
-                run = lambda v=values: select.magnitude_mask([v], [None], n, n // 10)  # noqa: E731
-                times[f"{name}, {which}"] = bench.median(run)
-            bench.note(select_us=times)
-    chosen = str(ROOT / "tests" / "gpu" / "test_contracts.py")
-    run_tests(bench, chosen, settings=best)
+    for which, settings in (("defaults", {}), ("winners", best)):
+        with tuned(settings):
+            times[which] = bench.median(lambda: select.magnitude_mask([drawn], [None], n, n // 10))
+    bench.note(settings=best, select_us=times)
+    run_tests(bench, str(ROOT / "tests" / "gpu" / "test_contracts.py"), settings=best)
 
 
 def peers(bench: Bench) -> None:
@@ -226,6 +219,34 @@ def scale(bench: Bench) -> None:
     bench.note(nnz=small.nnz, coded_bytes=coded.numel())
 
 
+def large(bench: Bench) -> None:
+    """Offsets of 64 bits: what ops take, then the contract."""
+    if bench.arch:
+        raise Skip("runs whole ops")
+    times = _large_us(bench, (1 << 31) + 4999 if bench.real else 20_000)
+    bench.note(us=times)
+    run_tests(bench, str(ROOT / "tests" / "gpu" / "test_on_device.py"), "-k", _LARGE)
+
+
+def _large_us(bench: Bench, n: int) -> dict[str, float]:
+    """In a function of its own, so that its tensors are gone when the contract wants the room."""
+    from fedmap_sparse import ops
+
+    by = "triton" if bench.real else "reference"
+    values = torch.randn(n, device=bench.device, dtype=torch.bfloat16)
+    mask = ops.magnitude_mask(values, n // 10, backend=by)
+    packed = ops.pack(values, mask, backend=by)
+    bench.note(n=n, kept=mask.nnz)
+    if not bench.real:
+        return {}
+    work: dict[str, Callable[[], Any]] = {
+        "select": lambda: ops.magnitude_mask(values, n // 10, backend=by),
+        "pack": lambda: ops.pack(values, mask, backend=by),
+        "unpack": lambda: ops.unpack(packed, mask, backend=by),
+    }
+    return {name: bench.median(run, repeats=3) for name, run in work.items()}
+
+
 def experiment(bench: Bench) -> None:
     """The default experiment on the device, where its packages are."""
     needed = ("rich", "safetensors", "matplotlib")
@@ -242,17 +263,12 @@ def experiment(bench: Bench) -> None:
 
 
 STEPS: dict[str, Callable[[Bench], None]] = {
-    "build": build,
-    "machine": machine,
-    "contracts": contracts,
-    "baseline": baseline,
-    "counters": counters.counters,
-    "sweeps": sweeps.sweeps,
-    "winners": winners,
-    "peers": peers,
-    "scale": scale,
-    "experiment": experiment,
-}
+    step.__name__: step
+    for step in (
+        build, machine, contracts, waits, baseline, counters, sweeps, chunks, graphs, ties, winners,
+        scale, large, peers, experiment,
+    )
+}  # fmt: skip
 
 
 def run(name: str, out: Path, limit: float, dry: bool, arch: str | None) -> int:
