@@ -42,7 +42,44 @@ def _put_three_bits(plane, h, words, BLOCK: tl.constexpr):
     tl.store(plane + word, both.to(tl.int32, bitcast=True), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["low", "high", "escapes"])
+@triton.jit
+def _split(
+    values, low, high, begin, block, size, EXPONENT: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Stores the planes of BLOCK values; returns how many have each exponent, lanes past `size`
+    counted as zeros. FULL: none is past it, so the mask splits no wide access."""
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    inside = i >= 0 if FULL else i < size
+    v = _bits_of(values, begin + i, inside)
+    e = (v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)
+    sign = v >> (LOW + HIGH + EXPONENT - 1)
+    h = (sign << (HIGH - 1)) | ((v & ((1 << (LOW + HIGH - 1)) - 1)) >> LOW)
+    if LOW > 0:
+        tl.store(low + begin + i, v.to(low.dtype.element_ty), mask=inside)
+    if HIGH == 8:
+        tl.store(high + begin + i, h.to(tl.uint8), mask=inside)
+    else:
+        first = 3 * (begin + block * BLOCK) // 32
+        _put_three_bits(high + first, h, (3 * (size - block * BLOCK) + 31) // 32, BLOCK)
+    return tl.histogram(e.to(tl.int32), 256)
+
+
+@triton.jit
+def _eights(
+    values, begin, block, size, top, EXPONENT: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The symbols of BLOCK values, of eight steps in each register."""
+    tile = tl.arange(0, BLOCK // 256)[:, None, None]
+    step = tl.arange(0, 8)[None, :, None]
+    i = block * BLOCK + 256 * tile + 32 * step + tl.arange(0, 32)[None, None, :]
+    v = _bits_of(values, begin + i, i >= 0 if FULL else i < size)
+    e = ((v >> SHIFT) & ((1 << EXPONENT) - 1)).to(tl.int32)
+    return tl.sum(_symbol(top, e) << (4 * step), 1)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["escapes"])
 def _describe(
     values,
     n,
@@ -65,20 +102,14 @@ def _describe(
     counts = tl.zeros((256,), tl.int32)
     blocks = (size + BLOCK - 1) // BLOCK
     for block in range(blocks):
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        v = _bits_of(values, begin + i, inside)
-        e = (v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)
-        counts += tl.histogram(e.to(tl.int32), 256)
-        sign = v >> (LOW + HIGH + EXPONENT - 1)
-        h = (sign << (HIGH - 1)) | ((v & ((1 << (LOW + HIGH - 1)) - 1)) >> LOW)
-        if LOW > 0:
-            tl.store(low + begin + i, v.to(low.dtype.element_ty), mask=inside)
-        if HIGH == 8:
-            tl.store(high + begin + i, h.to(tl.uint8), mask=inside)
+        if (block + 1) * BLOCK <= size:
+            counts += _split(
+                values, low, high, begin, block, size, EXPONENT, LOW, HIGH, BLOCK, True
+            )
         else:
-            first = 3 * (begin + block * BLOCK) // 32
-            _put_three_bits(high + first, h, (3 * (size - block * BLOCK) + 31) // 32, BLOCK)
+            counts += _split(
+                values, low, high, begin, block, size, EXPONENT, LOW, HIGH, BLOCK, False
+            )
     counts -= tl.where(bins == 0, blocks * BLOCK - size, 0)  # lanes past the end
     through = tl.cumsum(counts, 0)
     earlier = tl.where(bins >= 15, tl.gather(through, tl.maximum(bins - 15, 0), 0), 0)
@@ -97,14 +128,12 @@ def _describe(
     tl.store(entry + 3, tl.zeros((), tl.uint16))
     tl.store(entry + 4 + s, f.to(tl.uint16))
     tl.store(escapes + 1 + c, rare.to(tl.int64))
-    tile = tl.arange(0, BLOCK // 256)[:, None, None]
-    step = tl.arange(0, 8)[None, :, None]
     lane = tl.arange(0, 32)
     for block in range(blocks):
-        i = block * BLOCK + 256 * tile + 32 * step + lane[None, None, :]
-        v = _bits_of(values, begin + i, i < size)
-        e = ((v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)).to(tl.int32)
-        eight = tl.sum(_symbol(top, e) << (4 * step), 1)
+        if (block + 1) * BLOCK <= size:
+            eight = _eights(values, begin, block, size, top, EXPONENT, LOW + HIGH - 1, BLOCK, True)
+        else:
+            eight = _eights(values, begin, block, size, top, EXPONENT, LOW + HIGH - 1, BLOCK, False)
         to = block * (BLOCK // 256) + tl.arange(0, BLOCK // 256)[:, None]
         tl.store(nibbles + c.to(tl.int64) * (CHUNK // 8) + 32 * to + lane[None, :], eight)
 
@@ -232,9 +261,38 @@ def _three_bits(plane, first, words, BLOCK: tl.constexpr):
     return (tl.gather(eights, i >> 3, 0) >> (3 * (i & 7)).to(tl.uint32)) & 7
 
 
-@triton.jit(
-    do_not_specialize=["n"], do_not_specialize_on_alignment=["low", "high", "offsets", "broken"]
-)
+@triton.jit
+def _joined(
+    nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape, last_escape,
+    EXPONENT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Stores BLOCK values; returns the number of the next escape and which lanes are impossible.
+    FULL: as in `_split`."""
+    i = start + tl.arange(0, BLOCK)
+    inside = i >= 0 if FULL else i < size
+    s = _symbols(nibbles, start, BLOCK)
+    escaped = inside & (s == _ESCAPE)
+    flags = escaped.to(tl.int32)
+    at = next_escape + exclusive(flags)
+    e = tl.load(escapes + at, mask=escaped & (at < last_escape), other=0).to(tl.int32)
+    next_escape += tl.sum(flags, 0)
+    impossible = (s > top) & (s != _ESCAPE)
+    wrong = (inside & (impossible | (e >= (1 << EXPONENT)))).to(tl.int32)
+    e = tl.where(escaped, e, top - s).to(tl.uint32)
+    if HIGH == 8:
+        h = tl.load(high + begin + i, mask=inside, other=0).to(tl.uint32)
+    else:
+        h = _three_bits(high, 3 * (begin + start) // 32, (3 * n + 31) // 32, BLOCK)
+    v = ((h >> (HIGH - 1)) << (LOW + HIGH + EXPONENT - 1)) | (e << (LOW + HIGH - 1))
+    v = v | ((h & ((1 << (HIGH - 1)) - 1)) << LOW)
+    if LOW > 0:
+        v = v | tl.load(low + begin + i, mask=inside, other=0).to(tl.uint32)
+    tl.store(out + begin + i, v.to(out.dtype.element_ty), mask=inside)
+    return next_escape, wrong
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["offsets", "broken"])
 def _join(
     nibbles,
     directory,
@@ -261,25 +319,16 @@ def _join(
     wrong = tl.zeros((BLOCK,), tl.int32)
     nibbles += c * (CHUNK // 8)
     for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < size
-        s = _symbols(nibbles, start, BLOCK)
-        escaped = inside & (s == _ESCAPE)
-        flags = escaped.to(tl.int32)
-        at = next_escape + exclusive(flags)
-        e = tl.load(escapes + at, mask=escaped & (at < last_escape), other=0).to(tl.int32)
-        next_escape += tl.sum(flags, 0)
-        impossible = (s > top) & (s != _ESCAPE)
-        wrong = wrong | (inside & (impossible | (e >= (1 << EXPONENT)))).to(tl.int32)
-        e = tl.where(escaped, e, top - s).to(tl.uint32)
-        if HIGH == 8:
-            h = tl.load(high + begin + i, mask=inside, other=0).to(tl.uint32)
+        if start + BLOCK <= size:
+            next_escape, more = _joined(
+                nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape,
+                last_escape, EXPONENT, LOW, HIGH, BLOCK, True,
+            )  # fmt: skip
         else:
-            h = _three_bits(high, 3 * (begin + start) // 32, (3 * n + 31) // 32, BLOCK)
-        v = ((h >> (HIGH - 1)) << (LOW + HIGH + EXPONENT - 1)) | (e << (LOW + HIGH - 1))
-        v = v | ((h & ((1 << (HIGH - 1)) - 1)) << LOW)
-        if LOW > 0:
-            v = v | tl.load(low + begin + i, mask=inside, other=0).to(tl.uint32)
-        tl.store(out + begin + i, v.to(out.dtype.element_ty), mask=inside)
+            next_escape, more = _joined(
+                nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape,
+                last_escape, EXPONENT, LOW, HIGH, BLOCK, False,
+            )  # fmt: skip
+        wrong = wrong | more
     ragged = (next_escape != last_escape).to(tl.int32)
     tl.store(broken + c, tl.maximum(tl.max(wrong, 0), ragged))

@@ -121,7 +121,10 @@ def _accumulate_mean(sums, total: tl.int64, out, bad, n, KIND: tl.constexpr, BLO
     if start + BLOCK <= n:
         _mean_of_sums(sums, t, out, bad, offsets, offsets >= 0, KIND)
     else:
-        _mean_of_sums(sums, t, out, bad, offsets, offsets < n, KIND)
+        whole = n // 16 * 16
+        _mean_of_sums(sums, t, out, bad, offsets, offsets < whole, KIND)
+        rest = whole + tl.arange(0, 16).to(tl.int64)
+        _mean_of_sums(sums, t, out, bad, rest, rest < n, KIND)
 
 
 def _bits(value: float) -> int:

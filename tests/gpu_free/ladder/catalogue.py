@@ -132,7 +132,7 @@ def _stepping(n: int, device: torch.device) -> Iterator[Workload]:
             master = None if dtype == F32 else torch.rand(mask.nnz, device=device)
             size, held = dtype.itemsize, len(states) + (master is not None)
             table = (mask.words, mask.rank, n, mask.nnz, grads, segments.rows, segments.scalars)
-            streams = 3 if master is None else 2  # with masters the weights are not read
+            streams = 3  # weights are read with masters too: one that is not its master was written
 
             def run(
                 rule: str = rule,
