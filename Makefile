@@ -55,8 +55,9 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos, and what GitHub read
 docs: $(VENV)/dev.stamp ## the site, in build/docs; a warning or a broken link is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b dirhtml docs build/docs
 
-bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor
-	$(BIN)/fedmap-sparse bench $(BENCH_ARGS)
+bench: $(VENV)/dev.stamp ## every kernel beside its peers and its floor, and a page of it: build/bench.html
+	mkdir -p build
+	$(BIN)/fedmap-sparse bench --html build/bench.html $(BENCH_ARGS)
 
 .PHONY: count
 count: ## instructions that six kernels execute beside benchmarks/instructions.csv; needs valgrind

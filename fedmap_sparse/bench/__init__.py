@@ -58,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--round", action="store_true", help="whole rounds of federated models instead of ops"
     )
+    parser.add_argument(
+        "--growth", action="store_true", help="time against n, density and threads, with exponents"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="draw a page of the run there")
     parser.add_argument("--models", type=_strings, help="with --round; default: all of them")
     parser.add_argument("--quick", action="store_true", help="a check of the machinery in seconds")
     forms = parser.add_subparsers(dest="form", metavar="[compare]")
@@ -68,12 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 1 if a case failed its check; 2 for a wrong option or what is missing here."""
-    from fedmap_sparse.bench import report, runner
+    from fedmap_sparse.bench import page, report, runner
 
     try:
         options = _options(args)
-        results = _rounds(args) if args.round else runner.run(options)
+        results = _results(args, options)
         header = runner.header(options, _words(args))
+        if args.html is not None:
+            page.require()
         console = report.console()
     except (ValueError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -82,10 +88,14 @@ def run(args: argparse.Namespace) -> int:
     load = runner.OtherLoad()
     records: list[runner.Record] = []
     refused: list[dict[str, Any]] = []
+    found = {"header": header, "records": records, "refused": refused}
     try:
         with console.status("") as status:
             for result in results:
-                if isinstance(result, runner.Refused):
+                if isinstance(result, str):
+                    header.setdefault("skipped", []).append(result)
+                    console.print(result, highlight=False)
+                elif isinstance(result, runner.Refused):
                     refused.append(result.as_dict())
                     console.print(report.refusal(result), style="red", highlight=False)
                 else:
@@ -93,10 +103,13 @@ def run(args: argparse.Namespace) -> int:
                     status.update(f"{result['op']} {report.seconds(result['median_s'])}")
                 header["others_cpus"] = load.cpus()
                 if args.json is not None:  # after each, as a run takes minutes
-                    found = {"header": header, "records": records, "refused": refused}
                     args.json.write_text(json.dumps(found, indent=1) + "\n")
     finally:
         console.print(report.round_table(records) if args.round else report.table(records))
+        if args.growth:
+            console.print(report.growth_table(records, header["last_level_cache"]))
+        if args.html is not None:
+            page.write(args.html, [compare.checked(args.json or args.html, found)])
     if (cpus := load.cpus()) > QUIET_CPUS:
         console.print(f"Others kept {cpus:.1f} CPUs busy meanwhile: repeat on a quiet machine.")
     return 1 if refused else 0
@@ -144,6 +157,30 @@ def _options(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # see r
     )
 
 
+def _results(args: argparse.Namespace, options: Any) -> Iterator[Any]:
+    """Records, refusals, and lines about what was skipped."""
+    import torch
+
+    from fedmap_sparse.bench import growth, runner
+
+    if args.growth and args.round:
+        raise ValueError("--growth and --round: expected one of them")
+    if args.round:
+        return _rounds(args)
+    if not args.growth:
+        return runner.run(options)
+    if options.device.type != "cpu":
+        raise ValueError(f"device: with --growth expected cpu, got {options.device.type}")
+    wanted = growth.points(
+        torch.get_num_threads(),
+        ops=args.ops or growth.OPS,
+        sizes=args.sizes,
+        densities=args.densities or growth.DENSITIES,
+        quick=args.quick,
+    )
+    return growth.run(wanted, args.inputs, args.quick)
+
+
 def _rounds(args: argparse.Namespace) -> Iterator[Any]:
     from fedmap_sparse.bench import models, rounds
 
@@ -157,7 +194,9 @@ def _rounds(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def _words(args: argparse.Namespace) -> list[str]:
-    given = {k: v for k, v in vars(args).items() if v not in (None, False) and k != "json"}
+    given = {
+        k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("json", "html")
+    }
     return [f"{k}={v}" for k, v in given.items() if isinstance(v, str | int | list | bool)]
 
 

@@ -25,30 +25,10 @@ from fedmap_sparse.bench.case import (
     same,
     same_mask,
 )
+from fedmap_sparse.bench.expected import expected_mask
 from fedmap_sparse.codec._crc32c import crc32c_reference
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops.quantize import cast_reference
-from fedmap_sparse.ops.select import magnitude_key
-
-#: Above this the reference of select, a stable sort, costs seconds and 30 bytes per element.
-SORTABLE = 1 << 21
-
-
-def expected_mask(values: Tensor, keep: int) -> Mask:
-    """The exact mask by numpy's partition: what is above the keep-th key, then ties in order."""
-    if keep == 0 or values.numel() <= SORTABLE:
-        return ops.magnitude_mask(values, keep, backend="reference")
-    key = magnitude_key(values.reshape(-1))
-    if values.device.type == "cpu":
-        host = key.numpy().copy()
-        host.partition(host.size - keep)
-        threshold = int(host[host.size - keep])
-    else:
-        threshold = int(key.topk(keep, sorted=True).values[-1])
-    kept = key > threshold
-    ties = (key == threshold).nonzero().view(-1)
-    kept[ties[: keep - int(kept.sum())]] = True
-    return Mask.from_bool(kept)
 
 
 def select_peers(values: Tensor, keep: int) -> dict[str, Peer]:

@@ -17,7 +17,17 @@ from typing import Any, NamedTuple, TypeGuard
 from fedmap_sparse._text import printable, shown
 from fedmap_sparse.errors import FedMapError
 
-__all__ = ["Cell", "Change", "Comparison", "Foreign", "Run", "add_arguments", "compare", "read"]
+__all__ = [
+    "Cell",
+    "Change",
+    "Comparison",
+    "Foreign",
+    "Run",
+    "add_arguments",
+    "checked",
+    "compare",
+    "read",
+]
 
 #: A median has to change by more than this to count.
 THRESHOLD = 1.05
@@ -150,6 +160,15 @@ def read(path: Path) -> Run:
         raise Foreign(f"{path}: {_WANTED}; it cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise Foreign(f"{path}: {_WANTED}; it is no JSON: {error}") from error
+    return checked(path, found)
+
+
+def checked(path: Path, found: Any) -> Run:
+    """What such a file holds, as a Run.
+
+    Raises:
+        Foreign: it is something else; the message calls it `path`.
+    """
     if not isinstance(found, dict):
         raise Foreign(f"{path}: {_WANTED}; got {shown(found)}")
     header, records = found.get("header"), found.get("records")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from fedmap_sparse.bench import growth
 from fedmap_sparse.bench.case import PHASES
 from fedmap_sparse.bench.runner import Record, Refused
 
@@ -91,6 +93,43 @@ def round_table(records: list[Record]) -> Any:
         training = seconds(r["forward_backward_s"])
         grid.add_row("", "", "forward and backward, beside", training, end_section=True)
     return grid
+
+
+def growth_table(records: list[Record], cache: int) -> Any:
+    """One row a curve: its ends, its exponent, and what it takes over the floor there."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False)
+    for name in ("growth of", "against"):
+        grid.add_column(name, no_wrap=True)
+    for name in ("from", "to", "time", "exponent", "× floor"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for row in growth_rows(records, cache):
+        grid.add_row(*row)
+    return grid
+
+
+def growth_rows(records: Sequence[Record], cache: int) -> list[list[str]]:
+    """Cells of that table. Against n the exponent is that of what is larger than `cache` bytes."""
+    rows = []
+    for one in growth.series(records):
+        ends = (one.records[0], one.records[-1])
+        exponent = one.exponent(cache)
+        rows.append(
+            [
+                one.name,
+                one.axis,
+                *(_place(one.axis, r[one.axis]) for r in ends),
+                " → ".join(seconds(r["median_s"]) for r in ends),
+                "–" if exponent is None else f"{exponent:.2f}",
+                " → ".join(f"{r['median_s'] / r['floor_s']:.2f}" for r in ends),
+            ]
+        )
+    return rows
+
+
+def _place(axis: str, value: float) -> str:
+    return f"{value:g}" if axis == "density" else f"{value:,}"
 
 
 def _beside(arm: Record, ours: Record, key: str) -> str:

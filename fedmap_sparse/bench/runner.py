@@ -89,9 +89,12 @@ def settings(one: Case, options: Options) -> list[Setting]:
 
 
 def measure(
-    one: Case, setting: Setting, plan: Plan, most_sets: int = MOST_SETS
+    one: Case, setting: Setting, plan: Plan, most_sets: int = MOST_SETS, *, peers: bool = True
 ) -> Record | Refused:
-    """One record; or the reason why there is none: what fails its check is not timed."""
+    """One record; or the reason why there is none: what fails its check is not timed.
+
+    `peers=False` leaves them out.
+    """
     try:
         trial = one.build(setting)
         trial.check()
@@ -102,17 +105,17 @@ def measure(
     floor_runs = [floors.device_copy(t.nbytes, setting.device) if cuda else t.floor for t in trials]
     ours = Contender("ours", [t.ours for t in trials], calls=trial.calls)
     floor = Contender("floor", floor_runs, calls=trial.calls)
-    peers = [
+    others = [
         Contender(
             name,
             [t.peers[name].run for t in trials],
             [r for t in trials if (r := t.peers[name].reset) is not None],
             trial.calls,
         )
-        for name in trial.peers
+        for name in (trial.peers if peers else ())
     ]
-    interleave([ours, floor, *peers], plan, setting.device)
-    return _record(one, setting, trial, ours, floor, peers)
+    interleave([ours, floor, *others], plan, setting.device)
+    return _record(one, setting, trial, ours, floor, others)
 
 
 def _more_sets(one: Case, setting: Setting, trial: Trial, most: int) -> list[Trial]:

@@ -1,0 +1,369 @@
+"""A page of benchmarks that stands alone: `fedmap-sparse bench --html FILE`, or from files
+
+    python -m fedmap_sparse.bench.page A.json [B.json ...] --out FILE
+
+It loads nothing, so that it can be mailed, archived and opened from a disk. What comes from a file
+is escaped, and what a file lacks is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedmap_sparse import _command
+from fedmap_sparse._files import write_atomically
+from fedmap_sparse._text import printable
+from fedmap_sparse.bench import compare, growth, report
+from fedmap_sparse.bench.case import PHASES
+from fedmap_sparse.bench.runner import Record
+
+TEMPLATE = "page.html"
+#: Bars that a picture has at most: beyond, each record keeps its fastest peer, the hardest to beat.
+MOST_BARS = 24
+NEEDS = ("matplotlib", "jinja2")
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    words: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and what it is sorted by."""
+
+    text: str
+    key: float | str
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass
+class Section:
+    """One file; `name` is the section's own within the page."""
+
+    name: str
+    title: str
+    facts: list[tuple[str, str]]
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def require() -> None:
+    """Raise RuntimeError, one line, unless what draws a page is installed."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"--html: {' and '.join(missing)} not installed; `pip install fedmap-sparse[plots]`"
+        )
+
+
+def write(path: Path, runs: Sequence[compare.Run]) -> None:
+    """Draw a page of `runs` into a file.
+
+    Raises:
+        RuntimeError: matplotlib or jinja2 is not installed.
+        OSError: the file cannot be written; what was there stays.
+    """
+    write_atomically(path, render(runs).encode())
+
+
+def render(runs: Sequence[compare.Run]) -> str:
+    """The page, as HTML of UTF-8."""
+    require()
+    # matplotlib says on stderr that it builds its cache of fonts, or has no folder for it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    with _command.held():
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        from fedmap_sparse.bench import pictures  # noqa: F401  # its imports, while held
+
+    found = Environment(
+        loader=PackageLoader("fedmap_sparse.bench", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return found.get_template(TEMPLATE).render(
+        sections=[section(f"run{k}", run) for k, run in enumerate(runs)]
+    )
+
+
+def section(name: str, run: compare.Run) -> Section:
+    records = list(run.records.values())
+    whole = [r for r in records if _is_round(r)]
+    ops = [r for r in records if "phases_s" not in r]
+    made = Section(name, _text(run.path.stem), _facts(run))
+    _rounds(made, whole)
+    _growth(made, ops, run)
+    _ops(made, ops)
+    skipped = run.header.get("skipped")
+    made.notes = [_text(line) for line in skipped] if isinstance(skipped, list) else []
+    made.notes += [
+        f"{_text(r.get('op'))} n={_text(r.get('n'))} density={_text(r.get('density'))} was not "
+        f"timed: {_text(r.get('reason'))}"
+        for r in run.refused
+    ]
+    return made
+
+
+def _facts(run: compare.Run) -> list[tuple[str, str]]:
+    h = run.header
+    versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
+    others = h.get("others_cpus")
+    load = "unknown" if others is None else f"others kept {others} CPUs busy meanwhile"
+    facts = {
+        "machine": h["machine"],
+        "device": h.get("device"),
+        "cores": h.get("cores"),
+        "ISA": h["isa"],
+        "threads": h["threads"],
+        "versions": versions,
+        "commit": h["commit"],
+        "time": h.get("time"),
+        "load": load,
+    }
+    return [(name, _text(value)) for name, value in facts.items() if value is not None]
+
+
+def _ops(made: Section, ops: Sequence[Record]) -> None:
+    from fedmap_sparse.bench import pictures
+
+    curves = {id(r) for one in growth.series(ops) for r in one.records}
+    single = [r for r in ops if id(r) not in curves]
+    streams = [
+        r for r in single if _number(r, "gbps") and _number(r, "floor_s") and _number(r, "bytes")
+    ]
+    streams = [r for r in streams if not r["op"].startswith("latency_")]
+    if streams:
+        words = (
+            "Bars: bytes that have to move, over our time. Lines across them: plain streams of as "
+            "many bytes with as many threads, the roof."
+        )
+        made.pictures.append(
+            Picture(
+                "Bandwidth and its roof", words, pictures.bandwidth(f"{made.name}-roof", streams)
+            )
+        )
+    rows = [
+        (pictures.label(r, ops), name, speedup)
+        for r in ops
+        for name, peer in _peers(r).items()
+        if (speedup := _number(peer, "speedup")) is not None
+    ]
+    if rows:
+        words = "How many times faster than what one would run otherwise. "
+        shown = rows
+        if len(rows) > MOST_BARS:
+            words += "Of several peers the fastest; the table has all."
+            best: dict[str, tuple[str, str, float]] = {}
+            for row in rows:
+                if row[0] not in best or row[2] < best[row[0]][2]:
+                    best[row[0]] = row
+            shown = list(best.values())
+        bars = [(f"{op}: {name}", speedup) for op, name, speedup in shown]
+        made.pictures.append(
+            Picture("Faster than", words, pictures.speedups(f"{made.name}-peers", bars))
+        )
+    if ops:
+        made.tables.append(_records(ops))
+    if rows:
+        made.tables.append(_against(ops))
+
+
+def _growth(made: Section, ops: Sequence[Record], run: compare.Run) -> None:
+    from fedmap_sparse.bench import pictures
+
+    found = growth.series(ops)
+    cache = run.header.get("last_level_cache")
+    cache = cache if isinstance(cache, int) else 0
+    for axis in growth.LEAST:
+        curves = [one for one in found if one.axis == axis]
+        if curves:
+            words = "Dashed: the floor, plain streams of the same bytes with the same threads."
+            svg = pictures.growth(f"{made.name}-{axis}", curves)
+            made.pictures.append(Picture(f"Growth with {axis}", words, svg))
+    if found:
+        head = ["growth of", "against", "from", "to", "time", "exponent", "× floor"]
+        rows = [
+            [Cell(_text(c), _leading(c)) for c in row] for row in report.growth_rows(ops, cache)
+        ]
+        made.tables.append(Table("Growth", head, rows))
+
+
+def _rounds(made: Section, whole: Sequence[Record]) -> None:
+    from fedmap_sparse.bench import pictures
+
+    if not whole:
+        return
+    words = (
+        "A round without forward and backward: ours, and the same round as people write it. Each "
+        "model's bars are shares of its slowest arm."
+    )
+    made.pictures.append(
+        Picture("Whole rounds", words, pictures.rounds(f"{made.name}-rounds", whole))
+    )
+    head = ["round of", "density", "arm", "time", "× ours", "bytes", "peak memory"]
+    head += [f"{phase}, ms" for phase in PHASES]
+    rows = []
+    for r in whole:
+        for name, arm in {"ours": r, **_peers(r)}.items():
+            rows.append(
+                [
+                    _words(r["op"].removeprefix("round_")),
+                    _figure(r["density"]),
+                    _words(name),
+                    _seconds(arm, "median_s"),
+                    _figure(arm["median_s"] / r["median_s"]),
+                    _bytes(arm, "payload_bytes"),
+                    _bytes(arm, "memory_bytes"),
+                    *(_figure(arm["phases_s"][phase] * 1e3) for phase in PHASES),
+                ]
+            )
+    made.tables.append(Table("Rounds", head, rows))
+
+
+def _records(ops: Sequence[Record]) -> Table:
+    head = ["op", "n", "density", "dtype", "threads", "inputs", "median", "p20", "p80", "GB/s"]
+    head.append("× floor")
+    rows = [
+        [
+            _words(r["op"]),
+            Cell(_text(f"{r['n']:,}"), _key(r["n"])),
+            _figure(r["density"]),
+            _words(r["dtype"]),
+            _figure(r["threads"]),
+            _words(r["inputs"]),
+            *(_seconds(r, key) for key in ("median_s", "p20_s", "p80_s")),
+            _optional(r, "gbps"),
+            _optional(r, "ratio_to_floor"),
+        ]
+        for r in ops
+    ]
+    return Table("Ops", head, rows)
+
+
+def _against(ops: Sequence[Record]) -> Table:
+    from fedmap_sparse.bench import pictures
+
+    sized = any("payload_bytes" in r for r in ops)
+    head = ["op", "peer", "ours", "the peer", "× ours", *(["bytes", "its bytes"] if sized else [])]
+    rows = [
+        [
+            _words(pictures.label(r, ops)),
+            _words(name),
+            _seconds(r, "median_s"),
+            _seconds(peer, "median_s"),
+            _optional(peer, "speedup"),
+            *([_bytes(r, "payload_bytes"), _bytes(peer, "payload_bytes")] if sized else []),
+        ]
+        for r in ops
+        for name, peer in _peers(r).items()
+    ]
+    return Table("Beside peers", head, rows)
+
+
+def _peers(r: Record) -> dict[str, dict[str, Any]]:
+    found = r.get("peers")
+    if not isinstance(found, dict):
+        return {}
+    return {name: peer for name, peer in found.items() if isinstance(peer, dict)}
+
+
+def _is_round(r: Record) -> bool:
+    """Whether each arm has a time, and a positive time or none for every phase."""
+    arms = [r, *_peers(r).values()]
+    phases = [arm.get("phases_s") for arm in arms]
+    return all(_number(arm, "median_s") for arm in arms) and all(
+        isinstance(p, dict)
+        and all(p.get(name) == 0 or _number(p, name) is not None for name in PHASES)
+        and any(_number(p, name) for name in PHASES)
+        for p in phases
+    )
+
+
+def _number(of: dict[str, Any], key: str) -> float | None:
+    """A positive number; None for whatever else stands there."""
+    value = of.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        return None
+    return float(value)
+
+
+def _text(value: object) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def _words(text: str) -> Cell:
+    return Cell(_text(text), _text(text))
+
+
+def _key(value: float) -> float:
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else 0.0
+
+
+def _figure(value: float) -> Cell:
+    return Cell(f"{value:.4g}", _key(value))
+
+
+def _optional(of: dict[str, Any], key: str) -> Cell:
+    value = _number(of, key)
+    return Cell("", 0.0) if value is None else Cell(f"{value:.3g}", value)
+
+
+def _seconds(of: dict[str, Any], key: str) -> Cell:
+    value = _number(of, key)
+    return Cell("", 0.0) if value is None else Cell(report.seconds(value), value)
+
+
+def _bytes(of: dict[str, Any], key: str) -> Cell:
+    value = _number(of, key)
+    return Cell("", 0.0) if value is None else Cell(f"{value:,.0f}", value)
+
+
+def _leading(text: str) -> float | str:
+    """Of a cell that begins with a number, that number."""
+    first = text.replace(",", "").split(" ")[0]
+    try:
+        found = float(first)
+    except ValueError:
+        return text
+    return found if math.isfinite(found) else text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 2 for a file that is none of `bench --json`, and for what is missing here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedmap_sparse.bench.page", description="Draw a page from bench --json."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    args = parser.parse_args(argv)
+    try:
+        write(args.out, [compare.read(file) for file in args.files])
+    except (compare.Foreign, RuntimeError, OSError) as error:
+        print(f"bench page: {printable(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

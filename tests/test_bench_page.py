@@ -1,0 +1,314 @@
+"""The page of benchmarks: whole, alone, escaped, and alive in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
+pytest.importorskip("rich", reason="rich prints the table")
+
+from fedmap_sparse import backends
+from fedmap_sparse.bench import compare, main, page
+from fedmap_sparse.bench.case import PHASES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted(ROOT.glob("benchmarks/results/*.json"))
+COMMITTED = ROOT / "docs/_static/benchmarks.html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+HEADER = {
+    "machine": "some CPU", "cores": 2, "last_level_cache": 1000, "isa": "avx2", "threads": 2,
+    "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "others_cpus": 0.25,
+    "time": "2026-01-01T00:00:00Z", "arguments": [],
+}  # fmt: skip
+VOID = {"meta", "link", "br", "img"}
+
+
+def record(op: str, n: int, seconds: float, /, **changes: Any) -> dict[str, Any]:
+    found = {
+        "op": op, "n": n, "density": 0.1, "dtype": "float32", "device": "cpu", "threads": 2,
+        "inputs": "normal", "median_s": seconds, "p20_s": seconds, "p80_s": seconds, "bytes": 4 * n,
+        "gbps": 4 * n / seconds / 1e9, "floor_s": seconds / 2, "ratio_to_floor": 2.0, "peers": {},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def a_round(name: str, seconds: float) -> dict[str, Any]:
+    def arm(times: float) -> dict[str, Any]:
+        phases = {phase: times * seconds / len(PHASES) for phase in PHASES}
+        return {"median_s": times * seconds, "phases_s": phases, "payload_bytes": 10, "speedup": 1}
+
+    found = record(f"round_{name}", 1000, seconds)
+    for key in ("bytes", "gbps", "floor_s", "ratio_to_floor"):
+        del found[key]
+    return {**found, **arm(1), "peers": {"Boolean masks": arm(9)}}
+
+
+def whole() -> list[dict[str, Any]]:
+    peers = {"torch.topk": {"median_s": 0.3, "speedup": 60.0}}
+    return [
+        record("select", 10**6, 0.005, peers=peers),
+        *(record("pack", 10**k, 1e-9 * 10**k) for k in range(4, 9)),
+        a_round("resnet20", 0.02),
+    ]
+
+
+def drawn(records: list[dict[str, Any]], header: dict[str, Any] = HEADER) -> str:
+    return page.render([compare.checked(Path("a.json"), {"header": header, "records": records})])
+
+
+class Reader(HTMLParser):
+    """Every element closed by its own end, no name twice; keeps text, titles and references."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.elements: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        assert len(self.ids) == len(set(self.ids))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data + "\n"
+
+
+def test_all_parts() -> None:
+    text = drawn(whole())
+    found = Reader(text)
+    for words in (
+        "some CPU", "torch 2.13.0", "0123456789abcdef", "others kept 0.25 CPUs busy",
+        "Bandwidth and its roof", "Faster than", "Growth with n", "Whole rounds",
+        "Ops", "Beside peers", "Growth", "Rounds",
+        "torch.topk", "×60", "resnet20", "Boolean masks", "1.00",
+    ):  # fmt: skip
+        assert words in found.text, words
+    assert found.elements.count("svg") == 4
+    assert found.elements.count("table") == 4
+    assert found.elements.count("tr") == 4 + 7 - 1 + 1 + 1 + 2
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search("#0000[01][0-9a-f]", text), "a colour that the page does not know"
+
+
+def test_the_page_loads_nothing() -> None:
+    text = drawn(whole())
+    assert "http://" not in text
+    assert "https://" not in text
+    for name, value in Reader(text).attributes:
+        if name in ("src", "href", "xlink:href", "data", "action"):
+            assert value.startswith(("#", "data:")), (name, value)
+    urls = re.findall(r"url\(([^)]*)", text) + re.findall("@import.*", text)
+    assert all(url.startswith("#") for url in urls)
+
+
+def test_the_same_records_give_the_same_bytes() -> None:
+    assert drawn(whole()) == drawn(whole())
+
+
+def test_numbers_are_as_they_were() -> None:
+    """Coordinates are rounded, figures in labels are not."""
+    found = Reader(drawn([record("select", 1000, 0.005, density=0.00125)]))
+    assert "select 0.00125" in found.text
+
+
+EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)> $x_1$ -->]]>\x1b[2K'
+
+
+def test_what_comes_from_a_file_is_escaped() -> None:
+    peers = {EVIL: {"median_s": 1.0, "speedup": 2.0}}
+    evil = a_round("m", 1.0)
+    arms = {EVIL: evil["peers"]["Boolean masks"]}
+    records = [
+        record(EVIL, 1000, 0.1, dtype=EVIL, inputs=EVIL, peers=peers),
+        *(record(EVIL + "2", n, 0.1) for n in range(1, 7)),
+        {**evil, "op": f"round_{EVIL}", "peers": arms},
+    ]
+    refused = [{"op": EVIL, "n": EVIL, "density": EVIL, "reason": EVIL}]
+    header = {
+        **HEADER, "machine": EVIL, "isa": EVIL, "commit": EVIL, "time": EVIL, "skipped": [EVIL],
+        "others_cpus": EVIL, "versions": {EVIL: EVIL},
+    }  # fmt: skip
+    run = compare.checked(
+        Path(f"{EVIL.replace('/', '')}.json"),
+        {"header": header, "records": records, "refused": refused},
+    )
+    found = Reader(page.render([run, run]))
+    assert found.elements.count("script") == 1
+    assert "img" not in found.elements
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert "alert" in found.text
+    assert "\x1b" not in found.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gbps": None},
+        {"floor_s": "fast"},
+        {"bytes": -1},
+        {"peers": [1]},
+        {"peers": {"topk": {}}},
+        {"peers": {"topk": {"median_s": float("nan"), "speedup": float("inf")}}},
+        {"phases_s": {"prune": 1}},
+        {"n": -5},
+        {"n": 10**400},
+        {"density": float("nan")},
+        {"threads": 0},
+    ],
+)
+def test_what_a_record_lacks_is_left_out(changes: dict[str, Any]) -> None:
+    records = [record("select", 1000, 0.1, **changes), record("unpack", 1000, 0.1)]
+    found = Reader(drawn(records))
+    assert "unpack" in found.text
+
+
+def test_no_records() -> None:
+    assert "some CPU" in Reader(drawn([])).text
+
+
+def test_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(file) for file in RESULTS[:2]]
+    out = tmp_path / "page.html"
+    assert page.main([*files, "--out", str(out)]) == 0
+    found = Reader(out.read_text())
+    for file in RESULTS[:2]:
+        assert file.stem in found.text
+    (tmp_path / "b.json").write_text("[]")
+    assert page.main([str(tmp_path / "b.json"), "--out", str(out)]) == 2
+    assert "b.json: expected a header and records" in capsys.readouterr().err
+
+
+def test_missing_packages_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    out = tmp_path / "p.html"
+    assert page.main([str(RESULTS[0]), "--out", str(out)]) == 2
+    assert main(["--quick", "--ops", "pack", "--html", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("matplotlib and jinja2" in line and "pip install" in line for line in lines)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(backends()["cpu"] != "available", reason="no C++ kernels to time")
+def test_of_a_small_run(tmp_path: Path) -> None:
+    out = tmp_path / "p.html"
+    assert main(["--quick", "--ops", "pack,latency", "--sizes", "5000", "--html", str(out)]) == 0
+    found = Reader(out.read_text())
+    assert {"pack 0.1\n", "masked_select\n"} <= {f"{line}\n" for line in found.text.splitlines()}
+    assert "others kept" in found.text
+
+
+def test_the_committed_page_is_of_the_committed_results() -> None:
+    """`python -m fedmap_sparse.bench.page benchmarks/results/*.json --out` writes it."""
+    text = COMMITTED.read_text()
+    assert len(text.encode()) < 400_000
+    found = Reader(text)
+    runs = [compare.read(file) for file in RESULTS]
+    for run in runs:
+        assert run.path.stem in found.text
+        assert run.header["time"] in found.text
+    keys = {value for name, value in found.attributes if name == "data-key"}
+    for run in runs:
+        for r in run.records.values():
+            assert str(r["median_s"]) in keys, (run.path.name, r["op"])
+
+
+PROBE = """
+<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message || "a resource"), true);
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
+console.error = (...words) => errors.push(words.join(" "));
+addEventListener("load", () => {
+  const table = [...document.querySelectorAll("table")].find(
+    (one) => one.parentElement.getAttribute("aria-label") === "Ops");
+  const column = (at) => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent);
+  const click = (at) => { table.rows[0].cells[at].querySelector("button").click(); };
+  const found = { columns: {} };
+  for (const at of [0, 1, 6]) {
+    click(at); const up = column(at); const up_says = table.rows[0].cells[at].ariaSort;
+    click(at); found.columns[at] = [up, column(at), up_says, table.rows[0].cells[at].ariaSort];
+  }
+  const root = document.documentElement;
+  found.width = root.clientWidth; found.needs = root.scrollWidth;
+  found.pictures = [...document.querySelectorAll("svg")].map((one) => one.clientHeight);
+  found.back = getComputedStyle(document.body).backgroundColor;
+  found.errors = errors;
+  parent.document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>
+"""
+
+
+def in_chromium(text: str, width: int, folder: Path, *options: str) -> dict[str, Any]:
+    """What the probe finds in the page, in a frame of that width."""
+    inner = html.escape(text.replace("<head>", "<head>" + PROBE, 1))
+    frame = folder / "frame.html"
+    frame.write_text(
+        '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f'<pre id="found"></pre><iframe width="{width}" height="900" srcdoc="{inner}"></iframe>'
+    )
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert lines == []
+    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match is not None, done.stderr
+    assert match.group(1), "the probe found nothing: its script failed"
+    found: dict[str, Any] = json.loads(html.unescape(match.group(1)))
+    return found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="chromium is started as on Linux")
+def test_in_chromium(tmp_path: Path) -> None:
+    text = drawn(whole())
+    backs = []
+    for width, options in ((390, ()), (1400, ("--blink-settings=preferredColorScheme=0",))):
+        found = in_chromium(text, width, tmp_path, *options)
+        assert found["errors"] == []
+        assert found["width"] == width or found["width"] > width - 20  # a scroll bar
+        assert found["needs"] <= found["width"], "the page scrolls sideways"
+        assert len(found["pictures"]) == 4
+        assert min(found["pictures"]) > 50
+        backs.append(found["back"])
+        names, sizes, times = (found["columns"][at] for at in "016")
+        assert names[0] == sorted(names[0]) != names[1] == sorted(names[0], reverse=True)
+        counts = [int(size.replace(",", "")) for size in sizes[0]]
+        assert counts == sorted(counts)
+        assert sizes[1] == sizes[0][::-1] or counts.count(10**6) > 1
+        assert times[0] == ["10 µs", "100 µs", "1 ms", "5 ms", "10 ms", "100 ms"]
+        assert times[1] == times[0][::-1]
+        assert sizes[2:] == ["ascending", "descending"]
+    assert backs[0] != backs[1], "light and dark look the same"
