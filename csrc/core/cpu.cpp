@@ -106,11 +106,6 @@ int64_t vendors_read_ahead() {
   return 0;
 }
 
-std::atomic<int64_t>& ahead() {
-  static std::atomic<int64_t> bytes{vendors_read_ahead()};
-  return bytes;
-}
-
 } // namespace
 
 int isa() {
@@ -131,13 +126,7 @@ std::vector<std::string> isa_levels() {
   return {kLevels, kLevels + highest() + 1};
 }
 
-int64_t read_ahead() {
-  return ahead().load(std::memory_order_relaxed);
-}
-
-void set_read_ahead(int64_t bytes) {
-  ahead().store(bytes, std::memory_order_relaxed);
-}
+std::atomic<int64_t> read_ahead_bytes{vendors_read_ahead()};
 
 void set_isa(const std::string& name) {
   active.store(parse(name, "set_isa"), std::memory_order_relaxed);

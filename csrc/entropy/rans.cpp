@@ -1,6 +1,8 @@
 #include "entropy/rans.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "core/bits.h"
 #include "core/cpu.h"
@@ -78,23 +80,42 @@ static void encode(const uint8_t* nibbles, int64_t steps, const RansTable& t, Ra
     rans_encode_part(nibbles + kStepBytes * steps, kLanes, t, out);
 }
 
-static bool decode_from(int64_t i, uint8_t* nibbles, int64_t steps, const RansTable& t,
-                        RansReader* in) {
-  for (; i < steps; ++i)
-    if (!rans_decode_part(nibbles + kStepBytes * i, kLanes, t, in))
-      return false;
-  return true;
-}
-
 static bool decode(int streams, uint8_t* const nibbles[], int64_t steps, const RansTable* const t[],
                    RansReader* const in[]) {
   for (int k = 0; k < streams; ++k)
-    if (!decode_from(0, nibbles[k], steps, *t[k], in[k]))
-      return false;
+    for (int64_t i = 0; i < steps; ++i)
+      if (!rans_decode_part(nibbles[k] + kStepBytes * i, kLanes, *t[k], in[k]))
+        return false;
   return true;
 }
 
 } // namespace scalar
+
+// Where a stream reads its words, kLanes at a time. Where so many do not lie before the end of
+// memory, it goes on in a copy of those that are left: the scalar form would take four times as
+// long for a message whose words are few, of zero weights, say.
+struct Words {
+  const uint16_t *next, *end, *limit;
+  const uint16_t* moved_from = nullptr;
+  uint16_t copy[2 * kLanes];
+
+  Words() = default;
+  explicit Words(const RansReader& in) : next(in.next), end(in.end), limit(in.limit) {}
+  bool in_reach() const { return limit - next >= kLanes; }
+  // False where the words ran out.
+  bool move() {
+    const int64_t left = end - next;
+    if (left < 0)
+      return false;
+    std::fill(std::copy(next, end, copy), std::end(copy), uint16_t{0});
+    moved_from = next;
+    next = copy;
+    end = copy + left;
+    limit = end + kLanes;
+    return true;
+  }
+  const uint16_t* place() const { return moved_from ? moved_from + (next - copy) : next; }
+};
 
 #if FEDMAP_X86
 // AVX2 has no look-up of 32-bit entries in a table of 16: the scalar form serves it.
@@ -158,8 +179,7 @@ static void encode(const uint8_t* nibbles, int64_t steps, const RansTable& t, Ra
 struct Stream {
   __m512i frequency, start, start_1, start_2, start_4, start_8, start_12; // start_k[s] = start[s+k]
   __m512i x[2];
-  const uint16_t* next;
-  const uint16_t* limit;
+  Words words;
 };
 
 static __m512i both_halves(__m512i table) {
@@ -177,8 +197,7 @@ static Stream open_stream(const RansTable& t, const RansReader& in) {
           _mm512_set1_epi16(static_cast<int16_t>(t.start[8])),
           _mm512_set1_epi16(static_cast<int16_t>(t.start[12])),
           {_mm512_loadu_si512(in.x), _mm512_loadu_si512(in.x + 16)},
-          in.next,
-          in.limit};
+          Words(in)};
 }
 
 // All ones where the slot is below. A sign instead of a mask: 2 cycles before it can be used, not
@@ -193,8 +212,8 @@ static __m512i add_unless(__m512i s, __m512i less, int16_t bit) { // s | (bit & 
 
 // kStreams streams in lockstep, stage by stage: one alone waits for its own results (19.5 ns a step
 // on Zen 4; two take 12 ns a step each, four 8.6), and what comes a whole stream later in the code
-// is beyond the window in which the core finds work. Memory is read up to 32 words past `next`, so
-// the fast loop keeps that far from `limit` and the scalar form ends the stream.
+// is beyond the window in which the core finds work. Only a stream that ran out of words ends the
+// loop.
 template <int kStreams>
 static bool decode_streams(uint8_t* const nibbles[], int64_t steps, const RansTable* const t[],
                            RansReader* const in[]) {
@@ -208,16 +227,16 @@ static bool decode_streams(uint8_t* const nibbles[], int64_t steps, const RansTa
       _mm_setr_epi8(0, 8, 16, 24, 32, 40, 48, 56, 2, 10, 18, 26, 34, 42, 50, 58));
   int64_t i = 0;
   for (; i < steps; ++i) {
-    bool near = false;
+    bool sound = true;
     FEDMAP_EACH_STREAM
-    near |= stream[k].limit - stream[k].next < kLanes;
-    if (near)
+    sound = sound && (stream[k].words.in_reach() || stream[k].words.move());
+    if (!sound)
       break;
     __m512i slot[kStreams], less[kStreams], s[kStreams], f[kStreams], words[kStreams];
     __mmask16 empty[kStreams][2];
     FEDMAP_EACH_STREAM {
       const Stream& a = stream[k];
-      words[k] = _mm512_loadu_si512(a.next);
+      words[k] = _mm512_loadu_si512(a.words.next);
       slot[k] = _mm512_and_si512(
           _mm512_mask_blend_epi16(0xAAAAAAAA, a.x[0], _mm512_slli_epi32(a.x[1], 16)), slots);
     }
@@ -255,7 +274,7 @@ static bool decode_streams(uint8_t* const nibbles[], int64_t steps, const RansTa
       empty[k][1] = _mm512_cmplt_epu32_mask(stream[k].x[1], low);
       const __mmask32 both = _mm512_kunpackw(empty[k][1], empty[k][0]);
       words[k] = _mm512_mask_expand_epi16(words[k], both, words[k]);
-      stream[k].next += __builtin_popcount(both);
+      stream[k].words.next += __builtin_popcount(both);
     }
     FEDMAP_EACH_STREAM {
       const __m512i pairs = _mm512_or_si512(s[k], _mm512_srli_epi64(s[k], 28));
@@ -276,10 +295,10 @@ static bool decode_streams(uint8_t* const nibbles[], int64_t steps, const RansTa
   FEDMAP_EACH_STREAM {
     _mm512_storeu_si512(in[k]->x, stream[k].x[0]);
     _mm512_storeu_si512(in[k]->x + 16, stream[k].x[1]);
-    in[k]->next = stream[k].next;
-    sound = sound && scalar::decode_from(i, nibbles[k], steps, *t[k], in[k]);
+    in[k]->next = stream[k].words.place();
+    sound = sound && in[k]->next <= in[k]->end;
   }
-  return sound;
+  return sound && i == steps;
 #undef FEDMAP_EACH_STREAM
 }
 

@@ -163,21 +163,20 @@ static bool decode_one(uint8_t* nibbles, int64_t steps, const RansTable& t, Rans
   for (int g = 0; g < 4; ++g)
     for (int h = 0; h < 2; ++h)
       x[g][h] = vld1q_u32(in->x + 8 * g + 4 * h);
-  const uint16_t* next = in->next;
+  Words words(*in);
   int64_t i = 0;
-  // Up to 32 words past `next` are read at once; the scalar form ends the stream.
-  for (; i < steps && in->limit - next >= kLanes; ++i) {
+  for (; i < steps && (words.in_reach() || words.move()); ++i) {
     uint32x4_t s[4];
     for (int g = 0; g < 4; ++g)
-      s[g] = decoder.decode(x[g], next);
+      s[g] = decoder.decode(x[g], words.next);
     vst1q_u8(nibbles + kStepBytes * i, vuzp1q_u8(vreinterpretq_u8_u16(low_halves(s[0], s[1])),
                                                  vreinterpretq_u8_u16(low_halves(s[2], s[3]))));
   }
   for (int g = 0; g < 4; ++g)
     for (int h = 0; h < 2; ++h)
       vst1q_u32(in->x + 8 * g + 4 * h, x[g][h]);
-  in->next = next;
-  return scalar::decode_from(i, nibbles, steps, t, in);
+  in->next = words.place();
+  return i == steps && in->next <= in->end;
 }
 
 static bool decode(int streams, uint8_t* const nibbles[], int64_t steps, const RansTable* const t[],

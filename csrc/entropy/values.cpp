@@ -72,7 +72,8 @@ void set_frequencies(const int64_t counts[256], int64_t n, ValueEntry* entry) {
   entry->frequency[most] = static_cast<uint16_t>(entry->frequency[most] + left);
 }
 
-// Calls found(i) for each nibble below n that is the escape. 16 are looked at at once: it is rare.
+// Calls found(i, k) where the k nibbles from i on, below n, are the escape: k is 16 where all of 16
+// are, else 1. 16 are looked at at once: an escape is rare but in a message meant to cost time.
 template <class F>
 void for_each_escape(const uint8_t* nibbles, int64_t n, F&& found) {
   static_assert(kEscape == 15);
@@ -80,9 +81,13 @@ void for_each_escape(const uint8_t* nibbles, int64_t n, F&& found) {
     uint64_t v;
     std::memcpy(&v, nibbles + i / 2, 8);
     uint64_t hits = v & v >> 1 & v >> 2 & v >> 3 & 0x1111111111111111;
+    if (hits == 0x1111111111111111 && i + 16 <= n) {
+      found(i, 16);
+      continue;
+    }
     for (; hits; hits &= hits - 1)
       if (const int64_t at = i + __builtin_ctzll(hits) / 4; at < n)
-        found(at);
+        found(at, 1);
   }
 }
 
@@ -114,7 +119,8 @@ CodedChunk encode_chunk(const typename T::Bits* values, int64_t n, uint8_t* low,
   if (entry->escapes) {
     coded.escapes.reset(new uint8_t[entry->escapes]);
     uint8_t* next = coded.escapes.get();
-    for_each_escape(nibbles, n, [&](int64_t i) { *next++ = w.exponents[i]; });
+    for_each_escape(nibbles, n,
+                    [&](int64_t i, int64_t k) { next = std::copy_n(w.exponents + i, k, next); });
   }
   const RansTable table = table_of(*entry);
   RansWriter writer(w.words + kValueChunk);
@@ -206,6 +212,24 @@ bool decode_symbols(const ValuePayload& p, int64_t first, int64_t last, Workspac
   return std::all_of(reader, reader + streams, [](const RansReader& r) { return r.finished(); });
 }
 
+// Whether one of n nibbles lies between `top` and the escape. 16 are looked at at once.
+bool any_between(const uint8_t* nibbles, int64_t n, int top) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  const uint64_t add = kOnes * (0x7f - top); // a nibble above `top` then has bit 7
+  uint64_t found = 0;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    uint64_t v;
+    std::memcpy(&v, nibbles + i / 2, 8);
+    for (const uint64_t x : {v & 0x0f * kOnes, v >> 4 & 0x0f * kOnes})
+      found |= (x + add) & ~((x + kOnes) << 3) & 0x80 * kOnes; // 15 + 1 has bit 4
+  }
+  for (; i < n; ++i)
+    if (const int s = nibbles[i / 2] >> i % 2 * 4 & 15; s > top && s != kEscape)
+      return true;
+  return found;
+}
+
 // Exponents of chunk c, from its symbols, into `w`; false when they are none.
 template <class T>
 bool to_exponents_of(const ValuePayload& p, int64_t c, const uint8_t* nibbles, Workspace* w) {
@@ -213,20 +237,20 @@ bool to_exponents_of(const ValuePayload& p, int64_t c, const uint8_t* nibbles, W
   const int64_t n = size_of(p, c);
   FEDMAP_DISPATCH(to_exponents)(nibbles, (n + 1) / 2 * 2, entry.top, w->exponents);
   // Symbols above `top` would wrap; none of them may occur.
-  if (entry.top < kEscape - 1)
-    for (int64_t i = 0; i < n; ++i) {
-      const int s = nibbles[i / 2] >> i % 2 * 4 & 15;
-      if (s > entry.top && s != kEscape)
-        return false;
-    }
+  if (entry.top < kEscape - 1 && any_between(nibbles, n, entry.top))
+    return false;
   const uint8_t* escape = p.data + p.escapes[c];
   const uint8_t* end = escape + entry.escapes;
   bool sound = true;
   if (entry.frequency[kEscape])
-    for_each_escape(nibbles, n, [&](int64_t i) {
-      sound = sound && escape != end && *escape <= T::kMaxExponent;
-      if (sound)
-        w->exponents[i] = *escape++;
+    for_each_escape(nibbles, n, [&](int64_t i, int64_t k) {
+      sound = sound && end - escape >= k && std::all_of(escape, escape + k, [](uint8_t exponent) {
+                return exponent <= T::kMaxExponent;
+              });
+      if (sound) {
+        std::copy_n(escape, k, w->exponents + i);
+        escape += k;
+      }
     });
   return sound && escape == end;
 }

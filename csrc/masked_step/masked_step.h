@@ -119,14 +119,13 @@ inline __m256 unless_written(__m256 masters, const T* values) {
   return _mm256_blendv_ps(load(values), masters, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(same)));
 }
 
-template <class T, class Rule>
-void update(const Rule& shared_rule, const Run<T>& shared_run) {
+template <bool kAhead, class T, class Rule>
+void update_as(const Rule& shared_rule, const Run<T>& shared_run, int64_t ahead) {
   const Rule rule = shared_rule; // copies, which stores cannot alias
   const Run<T> run = shared_run;
-  const int64_t ahead = read_ahead();
   int64_t i = 0;
   for (; i + 8 <= run.n; i += 8) {
-    if (ahead && i % 16 == 0)
+    if (kAhead && i % 16 == 0)
       ask_ahead(i, rule, run, ahead);
     __m256 p = load(run.weights + i), g = load(run.gradient + i), s[kMaxStates] = {};
     if constexpr (!std::is_same_v<T, float>)
@@ -143,6 +142,12 @@ void update(const Rule& shared_rule, const Run<T>& shared_run) {
       store(run.out + i, p);
   }
   scalar::update_from(i, rule, run);
+}
+
+template <class T, class Rule>
+void update(const Rule& rule, const Run<T>& run) {
+  const int64_t ahead = read_ahead();
+  ahead ? update_as<true>(rule, run, ahead) : update_as<false>(rule, run, 0);
 }
 
 } // namespace avx2
@@ -178,20 +183,25 @@ inline void update_16(int64_t i, const Rule& rule, const Run<T>& run, Lanes... l
     store(run.out + i, p, lanes...);
 }
 
-template <class T, class Rule>
-void update(const Rule& shared_rule, const Run<T>& shared_run) {
+template <bool kAhead, class T, class Rule>
+void update_as(const Rule& shared_rule, const Run<T>& shared_run, int64_t ahead) {
   const Rule rule = shared_rule;
   const Run<T> run = shared_run;
-  const int64_t ahead = read_ahead();
   int64_t i = 0;
   for (; i + 16 <= run.n; i += 16) {
-    if (ahead)
+    if constexpr (kAhead)
       ask_ahead(i, rule, run, ahead);
     update_16(i, rule, run);
   }
   // Packed runs are short: up to 15 survivors one by one would cost as much as all before.
   if (i < run.n)
     update_16(i, rule, run, static_cast<__mmask16>((1u << (run.n - i)) - 1));
+}
+
+template <class T, class Rule>
+void update(const Rule& rule, const Run<T>& run) {
+  const int64_t ahead = read_ahead();
+  ahead ? update_as<true>(rule, run, ahead) : update_as<false>(rule, run, 0);
 }
 
 } // namespace avx512

@@ -2,12 +2,12 @@
 // region, after its `Keys`, since a template outside of the region would be compiled for no level.
 //
 // `within` is tested before the values are read, so that its empty words cost no memory.
-template <class T, bool kTies>
-Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& bracket,
-           uint32_t* words, int64_t* counts, uint32_t* candidates) {
+template <class T, bool kTies, bool kAhead>
+Tally scan_as(const void* bytes, const uint32_t* within, int64_t n, const Bracket& bracket,
+              uint32_t* words, int64_t* counts, uint32_t* candidates) {
   const T* values = static_cast<const T*>(bytes);
   const Keys<T> keys(bracket);
-  const int64_t ahead = read_ahead();
+  [[maybe_unused]] const int64_t ahead = read_ahead();
   const int64_t whole = n / 64 * 64;
   Tally tally;
   uint32_t* out = candidates;
@@ -21,7 +21,7 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
         store_64(words + j / 32, 0);
         continue;
       }
-      if (ahead)
+      if constexpr (kAhead)
         fetch_lines(reinterpret_cast<const char*>(values + j) + ahead, 64 * sizeof(T));
       const uint64_t kept = keys.template take<kTies>(values + j, eligible, j - i, tally, next);
       store_64(words + j / 32, kept);
@@ -35,6 +35,13 @@ Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& 
   if (whole < n)
     tally += scalar::scan_from<T, kTies>(whole, values, within, n, bracket, words, counts, out);
   return tally;
+}
+
+template <class T, bool kTies>
+Tally scan(const void* bytes, const uint32_t* within, int64_t n, const Bracket& bracket,
+           uint32_t* words, int64_t* counts, uint32_t* candidates) {
+  const auto form = read_ahead() ? &scan_as<T, kTies, true> : &scan_as<T, kTies, false>;
+  return form(bytes, within, n, bracket, words, counts, candidates);
 }
 
 template <class T>
