@@ -132,9 +132,9 @@ def test_the_same_records_give_the_same_bytes() -> None:
 
 
 def test_numbers_are_as_they_were() -> None:
-    """Coordinates are rounded, figures in labels are not."""
-    found = Reader(drawn([record("select", 1000, 0.005, density=0.00125)]))
-    assert "select 0.00125" in found.text
+    """Coordinates are rounded, figures in labels are not; no label is taken for a formula."""
+    found = Reader(drawn([record("select$x_1$", 1000, 0.005, density=0.00125)]))
+    assert "select$x_1$ 0.00125" in found.text
 
 
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)> $x_1$ -->]]>\x1b[2K'
