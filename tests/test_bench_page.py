@@ -226,6 +226,18 @@ def test_of_a_small_run(tmp_path: Path) -> None:
     assert "others kept" in found.text
 
 
+@pytest.mark.skipif(backends()["cpu"] != "available", reason="no C++ kernels to time")
+@pytest.mark.parametrize("name", ["", "none/p.html"])
+def test_where_no_page_can_be_written_nothing_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    assert main(["--quick", "--ops", "pack", "--html", str(out)]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert str(out) in found.err
+
+
 def test_the_committed_page_is_of_the_committed_results() -> None:
     """`python -m fedmap_sparse.bench.page benchmarks/results/*.json --out` writes it."""
     text = COMMITTED.read_text()

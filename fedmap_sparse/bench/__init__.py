@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
         options = _options(args)
         results = _results(args, options)
         header = runner.header(options, _words(args))
-        if args.html is not None:
+        if args.html is not None:  # before minutes of measuring
             page.require()
+            if not args.html.parent.is_dir() or args.html.is_dir():
+                raise ValueError(f"html: expected a file in a folder that exists, got {args.html}")
         console = report.console()
     except (ValueError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
