@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copyreg
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fedmap_sparse import _checks
 from fedmap_sparse._backends import native
@@ -107,12 +109,23 @@ class BufferPlaces:
         return found
 
 
-def save_tensors_alone(module: nn.Module) -> None:
-    """Let state dicts hold tensors with storages of their own size, on the parameters' memory.
+# Parameters that are views of a flat buffer, and tied by no memory but their own.
+_views = WeakIdKeyDictionary()
+
+
+def save_tensors_alone(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Let state dicts and pickles hold tensors with storages of their own size, on this memory.
 
     A view of the flat buffer has the whole buffer as its storage, and that is what pickle and
     safetensors store for each.
+
+    Args:
+        module: whose state dicts.
+        parameters: what `pickle` and `torch.save` meet in the module.
     """
+    copyreg.pickle(nn.Parameter, _reduced)
+    for p in parameters:
+        _views[p] = True
     for owner in module.modules():
         if owner._parameters and _alone not in owner._state_dict_hooks.values():
             owner.register_state_dict_post_hook(_alone)
@@ -121,8 +134,17 @@ def save_tensors_alone(module: nn.Module) -> None:
 def _alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for key in module._parameters:
         t = state.get(prefix + key)
-        if type(t) is Tensor and t.device.type in ("cpu", "cuda") and t.numel():
-            state[prefix + key] = _own_storage(t)
+        if type(t) is Tensor:
+            state[prefix + key] = own_storage(t)
+
+
+def _reduced(p: nn.Parameter) -> Any:
+    """What pickle stores of any Parameter."""
+    if p not in _views:
+        return p.__reduce_ex__(2)
+    alone = nn.Parameter(own_storage(p.detach()), p.requires_grad)
+    vars(alone).update(vars(p))
+    return alone.__reduce_ex__(2)
 
 
 # By address, size and so on: what is in here lives, so no other object has its address. Tied
@@ -130,7 +152,10 @@ def _alone(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> Non
 _made: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 
 
-def _own_storage(t: Tensor) -> Tensor:
+def own_storage(t: Tensor) -> Tensor:
+    """`t`, on the same memory, with a storage of its own size: what is saved of it is it alone."""
+    if not t.numel() or t.device.type not in ("cpu", "cuda"):
+        return t
     if t.untyped_storage().nbytes() == t.nbytes:
         return t
     key = (t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride())
@@ -189,6 +214,11 @@ def common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]
         raise ValueError("model: expected at least one parameter, got none")
     head, p0 = next(iter(parameters.items()))
     for name, p in parameters.items():
+        if p.is_inference():
+            raise TypeError(
+                f"{name}: expected an ordinary torch tensor, got an inference tensor, which cannot "
+                "be written or trained; make the model outside of torch.inference_mode()"
+            )
         if p.layout is not torch.strided or p.dtype not in _checks.FLOAT_DTYPES:
             kind = _checks.short(p.dtype) if p.layout is torch.strided else str(p.layout)
             raise TypeError(f"{name}: expected dense float32, float16 or bfloat16, got {kind}")

@@ -118,7 +118,9 @@ class FlatParameters(Writes):
         rows = [[e.offset, e.numel, 0, 0] for e in self.layout.entries]
         self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
         self._clean = None, [-1] * len(self.parameters), -1
-        _module_tree.save_tensors_alone(self.module)
+        tied = {i for _, i, _ in self._tied}
+        alone = [p for i, p in enumerate(self.parameters) if i not in tied]
+        _module_tree.save_tensors_alone(self.module, alone)
 
     @property
     def buffers(self) -> dict[str, Any]:
@@ -252,6 +254,8 @@ class FlatParameters(Writes):
             if name not in found:
                 inside = name.rpartition(".")[0]
                 near = [n for n in fresh if n.startswith(f"{inside}." if inside else "")]
+                shape = shapes.get(name)
+                near = near or [n for n in fresh if tuple(found[n].value.shape) == shape][:3]
                 got = f"none, but {', '.join(near)}" if near else "none"
                 return (
                     f"{name}: expected a parameter of this name as when the module was flattened, "

@@ -30,8 +30,12 @@ _NORMALISATION: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
 )
 # Parts of a name, between dots and underscores: "encoder.pos_embed", "rel_pos_bias_table", "wpe".
-_POSITIONS = re.compile(r"(?:^|[._])(?:pos|position|positions|positional|wpe)(?:[._]|$)")
-_POSITION_ENDS = re.compile(r"(?:^|[._])(?:pos|position)(?:emb|embed|embedding|embeddings)")
+_POSITIONS = re.compile(
+    r"(?:^|[._])(?:pos|position|positions|positional|wpe|relative_attention)(?:[._]|$)"
+)
+_POSITION_ENDS = re.compile(
+    r"(?:^|[._])(?:pos|position)(?:emb|embed|embedding|embeddings|enc|encoding)"
+)
 _SCALES = re.compile(
     r"(?:^|[._])(?:scale|scales|gamma|magnitude|layerscale|weight_g|ls\d*)(?:[._]|$)"
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import ROUND_HALF_EVEN, Decimal
+from operator import index
 from typing import ClassVar
+
+import numpy as np
 
 
 def keep_count(eligible: int, sparsity: float | str | Decimal) -> int:
@@ -26,6 +29,7 @@ def keep_count(eligible: int, sparsity: float | str | Decimal) -> int:
     >>> keep_count(1_000_005, 0.9)
     100001
     """
+    eligible = index(eligible)
     pruned = Decimal(str(sparsity)) * eligible
     return eligible - int(pruned.to_integral_value(rounding=ROUND_HALF_EVEN))
 
@@ -76,6 +80,7 @@ class OneShot(Schedule):
     kind: ClassVar[str] = "oneshot"
 
     def __post_init__(self) -> None:
+        _take_numpy(self)
         _check_target(self.target)
         _check_round("at", self.at, 0)
 
@@ -112,6 +117,7 @@ class Iterative(Schedule):
     kind: ClassVar[str] = "iterative"
 
     def __post_init__(self) -> None:
+        _take_numpy(self)
         _check_target(self.target)
         _check_span(self.start, self.end)
         _check_round("every", self.every, 1)
@@ -157,6 +163,7 @@ class Cubic(Schedule):
     kind: ClassVar[str] = "cubic"
 
     def __post_init__(self) -> None:
+        _take_numpy(self)
         _check_target(self.target)
         _check_span(self.start, self.end)
         _check_round("every", self.every, 1)
@@ -172,6 +179,16 @@ class Cubic(Schedule):
 
 
 KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (Dense, OneShot, Iterative, Cubic)}
+
+
+def _take_numpy(schedule: Schedule) -> None:
+    """Make NumPy's numbers Python's: float32(0.1) is the decimal that it prints."""
+    for field in fields(schedule):
+        value = getattr(schedule, field.name)
+        if isinstance(value, np.floating):
+            object.__setattr__(schedule, field.name, float(str(value)))
+        elif isinstance(value, np.generic):
+            object.__setattr__(schedule, field.name, value.item())
 
 
 def _check_target(target: float) -> None:

@@ -143,7 +143,7 @@ bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t p
       end = std::min(stop, at / kSpan * kSpan + kSpan);
       int64_t from = at, to = end;
       // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
-      if (turn >= 0 &&
+      if (turn >= 0 && s->gradient &&
           before(mask_words(end) * 32) - before(at) >= (end - at + kSparse - 1) / kSparse)
         continue; // a step writes its zeros
       if (turn >= 0 && prunable > kAll) {

@@ -139,6 +139,15 @@ class Section:
         view = tensor_bytes(payload) if isinstance(payload, Tensor) else memoryview(payload)
         return Section(number, dtype, count, view, crc=crc32c(view), **fields)
 
+    def __deepcopy__(self, memo: object) -> Section:
+        return self  # nobody writes to it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "payload": bytes(self.payload)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, payload=memoryview(state["payload"]))
+
     @property
     def ignorable(self) -> bool:
         """Whether a reader that does not know the id skips the section."""

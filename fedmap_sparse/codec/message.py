@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _checks, ops
+from fedmap_sparse._module_tree import own_storage
 from fedmap_sparse.codec import container, masks, meta, values
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, RANS, RAW, Buffer, Header, Id, Wire
 from fedmap_sparse.codec.container import Section as Section
@@ -112,7 +113,8 @@ class Message:
         found = dict(self.buffers)
         for e in self.layout.entries:
             at = e.offset if e.offset < start else e.offset - start
-            found[e.name] = flat[e.offset < start][at : at + e.numel].view(e.shape)
+            part = flat[e.offset < start][at : at + e.numel]
+            found[e.name] = own_storage(part).view(e.shape)  # so that it is saved by itself
         return self.layout.spread(found)
 
     @cached_property
@@ -247,7 +249,8 @@ def decode(
     """Read a message from an untrusted sender; nothing of the receiver is changed.
 
     Args:
-        data: the whole message. The result's tensors may view it.
+        data: the whole message. The result's tensors may view it; one that may be written to
+            (bytearray, writable memoryview) is copied once.
         layout: what the receiver expects: every size in the message is checked against it before
             anything is allocated.
         mask: the receiver's current mask: the parent of a delta, or the mask of a message that
@@ -279,6 +282,8 @@ def decode(
     if device is None:
         device = values.CPU if mask is None else mask.device
     place = torch.empty(0, device=device).device  # "cuda" is one of several: the current one
+    if isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly):
+        data = bytes(container.as_bytes(data))  # who may write to it, may do so after this call
     header, found = container.parse(data)
     if header.layout != layout.digest():
         wanted, got = layout.digest().hex(), header.layout.hex()

@@ -163,7 +163,7 @@ def _flat(state: Mapping[str, Any], layout: FlatLayout) -> tuple[Tensor, dict[st
     return values, {b.name: _integers(b.name, state[b.name]) for b in layout.buffers}
 
 
-def _torch(value: Any) -> Tensor:
+def _torch(name: str, value: Any) -> Tensor:
     """A CPU tensor of a tensor, array or NumPy scalar, in this machine's byte order."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
@@ -174,13 +174,16 @@ def _torch(value: Any) -> Tensor:
         array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():  # read-only arrays are only read
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(array, device="cpu")
+        try:
+            return torch.as_tensor(array, device="cpu")
+        except TypeError as error:
+            raise TypeError(f"{name}: expected numbers or Booleans, got {array.dtype}") from error
 
 
 def _tensor(
     name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> Tensor:
-    t = _torch(value)
+    t = _torch(name, value)
     if t.dtype == torch.float64 and torch.float32 in dtypes:
         narrow = t.to(torch.float32)
         if bool((narrow.isinf() & t.isfinite()).any()):
@@ -194,7 +197,7 @@ def _tensor(
 
 
 def _integers(name: str, value: Any) -> Tensor:
-    t = _torch(value)
+    t = _torch(name, value)
     if t.dtype == torch.uint64 and bool((t.view(torch.int64) < 0).any()):
         raise ValueError(f"{name}: expected integers below 2^63, got more")
     return t

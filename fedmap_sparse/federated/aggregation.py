@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,6 +16,7 @@ from fedmap_sparse.codec.values import peak
 from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated.buffers import BufferMeans
 from fedmap_sparse.federated.global_model import GlobalModel
+from fedmap_sparse.federated.lock import Lock
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, ClientId, held, median
 
@@ -188,7 +188,7 @@ class Aggregation:
         self._weights: list[int] = []
         self._losses: list[tuple[float, int]] = []
         self._cap = cap
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.closed = False
         self._waiting: list[tuple[ClientId, Admitted]] = []
         self.claims: list[int] = []

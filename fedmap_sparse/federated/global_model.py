@@ -18,6 +18,9 @@ from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
+# torch finds no largest element of these.
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 #: `(survivors, mask, layout) -> scores`: float32[mask.nnz] in, as many scores out; the largest
 #: stay. `layout.prunable_entries` says which tensor each of the mask's elements belongs to.
 Criterion = Callable[[Tensor, Mask, FlatLayout], Tensor]
@@ -226,14 +229,19 @@ def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None
             (b.dtype == torch.bool) is not (held.dtype == torch.bool)
         ):
             raise ValueError(f"{name}: expected a buffer like {held.dtype}, got {b.dtype}")
+        if _overlaps(held) and not torch.equal(held, b.view(held.shape).to(held)):
+            raise ValueError(
+                f"{name}: expected a buffer that can take other values, got an expanded one of "
+                f"strides {held.stride()}; clone it in the module"
+            )
         if b.is_floating_point():
             if bool(b.isnan().any()):
                 raise ValueError(f"{name}: expected numbers, got NaN")
             if peak(b[b.isfinite()]) > torch.finfo(held.dtype).max:
                 raise ValueError(f"{name}: expected the range of {held.dtype}, got more")
         elif b.dtype != torch.bool and b.numel():
-            info = torch.iinfo(held.dtype)
-            if int(b.min()) < info.min or int(b.max()) > info.max:
+            info, wide = torch.iinfo(held.dtype), b.to(torch.int64)  # torch has no uint16.min()
+            if int(wide.min()) < info.min or int(wide.max()) > info.max:
                 raise ValueError(f"{name}: expected the range of {held.dtype}, got more")
 
 
@@ -246,6 +254,8 @@ def _are_ordinary(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> b
     for name, held in own.items():
         b = buffers.get(name)
         if not isinstance(b, Tensor) or b.shape != held.shape or b.device.type != "cpu":
+            return False
+        if _overlaps(held) or b.dtype in _WIDE_UNSIGNED:
             return False
         if b.is_floating_point() is not held.is_floating_point() or (
             (b.dtype == torch.bool) is not (held.dtype == torch.bool)
@@ -278,9 +288,15 @@ def infinite_elements(buffers: Mapping[str, Tensor]) -> dict[str, int]:
 
 @torch.no_grad()
 def write_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
-    own = params.buffers
+    # An expanded one has these values already: `check_buffers`.
+    own = {name: b for name, b in params.buffers.items() if not _overlaps(b)}
     if not own:
         return
     torch._foreach_copy_(
         list(own.values()), [buffers[name].view(b.shape) for name, b in own.items()]
     )
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    return any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))

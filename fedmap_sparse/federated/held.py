@@ -21,7 +21,8 @@ from fedmap_sparse.federated.global_model import (
     write_buffers,
     write_model,
 )
-from fedmap_sparse.federated.rounds import Lock, OpenRound
+from fedmap_sparse.federated.lock import Lock
+from fedmap_sparse.federated.rounds import OpenRound
 from fedmap_sparse.federated.server_optim import ServerOptimizer, fresh_state
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -12,22 +11,6 @@ from fedmap_sparse.federated.global_model import GlobalModel
 
 #: How many encoded messages of a round a server keeps for further receivers.
 CACHED = 4
-
-
-class Lock:
-    """A re-entrant lock that a copied or unpickled owner makes anew."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
 
 
 @dataclass

@@ -285,7 +285,7 @@ class FedMapServer(ModelServer):
             ValueError: a `weight` below 1.
         """
         if weight is not None:
-            arrived.trusted([client], {client: weight})
+            weight = (arrived.trusted([client], {client: weight}) or {})[client]
         with self._lock:
             aggregation = self._streaming("add")
             aggregation.uplink_bytes += arrived.size(data)

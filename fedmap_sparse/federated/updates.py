@@ -142,7 +142,7 @@ def trusted(
         return None
     found = {}
     for client in clients:
-        weight = weights.get(client)
+        weight = _checks.number(weights.get(client))
         if isinstance(weight, bool) or not isinstance(weight, int):
             raise ValueError(f"weights: expected an int for client {client!r}, got {weight!r}")
         if not 1 <= weight <= MAX_INTEGER:

@@ -195,6 +195,7 @@ def weighted_mean(
         # A tuple keeps the payloads alive while the GIL is released.
         if _mean.attempt(tuple(payloads), weights, target) is not None:
             return target
+    weights = [_checks.number(w) for w in weights]
     _mean.check(payloads=payloads, weights=weights, out=out, first=first)
     if out is None:
         out = torch.empty(first.numel(), dtype=first.dtype, device=first.device)
@@ -258,6 +259,7 @@ class Accumulator:
         if direct(payload, self._backend) and _is_weight(weight):
             done = _add.attempt(self.sums, payload, weight)
         if done is None:
+            weight = _checks.number(weight)
             _add.check(sums=self.sums, payload=payload, weight=weight)
             _add(self.sums, _checks.plain(payload), float(weight), backend=self._backend)
         self.total += weight

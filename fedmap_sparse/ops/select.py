@@ -168,7 +168,8 @@ def _prepare(
     op: Op, values: Tensor | Many, within: Within | Sequence[Within], keep: int
 ) -> tuple[list[Tensor], list[Tensor | None], int]:
     """The tensors, the words of `within` and the eligible elements, all checked."""
-    tensors = [values] if isinstance(values, Tensor) or values is None else list(values)
+    single = values is None or hasattr(values, "dtype")  # an array is refused by its type
+    tensors: list[Any] = [values] if single else list(values)
     masks: list[Within]
     if within is None:
         masks = [None] * len(tensors)

@@ -91,7 +91,9 @@ class MaskedAdamW(MaskedOptimizer):
         part.together = None
         counts = self._counts_of(part) + (part.rows[:, 2] != 0)
         self._set_counts(part, counts)
-        part.scalars[:, 5:7] = np.power(part.scalars[:, 1:3], counts[:, None].astype(np.float64))
+        with np.errstate(under="ignore"):  # a power too small is 0, also under np.seterr("raise")
+            powers = np.power(part.scalars[:, 1:3], counts[:, None].astype(np.float64))
+        part.scalars[:, 5:7] = powers
 
     def _count_of(self, saved: Mapping[str, Any]) -> float:
         return float(saved.get("step", 0) if "exp_avg" in saved else 0)

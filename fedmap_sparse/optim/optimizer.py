@@ -14,10 +14,17 @@ from fedmap_sparse import _backends, ops
 from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
-from fedmap_sparse.optim.hooks import hookable
+from fedmap_sparse.optim.hooks import hookable, overflowed, refuse_capture
 from fedmap_sparse.optim.packed import Packing
 from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped
-from fedmap_sparse.optim.state import PackedState, Shown, check_groups, numbered, saved_mask
+from fedmap_sparse.optim.state import (
+    PackedState,
+    Shown,
+    check_groups,
+    numbered,
+    own_entries,
+    saved_mask,
+)
 
 Groups = Iterable[dict[str, Any]]
 #: A group's scalars and flags, as a row of the table of segments holds them.
@@ -145,26 +152,18 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         optimizers, a step with an infinity changes nothing, and gradients are divided first.
 
         Raises:
-            RuntimeError: a parameter is no longer a view of the flat buffer (see `rebind`).
+            RuntimeError: a parameter is no longer a view of the flat buffer (see `rebind`), or a
+                CUDA graph is being captured.
             ValueError: `flat.mask` was replaced by one that is no subset of the mask before.
         """
+        refuse_capture(self.flat.values.device)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._overflowed():
+        if not overflowed(self):
             self._step()
         return loss
-
-    def _overflowed(self) -> bool:
-        """GradScaler's protocol for optimizers that take part in it."""
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is not None and float(found) != 0:
-            return True
-        if scale is not None:
-            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-            torch._foreach_div_(grads, float(scale))
-        return False
 
     def _step(self) -> None:
         flat = self.flat
@@ -278,6 +277,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """As in torch: Parameter to the state it has, here views of the packed tensors."""
         if self._shown is None:
             self._settle()
+        if self._shown is None:  # a copy's own entries make one
             self._shown = Shown(defaultdict(dict))
             self._shown.refresh(self._packed, self.flat)
         return self._shown.state
@@ -330,6 +330,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         number = {id(p): n for n, p in enumerate(parameters)}
         known = self.flat.index_of()
         state = {n: self._packed.saved(known[id(p)]) for n, p in enumerate(parameters)}
+        if self._shown is not None:
+            for n, p in enumerate(parameters):
+                state[n].update(own_entries(self._shown.state.get(p, {}), self.state_names))
         groups = [{**g, "params": [number[id(p)] for p in g["params"]]} for g in self.param_groups]
         return {"state": {n: s for n, s in state.items() if s}, "param_groups": groups}
 
@@ -363,6 +366,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         if self._shown is not None:
             self._shown.state.clear()
         self._lay_out()
+        for i, of_one in state.items():
+            if entries := own_entries(of_one, self.state_names):
+                self.state.setdefault(flat.parameters[i], {}).update(entries)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without hooks, as torch's: the flat parameters, groups and state."""

@@ -24,8 +24,9 @@ class MaskedSGD(MaskedOptimizer):
         groups: parameter groups as torch takes them (dicts with "params": parameters of the
             module, and overrides). None: one group of all. Parameters of no group stay as they
             are and have no state.
-        capturable: accepted for code that sets it; it changes nothing. `lr` may be a tensor. A step
-            counts on the host: do not capture it in a CUDA graph.
+        capturable: accepted for code that sets it; it changes nothing. `lr` may be a tensor, which
+            is read on the host at each step, as counts are. So a step on a GPU may not be captured
+            in a CUDA graph: that is a RuntimeError.
 
     Pruned weights are +0.0 after each step, whatever gradient, decay or momentum say; the dense
     tail is updated in the same call. With a dense mask the result is torch's within rounding.

@@ -18,6 +18,8 @@ from fedmap_sparse.optim.packed import Packing
 CountOf = Callable[[Mapping[str, Any]], float]
 
 
+# What the optimizers call their state: no entry of a user's.
+_NAMES = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _MOST_STEPS = 2.0**53
 
 
@@ -106,8 +108,11 @@ class PackedState:
             ValueError: the state is of another optimizer, or of another parameter.
         """
         e = flat.layout.entries[index]
-        if unknown := sorted(set(saved) - {*self.names, "master", "mask", "step"}):
-            raise ValueError(f"{where}: expected the state {list(self.names)}, got {unknown}")
+        unknown = own_entries(saved, self.names)
+        complete = "mask" in saved or self.names[0] in saved
+        if unknown and (not complete or set(unknown) & _NAMES):
+            got = sorted(map(str, unknown))
+            raise ValueError(f"{where}: expected the state {list(self.names)}, got {got}")
         held = None
         steps = float(saved.get("step", 0))
         if not 0 <= steps < _MOST_STEPS:
@@ -124,15 +129,19 @@ class PackedState:
             with torch.inference_mode(False):
                 own = words.detach().to(flat.values.device, torch.int32, copy=True)
                 held = Mask.from_words(own.reshape(-1), e.numel)
-        for name in (*self.names, "master"):
-            value = saved.get(name)
-            if value is None:
-                continue
+        values = {name: saved.get(name) for name in (*self.names, "master")}
+        found = {name: value for name, value in values.items() if value is not None}
+        dense = all(tuple(v.shape) == e.shape for v in found.values())
+        if held is None and not dense and e.offset < flat.layout.prunable_numel:
+            # Packed and without its mask, as a flattened state of DCP: by the current one.
+            held = flat.layout.slice_mask(flat.mask, e.name)
+        for name, value in found.items():
             wanted = e.numel if held is None else held.nnz
             if tuple(value.shape) != e.shape and value.numel() != wanted:
                 raise ValueError(
                     f"{where}[{name!r}]: expected {wanted} elements for {e.name}, got "
-                    f"{tuple(value.shape)}"
+                    f"{tuple(value.shape)}; if it is packed, set the mask that it was saved under "
+                    "first"
                 )
         return held
 
@@ -151,11 +160,12 @@ class Shown:
     def __init__(self, state: defaultdict[Tensor, Any]) -> None:
         self.state = state
         self._views: dict[int, dict[str, Tensor]] = {}
+        self._counts = torch.empty(0).numpy()
 
     def refresh(self, packed: PackedState, flat: FlatParameters) -> None:
         """Show the state as it is now."""
         assert packed.packing is not None
-        self._views = {}
+        self._views, self._counts = {}, packed.array.copy()
         for i in packed.packing.indices:
             views = packed.of(i)
             if views:
@@ -165,7 +175,7 @@ class Shown:
     def take_edits(self, packed: PackedState, flat: FlatParameters, count_of: CountOf) -> bool:
         """Take up what the user deleted or replaced since; whether there was any."""
         assert packed.packing is not None
-        edited = False
+        edited = packed.array.tobytes() != self._counts.tobytes()  # state[p]["step"].fill_(0)
         for i in packed.packing.indices:
             views, p = self._views.get(i, {}), flat.parameters[i]
             now = self.state.get(p)
@@ -196,6 +206,11 @@ class Shown:
             packed.allocate(tuple(n for n in known if n in packed.names), flat)
             packed.put(i, changed, mask, count_of(known))
         return edited
+
+
+def own_entries(saved: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What a user put into one parameter's state."""
+    return {k: v for k, v in saved.items() if k not in {*names, "master", "mask", "step"}}
 
 
 def numbered(groups: list[dict[str, Any]]) -> list[Tensor]:

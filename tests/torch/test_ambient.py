@@ -3,6 +3,7 @@
 import copy
 
 import ambient
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,3 +119,36 @@ def test_no_kernel_reads_what_is_no_memory_of_that_size(t):
     assert packed.device == t.device
     if packed.device.type == "cpu" and type(packed) is torch.Tensor:
         assert torch.equal(packed, t.reshape(-1))
+
+
+def test_numpy_that_raises_at_underflow():
+    m = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = [{"params": m[0].parameters()}, {"params": m[1].parameters()}]
+    o = MaskedAdamW(fs.flatten(m), lr=0.1, betas=(0.5, 0.9), groups=groups)
+    with np.errstate(all="raise"):
+        for _ in range(1100):  # 0.5 ** 1075 is 0
+            for p in m.parameters():
+                p.grad = torch.ones_like(p)
+            o.step()
+    assert all(p.isfinite().all() for p in m.parameters())
+
+
+def test_a_model_made_in_inference_mode_is_refused_by_name():
+    with torch.inference_mode():
+        m = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"0\.weight: .*inference tensor.*outside"):
+        fs.flatten(m)
+
+
+def test_nobodys_random_numbers_are_drawn():
+    models = [nn.Linear(40, 30) for _ in range(2)]
+    of_torch = torch.get_rng_state()
+    of_numpy = np.random.get_state()[1].copy()  # noqa: NPY002  # the global one
+    fs.ops.magnitude_mask(torch.arange(1e5).sin(), 500)
+    server = fs.FedMapServer(fs.flatten(models[0]), fs.schedule.OneShot(0.5, at=0))
+    client = fs.FedMapClient(fs.flatten(models[1]), dtype="int8")
+    server.begin_round()
+    client.receive(server.broadcast(None))
+    server.aggregate([(0, client.update(1))])
+    assert torch.equal(of_torch, torch.get_rng_state())
+    assert (of_numpy == np.random.get_state()[1]).all()  # noqa: NPY002  # the global one

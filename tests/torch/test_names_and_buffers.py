@@ -201,3 +201,54 @@ def test_meta_tensors_give_shapes():
     assert FlatLayout.from_state_dict(tied.state_dict()).aliases == (("1.weight", "0.weight"),)
     got = fs.decode_state_dict(fs.encode_state_dict(state), like=like)
     assert torch.equal(got["0.weight"], state["0.weight"])
+
+
+def a_round(make, change=lambda m: None):
+    """One client's round; the server's and the client's modules."""
+    models = [make(), make()]
+    server = fs.FedMapServer(fs.flatten(models[0]), fs.schedule.Dense())
+    client = fs.FedMapClient(fs.flatten(models[1]))
+    server.begin_round()
+    client.receive(server.broadcast(None))
+    change(models[1])
+    assert server.aggregate([(0, client.update(1))]).accepted == (0,)
+    return models
+
+
+BUFFERS = {
+    "expanded": lambda: torch.arange(5).expand(3, -1),
+    "expanded floats": lambda: torch.ones(1).expand(3),
+    "transposed": lambda: torch.arange(12.0).view(3, 4).t(),
+    "uint16": lambda: torch.tensor([0, 65535], dtype=torch.uint16),
+    "uint32": lambda: torch.tensor([0, 2**32 - 1], dtype=torch.uint32),
+    "uint64": lambda: torch.tensor([0, 2**62], dtype=torch.uint64),
+    "float64": lambda: torch.tensor([1 / 3], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("make", BUFFERS.values(), ids=list(BUFFERS))
+def test_buffers_of_every_kind_go_round(make):
+    for m in a_round(lambda: with_buffer(make())):
+        assert m.table.dtype == make().dtype
+        assert torch.equal(m.table, make())
+
+
+def test_an_expanded_buffer_that_would_change_is_refused_by_name():
+    server = fs.FedMapServer(fs.flatten(with_buffer(torch.arange(3.0))), fs.schedule.Dense())
+    flat = fs.flatten(with_buffer(torch.ones(1).expand(3)))
+    before = flat.values.clone()
+    server.begin_round()
+    with pytest.raises(fs.FormatError, match=r"table: .*expanded.*clone"):
+        fs.FedMapClient(flat).receive(server.broadcast(None))
+    assert torch.equal(flat.values, before)
+
+
+def test_buffers_that_share_memory_stay_one():
+    def make():
+        m = with_buffer(torch.arange(6.0))
+        m[0].register_buffer("part", m.table[:3])
+        return m
+
+    server, _ = a_round(make, lambda m: m.table.add_(1))
+    assert torch.equal(server.table, torch.arange(6.0) + 1)
+    assert torch.equal(server[0].part, server.table[:3])

@@ -56,3 +56,75 @@ def test_a_flat_model_shares_its_memory_with_numpy():
     flat.values.numpy()[:] = 2.0
     assert flat.module.weight.eq(2).all()
     assert torch.from_numpy(flat.module.weight.detach().numpy()).eq(2).all()
+
+
+WRONG = {
+    "structured": lambda: np.zeros(3, dtype=[("a", "f4")]),
+    "objects": lambda: np.array([1, None], dtype=object),
+    "text": lambda: np.array(["a"]),
+    "dates": lambda: np.array(["2020"], dtype="datetime64[D]"),
+    "longdouble": lambda: np.ones((2, 2), np.longdouble),
+    "beyond 2^63": lambda: np.array([2**63], np.uint64),
+    "complex": lambda: np.ones(3, np.complex64),
+}
+
+
+@pytest.mark.parametrize("make", WRONG.values(), ids=list(WRONG))
+def test_what_is_no_number_is_refused_by_name(make):
+    with pytest.raises((TypeError, ValueError), match="odd: expected"):
+        fs.encode_state_dict({"w": W, "odd": make()})
+
+
+KINDS = {
+    "bool": lambda: np.array([True, False]),
+    "empty": lambda: np.ones((0, 4), np.float32),
+    "big-endian float16": lambda: np.arange(4, dtype=">f2"),
+    "matrix": lambda: np.asarray([[1.0, 2.0]]).view(np.matrix),
+    "record": lambda: np.rec.array(np.ones(3, np.float32)),
+    "int8": lambda: np.array([-3], np.int8),
+    "big-endian int64": lambda: np.array([-3], ">i8"),
+    "scalar": lambda: np.float32(2),
+    "integer scalar": lambda: np.int64(2),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=list(KINDS))
+def test_every_kind_comes_back(make):
+    state = {"w": W, "odd": make()}
+    got = fs.decode_state_dict(fs.encode_state_dict(state), like=state)["odd"]
+    assert got.dtype == state["odd"].dtype
+    assert np.array_equal(got, state["odd"])
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_schedules_take_numpys_numbers_as_they_print(kind):
+    one = fs.schedule.OneShot(kind(0.1), at=np.int64(2))
+    assert one == fs.schedule.OneShot(0.1, at=2)
+    assert type(one.target) is float
+    assert type(one.at) is int
+    assert one.keep(np.int32(2), np.int64(1000)) == 900
+    assert fs.schedule.Cubic(kind(0.9), np.int8(0), np.int8(4)).keep(4, 1000) == 100
+    with pytest.raises(TypeError, match="target"):
+        fs.schedule.OneShot(np.True_, at=0)
+
+
+def test_weights_and_samples():
+    ones = [torch.ones(3), torch.zeros(3)]
+    assert torch.equal(fs.ops.weighted_mean(ones, np.array([1, 3])), torch.full((3,), 0.25))
+    total = fs.ops.Accumulator(np.int64(3))
+    total.add(ones[0], np.float32(1))
+    total.add(ones[1], np.int16(3))
+    assert torch.equal(total.mean(), torch.full((3,), 0.25))
+    server = fs.FedMapServer(
+        fs.flatten(nn.Linear(4, 4)), fs.schedule.Dense(), max_samples=np.int64(100)
+    )
+    client = fs.FedMapClient(fs.flatten(nn.Linear(4, 4)))
+    server.begin_round()
+    client.receive(server.broadcast(None))
+    assert server.add(np.int64(3), client.update(np.int16(10)), weight=np.int32(3)) is None
+    assert server.close_round().accepted == (3,)
+
+
+def test_an_array_where_a_tensor_is_wanted():
+    with pytest.raises(TypeError, match=r"values: expected a torch\.Tensor, got ndarray"):
+        fs.ops.magnitude_mask(W, 3)

@@ -24,6 +24,14 @@ class LlamaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(4, 4))
 
 
+class Relative(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relative_attention_bias = nn.Embedding(32, 4)
+        self.pos_encoding = nn.Embedding(32, 4)
+        self.q = nn.Linear(4, 4)
+
+
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -59,6 +67,7 @@ CASES = {
     "layer scale": (Own(layer_scale=(8, 1, 1), gamma=(4, 4)), []),
     "tokens": (Own(cls_token=(1, 1, 8), mask_token=(1, 1, 8)), []),
     "positions": (Own(pos_embed=(1, 16, 8), relative_position_bias_table=(9, 4)), []),
+    "relative positions": (Relative(), ["q.weight"]),
     "tables of positions": (Positions(), ["wte.weight"]),
     "a matrix of somebody's": (Own(w=(4, 5), bias=(4, 5)), ["w"]),
     "experts": (Own(experts=(3, 4, 5)), ["experts"]),

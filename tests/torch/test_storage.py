@@ -87,3 +87,41 @@ def test_copies_of_modules_are_ordinary():
             twin[0].weight.fill_(9.0)
         assert not flat.values.eq(9).any()
         fs.flatten(twin).check_bound()
+
+
+@pytest.mark.parametrize("size", [pickled, saved])
+@pytest.mark.parametrize(
+    "part",
+    [lambda m: m, lambda m: m[3], lambda m: m[0].weight, lambda m: dict(m.named_parameters())],
+    ids=["module", "submodule", "parameter", "named parameters"],
+)
+def test_modules_and_parameters_cost_themselves(size, part):
+    m = net()
+    before = size(part(m))
+    flat = fs.flatten(m)
+    assert size(part(m)) < 1.1 * before + 1000
+    assert size((m, flat)) < 1.1 * size(m) + 5000
+
+
+def test_pickled_parameters_are_what_they_were():
+    m = net()
+    m[1].weight = m[0].weight
+    m[2].requires_grad_(False)
+    m[3].weight.note = "kept"
+    fs.flatten(m)
+    twin = pickle.loads(pickle.dumps(m))
+    assert twin[1].weight is twin[0].weight
+    assert twin[3].weight.note == "kept"
+    for p, q in zip(m.parameters(), twin.parameters(), strict=True):
+        assert type(q) is nn.Parameter
+        assert torch.equal(p, q)
+        assert p.requires_grad is q.requires_grad
+        assert q.data_ptr() != p.data_ptr()
+
+
+def test_what_was_decoded_costs_itself():
+    m = net()
+    flat = fs.flatten(m)
+    state = fs.decode(fs.encode(flat, flat.mask), flat.layout).to_state_dict()
+    assert pickled(state) < 1.1 * pickled(m.state_dict())
+    assert torch.equal(state["3.weight"], m[3].weight)

@@ -212,3 +212,11 @@ def test_a_model_without_memory_reaches_no_kernel():
         p.grad = torch.zeros_like(p)
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         o.step()
+
+
+def test_a_renamed_layer_is_named_by_both_names():
+    m = nn.ModuleDict({"a": nn.Linear(8, 4), "c": nn.Linear(4, 4)})
+    step = step_of(fs.flatten(m))
+    m["b"] = m.pop("a")
+    with pytest.raises(RuntimeError, match=r"a\.weight: .*none, but b\.weight"):
+        step()

@@ -186,3 +186,18 @@ def test_optimizers_in_backward_hooks_train_as_one():
         o.step()
     for p, q in zip(m.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_pruned_weights_of_a_frozen_layer_are_zeroed_too():
+    """A step does not write what has no gradient, whatever its density."""
+    m, flat = model_of(torch.float32, keep=3000)
+    m[0].weight.requires_grad_(False)
+    o = MaskedSGD(flat, lr=0.1)
+    for p in m[1].parameters():
+        p.grad = torch.ones_like(p)
+    o.step()
+    m[0].weight.data.fill_(1.0)
+    o.step()
+    keep = flat.layout.mask_dict(flat.mask)["0.weight"]
+    assert m[0].weight[keep].eq(1).all()
+    assert m[0].weight[~keep].eq(0).all()
