@@ -249,8 +249,7 @@ def decode(
     """Read a message from an untrusted sender; nothing of the receiver is changed.
 
     Args:
-        data: the whole message. The result's tensors may view it; one that may be written to
-            (bytearray, writable memoryview) is copied once.
+        data: the whole message. The result's tensors may view it.
         layout: what the receiver expects: every size in the message is checked against it before
             anything is allocated.
         mask: the receiver's current mask: the parent of a delta, or the mask of a message that
@@ -282,8 +281,6 @@ def decode(
     if device is None:
         device = values.CPU if mask is None else mask.device
     place = torch.empty(0, device=device).device  # "cuda" is one of several: the current one
-    if isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly):
-        data = bytes(container.as_bytes(data))  # who may write to it, may do so after this call
     header, found = container.parse(data)
     if header.layout != layout.digest():
         wanted, got = layout.digest().hex(), header.layout.hex()

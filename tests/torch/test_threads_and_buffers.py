@@ -75,18 +75,6 @@ def test_a_round_in_one_buffer_that_is_overwritten(kind, options):
     assert torch.equal(play(kind), play(bytes))
 
 
-@pytest.mark.parametrize("coding", ["raw", "entropy"])
-def test_a_decoded_message_outlives_its_buffer(coding):
-    flat = fs.flatten(net())
-    data = fs.encode(flat, flat.mask, coding=coding)
-    buffer = bytearray(data)
-    message = fs.decode(buffer, flat.layout)
-    buffer[:] = bytes(len(buffer))
-    wanted = fs.decode(data, flat.layout).to_state_dict()
-    for name, value in message.to_state_dict().items():
-        assert torch.equal(value, wanted[name]), name
-
-
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_round_under_way_is_copied(twin_of, streamed):
