@@ -16,7 +16,7 @@ from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim.hooks import hookable, overflowed, refuse_capture
 from fedmap_sparse.optim.packed import Packing
-from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped
+from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped, zero_gradients
 from fedmap_sparse.optim.state import (
     PackedState,
     Shown,
@@ -135,12 +135,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         `torch.nn.utils.clip_grad_norm_` counts the gradients of pruned weights too and so clips
         harder. Those gradients are set to +0.0 here first; nothing else reads them.
         """
-        layout = self.flat.layout
-        for p, e in zip(self.flat.parameters, layout.prunable_entries, strict=False):
-            if p.grad is not None:
-                grad = p.grad if p.grad.is_contiguous() else p.grad.contiguous()
-                ops.zero_pruned_(grad, layout.slice_mask(self.flat.mask, e.name))
-                p.grad = grad
+        zero_gradients(self.flat)
         chosen = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
 
@@ -152,8 +147,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         optimizers, a step with an infinity changes nothing, and gradients are divided first.
 
         Raises:
-            RuntimeError: a parameter is no longer a view of the flat buffer (see `rebind`), or a
-                CUDA graph is being captured.
+            RuntimeError: a parameter is no longer a view (see `rebind`), or a CUDA graph is captured.
             ValueError: `flat.mask` was replaced by one that is no subset of the mask before.
         """
         refuse_capture(self.flat.values.device)

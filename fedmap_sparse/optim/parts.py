@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmap_sparse import ops
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments
@@ -114,6 +115,15 @@ def read_gradients(
         counts.append(read)
         grads.append(None if read >= 0 and cpu else part.gradients(flat))
     return counts, grads
+
+
+def zero_gradients(flat: FlatParameters) -> None:
+    """Write +0.0 to the gradients of pruned weights."""
+    for p, e in zip(flat.parameters, flat.layout.prunable_entries, strict=False):
+        if p.grad is not None:
+            grad = p.grad if p.grad.is_contiguous() else p.grad.contiguous()
+            ops.zero_pruned_(grad, flat.layout.slice_mask(flat.mask, e.name))
+            p.grad = grad
 
 
 def stepped(parts: Iterable[Part]) -> list[int]:
