@@ -147,7 +147,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         optimizers, a step with an infinity changes nothing, and gradients are divided first.
 
         Raises:
-            RuntimeError: a parameter is no longer a view (see `rebind`), or a CUDA graph is captured.
+            RuntimeError: a parameter is no longer a view (see `rebind`), or a capture is on.
             ValueError: `flat.mask` was replaced by one that is no subset of the mask before.
         """
         refuse_capture(self.flat.values.device)
