@@ -13,6 +13,8 @@ from fedmap_sparse.codec.container import RAW, Id, Section, Wire
 from fedmap_sparse.errors import FormatError
 
 MAX_BYTES = 4096
+#: A reader's cost is per entry, 0.4 us: without a limit a record could hold 800 of them.
+MAX_ENTRIES = 256
 
 Value = bool | int | float | str
 _BOOLEANS = {0: False, 1: True}
@@ -24,8 +26,11 @@ def write(meta: Mapping[str, Value]) -> Section:
 
     Raises:
         TypeError: a key is not str, or a value not bool, int, float or str.
-        ValueError: an empty or overlong key, an integer beyond 64 bits, more than 4096 bytes.
+        ValueError: an empty or overlong key, an integer beyond 64 bits, more than 4096 bytes or 256
+            entries.
     """
+    if len(meta) > MAX_ENTRIES:
+        raise ValueError(f"meta: expected at most {MAX_ENTRIES} entries, got {len(meta)}")
     out = bytearray()
     for key in meta:
         if not isinstance(key, str):
@@ -68,40 +73,44 @@ def read(section: Section) -> dict[str, Value]:
     if len(data) > MAX_BYTES:
         size = len(section.payload)
         raise FormatError(f"META: expected at most {MAX_BYTES} bytes, got {size}", base)
+    if section.count > MAX_ENTRIES:
+        raise FormatError(
+            f"META: expected at most {MAX_ENTRIES} entries, got {section.count}", base
+        )
     meta: dict[str, Value] = {}
     last, at, end = b"", 0, len(data)
-    while at < end:
-        start = at
-        try:
-            name = data[at + 1 : at + 1 + data[at]]
-            at += 1 + data[at]
-            kind = data[at]  # an IndexError, if the name was cut short
-            at += 1
-            value: Value
+    key, value = "", False  # type: str, Value
+    try:
+        while at < end and len(meta) <= section.count:
+            stop = at + 1 + data[at]
+            name = data[at + 1 : stop]
+            kind = data[stop]  # an IndexError, if the name was cut short
             if kind == 0:
-                value = _BOOLEANS[data[at]]
-                at += 1
+                value = _BOOLEANS[data[stop + 1]]
+                stop += 2
             elif kind == 1:
-                value = _INT.unpack_from(data, at)[0]
-                at += 8
+                value = _INT.unpack_from(data, stop + 1)[0]
+                stop += 9
             elif kind == 2:
-                value = _FLOAT.unpack_from(data, at)[0]
-                at += 8
+                value = _FLOAT.unpack_from(data, stop + 1)[0]
+                stop += 9
             elif kind == 3:
-                stop = at + 2 + _LENGTH.unpack_from(data, at)[0]
+                first = stop + 3
+                stop = first + _LENGTH.unpack_from(data, stop + 1)[0]
                 if stop > end:
-                    raise IndexError(f"expected {stop - at - 2} bytes, got {end - at - 2}")
-                value = data[at + 2 : stop].decode()
-                at = stop
+                    raise IndexError(f"expected {stop - first} bytes, got {end - first}")
+                value = data[first:stop].decode()
             else:
                 raise IndexError(f"unknown type {kind}")
             key = name.decode()
-        except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
-            raise FormatError(f"META: broken entry ({error})", base + start) from None
-        if name <= last:
-            raise FormatError(f"META: expected a key above {last!r}, got {name!r}", base + start)
-        meta[key] = value
-        last = name
+            if name <= last:
+                break
+            meta[key] = value
+            last, at = name, stop
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
+        raise FormatError(f"META: broken entry ({error})", base + at) from None
+    if at < end and len(meta) <= section.count:
+        raise FormatError(f"META: expected a key above {last!r}, got {key.encode()!r}", base + at)
     if len(meta) != section.count or not meta:
         raise FormatError(f"META: expected {section.count} entries, got {len(meta)}", base)
     return meta

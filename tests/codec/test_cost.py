@@ -103,7 +103,7 @@ def test_many_sections_and_long_records_cost_no_more() -> None:
     data = codec.encode(small, small.mask, meta={"loss": 0.5})
     message = codec.decode(data, small.layout, mask=small.mask)
     names = [a + b for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
-    record = codec.encode(small, small.mask, meta=dict.fromkeys(names[:650], True))
+    record = codec.encode(small, small.mask, meta=dict.fromkeys(names[:256], "ten letter"))
     for count in (28, 300, 32_767):
         empty = [container.Section.make(0x8000 + i, 0, 0, b"") for i in range(count)]
         many = container.join(message.header, (*message.sections.values(), *empty))

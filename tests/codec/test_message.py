@@ -18,7 +18,7 @@ from torch import nn
 
 import fedmap_sparse as fs
 from fedmap_sparse import codec
-from fedmap_sparse.codec import container
+from fedmap_sparse.codec import container, meta
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -247,6 +247,11 @@ def test_encode_refuses(params: fs.FlatParameters) -> None:
         ({"meta": {"": 1}}, ValueError, "key of 1 to 255 bytes"),
         ({"meta": {"a": 1 << 63}}, ValueError, "integer of 64 bits"),
         ({"meta": {"a": "x" * 5000}}, ValueError, "at most 4096"),
+        (
+            {"meta": {f"{i:03}": True for i in range(257)}},
+            ValueError,
+            "at most 256 entries, got 257",
+        ),
         ({"meta": {1: 2}}, TypeError, "expected str keys"),
     ):
         with pytest.raises(error, match=words):
@@ -285,8 +290,6 @@ def test_huge_claims_fail_at_once(params: fs.FlatParameters) -> None:
 
 @given(st.data())
 def test_meta_round_trip(data: st.DataObject) -> None:
-    from fedmap_sparse.codec import meta
-
     value = (
         st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | st.floats() | st.text(max_size=9)
     )
@@ -368,3 +371,13 @@ def test_inspect_needs_no_layout(params: fs.FlatParameters) -> None:
         assert words in text
     with pytest.raises(codec.FormatError, match="payload: expected CRC"):
         codec.inspect(data[:192] + b"\xff" + data[193:])
+
+
+def test_a_record_has_at_most_256_entries() -> None:
+    entries = b"".join(b"\x03%03d\x00\x01" % i for i in range(257))
+    for count in (257, 5):
+        section = container.Section.make(container.Id.META, container.Wire.RECORD, count, entries)
+        with pytest.raises(fs.FormatError, match=r"at most 256 entries|expected 5 entries, got 6"):
+            meta.read(section)
+    section = container.Section.make(container.Id.META, container.Wire.RECORD, 256, entries[:-6])
+    assert len(meta.read(section)) == 256

@@ -227,6 +227,7 @@ def record_of(section):
     dtype, encoding, count, block, _, payload = section
     refuse_unless(dtype == RECORD and encoding == 0 and block == 0, "META: type")
     refuse_unless(0 < len(payload) <= 4096, "META: size")
+    refuse_unless(count <= 256, "META: count")
     record, last, at = {}, b"", 0
 
     def take(n):
