@@ -73,11 +73,11 @@ def write_atomically(path: Path, data: bytes | bytearray, keep: Path | None = No
             if keep is not None:
                 with suppress(FileNotFoundError):
                     os.replace(path, keep)  # noqa: PTH105  # counted and failed by the crash tests
-            os.replace(beside, path)  # noqa: PTH105
+            os.replace(beside, path)  # noqa: PTH105  # counted and failed by the crash tests
             _flush_folder(path.parent)
         except OSError as error:
             with suppress(OSError):
-                os.unlink(beside)  # noqa: PTH108
+                os.unlink(beside)  # noqa: PTH108  # counted likewise
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 

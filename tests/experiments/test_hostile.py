@@ -316,7 +316,7 @@ def test_output_that_cannot_be_written(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     if kind == "full":
-        stream = Path("/dev/full").open("w")  # noqa: SIM115
+        stream = Path("/dev/full").open("w")  # noqa: SIM115  # a stream that fails
     else:
         reader, writer = os.pipe()
         os.close(reader)

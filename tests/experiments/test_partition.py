@@ -73,7 +73,7 @@ def test_other_random_state_is_left_alone() -> None:
     torch_state = torch.get_rng_state()
     for share_out in partition.PARTITIONS.values():
         share_out(LABELS, 5)
-    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002  # the global state is the point
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 

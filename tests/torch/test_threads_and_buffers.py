@@ -19,7 +19,10 @@ def net():
 
 def parties(n, **options):
     server = fs.FedMapServer(fs.flatten(net()), fs.schedule.OneShot(0.5, at=0))
-    make = lambda f, m, lr: MaskedAdamW(f, m, lr=0.01)  # noqa: E731
+
+    def make(f, m, lr):
+        return MaskedAdamW(f, m, lr=0.01)
+
     clients = [fs.FedMapClient(fs.flatten(net()), optimizer=make, **options) for _ in range(n)]
     server.begin_round()
     return server, clients

@@ -22,7 +22,10 @@ def test_functional_call_and_grad():
     m = nn.Linear(4, 3)
     flat = fs.flatten(m)
     x = torch.randn(2, 4)
-    loss = lambda p: torch.func.functional_call(m, p, (x,)).square().sum()  # noqa: E731
+
+    def loss(p):
+        return torch.func.functional_call(m, p, (x,)).square().sum()
+
     grads = torch.func.grad(loss)({n: p.detach() for n, p in m.named_parameters()})
     m(x).square().sum().backward()
     torch.testing.assert_close(grads["weight"], m.weight.grad)
