@@ -214,11 +214,6 @@ def common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]
         raise ValueError("model: expected at least one parameter, got none")
     head, p0 = next(iter(parameters.items()))
     for name, p in parameters.items():
-        if p.is_inference():
-            raise TypeError(
-                f"{name}: expected an ordinary torch tensor, got an inference tensor, which cannot "
-                "be written or trained; make the model outside of torch.inference_mode()"
-            )
         if p.layout is not torch.strided or p.dtype not in _checks.FLOAT_DTYPES:
             kind = _checks.short(p.dtype) if p.layout is torch.strided else str(p.layout)
             raise TypeError(f"{name}: expected dense float32, float16 or bfloat16, got {kind}")
