@@ -79,8 +79,7 @@ class Packed(Arm):
     def __init__(self, model: nn.Module, grads: State, before: int, keep: int, size: Size) -> None:
         super().__init__(model, grads, before, keep, size)
         flat = fs.flatten(copy.deepcopy(model))
-        fs.ops.prune_(flat.prunable, before, within=flat.mask)
-        flat.mask = fs.ops.magnitude_mask(flat.prunable, before, within=flat.mask)
+        flat.mask = fs.ops.prune_(flat.prunable, before, within=flat.mask)
         self.server = fs.FedMapServer(flat, _Fixed(keep))
         self.module = fs.flatten(copy.deepcopy(model))
         self.give_grads(self.module.module)

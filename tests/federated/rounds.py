@@ -47,7 +47,7 @@ def sgd(params: fs.FlatParameters, mask: fs.Mask, lr: float | None) -> MaskedSGD
 
 
 def move(client: FedMapClient, seed: int, size: float = 0.01) -> None:
-    """Stand in for training: move every survivor and the tail, count a step."""
+    """Instead of training: add to every survivor and to the tail, and count one step."""
     g = torch.Generator().manual_seed(seed)
     flat = client.params
     with torch.no_grad():

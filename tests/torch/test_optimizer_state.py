@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from small_training import net, same, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -20,23 +20,6 @@ PAIRS = [
     pytest.param(MaskedSGD, {"lr": 0.05, "momentum": 0.9}, id="sgd"),
     pytest.param(MaskedAdamW, {"lr": 0.01, "amsgrad": True}, id="adamw"),
 ]
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-
-
-def train(m, o, seed):
-    o.zero_grad()
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-    m(x).sub(1).square().mean().backward()
-    o.step()
-
-
-def same(m, twin, **tolerance):
-    for p, q in zip(m.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, **tolerance)
 
 
 def pruned(m):

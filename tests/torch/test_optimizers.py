@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from small_training import net, same, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -20,23 +21,6 @@ PAIRS = [
     pytest.param(MaskedSGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, id="sgd"),
     pytest.param(MaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}, id="adamw"),
 ]
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-
-
-def train(m, o, seed):
-    o.zero_grad()
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-    m(x).sub(1).square().mean().backward()
-    o.step()
-
-
-def same(m, twin, **tolerance):
-    for p, q in zip(m.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, **tolerance)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "kw"), PAIRS)
