@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copyreg
 import itertools
+import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,26 +41,24 @@ def registered(module: nn.Module) -> dict[str, Registered]:
 
 
 class Tree:
-    """What `module` held when this was made, in lists that C++ compares in a microsecond or two."""
+    """The modules and parameters that `module` held when this was made, all under it too."""
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Registered]) -> None:
-        self.holders = [r.holder for r in parameters]
-        self.keys = [r.key for r in parameters]
-        self._links: list[tuple[dict[str, Any], str, Any]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
+    def __init__(self, module: nn.Module) -> None:
+        # Each dict, then its keys and values. One list, so that C++ walks it in a microsecond.
+        self._seen: list[Any] = []
         for owner in module.modules():
-            self._links += [(owner._modules, key, child) for key, child in owner._modules.items()]
-            self._links += [(owner._parameters, key, p) for key, p in owner._parameters.items()]
-            self._sizes += [(owner._modules, len(owner._modules))]
-            self._sizes += [(owner._parameters, len(owner._parameters))]
+            for held in (owner._modules, owner._parameters):
+                self._seen += [held, *itertools.chain(*held.items())]
 
     def is_same(self) -> bool:
         """Whether every module and parameter is where it was, and none was added."""
         if native is not None:
-            return bool(native.same_tree(self._links, self._sizes))
-        return all(d.get(key) is it for d, key, it in self._links) and all(
-            len(d) == size for d, size in self._sizes
-        )
+            return bool(native.same_tree(self._seen))
+        now = []
+        for held in self._seen:
+            if isinstance(held, dict):
+                now += [held, *itertools.chain(*held.items())]
+        return len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
 
 
 class BufferPlaces:

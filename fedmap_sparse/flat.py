@@ -112,7 +112,7 @@ class FlatParameters(Writes):
         ]
         self.values = values
         self.parameters = list(current.values())
-        self._tree = _module_tree.Tree(self.module, [found[n] for n in current])
+        self._tree = _module_tree.Tree(self.module)
         self._places = _module_tree.BufferPlaces(self.module)
         self._shapes = [e.shape for e in self.layout.entries]
         rows = [[e.offset, e.numel, 0, 0] for e in self.layout.entries]
@@ -233,7 +233,7 @@ class FlatParameters(Writes):
                     f"a parameter no longer shares the memory of {name}. Call rebind() on the "
                     "FlatParameters"
                 )
-        self._tree = _module_tree.Tree(self.module, [found[e.name] for e in self.layout.entries])
+        self._tree = _module_tree.Tree(self.module)
 
     def _is_view(self, p: Tensor, offset: int, shape: tuple[int, ...]) -> bool:
         place = self.values.data_ptr() + offset * self.values.element_size()
@@ -297,10 +297,8 @@ class FlatParameters(Writes):
         """
         if native is None or not self._tree.is_same() or self._tied:
             return -1
-        lists: list[Any] = [self.parameters, self._tree.holders, self._tree.keys]
-        if indices is not None:
-            lists = [[every[i] for i in indices] for every in lists]
-        return int(native.read_gradients(values, *lists, rows))
+        asked = self.parameters if indices is None else [self.parameters[i] for i in indices]
+        return int(native.read_gradients(values, asked, rows))
 
     def gradient(self, index: int) -> Tensor | None:
         """Of one parameter, with those of the parameters that share its memory added."""

@@ -128,6 +128,35 @@ namespace {
 
 constexpr int64_t kAll = 1 << 16; // a model of so many prunable elements is read whole
 constexpr int64_t kPiece = 256;   // of each span of larger ones
+// Spans from a piece's lines being asked for to their being read. Pieces lie too far apart for the
+// hardware to foresee: without this a cold mobilenetv2 took 85 us, 50 with it.
+constexpr int kAhead = 4;
+
+// The prunable part of a model, a span at a time, and what of it is looked at.
+struct Spans {
+  const Segment *segment, *last;
+  int64_t prunable, turn;
+  int64_t at = 0, end = 0; // the span
+  int64_t from = 0, to = 0;
+
+  bool next() {
+    const bool inside = end > 0 && end < segment->offset + segment->numel;
+    if (!inside && end > 0)
+      ++segment;
+    while (segment < last && segment->numel == 0)
+      ++segment;
+    if (segment >= last || segment->offset >= prunable)
+      return false;
+    from = at = inside ? end : segment->offset;
+    to = end = std::min(segment->offset + segment->numel, at / kSpan * kSpan + kSpan);
+    if (turn >= 0 && prunable > kAll) {
+      const int64_t pieces = (end - at + kPiece - 1) / kPiece;
+      from = at + (turn + at / kSpan) % pieces * kPiece;
+      to = std::min(end, from + kPiece);
+    }
+    return true;
+  }
+};
 
 template <class T>
 bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t prunable,
@@ -137,23 +166,31 @@ bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t p
     const int64_t block = at / kBlock, first = block * kBlockWords;
     return rank[block] + count_bits(words + first, at / 32 - first);
   };
-  for (const Segment* s = segments; s < segments + nseg && s->offset < prunable; ++s) {
-    const int64_t stop = s->offset + s->numel;
-    for (int64_t at = s->offset, end; at < stop; at = end) {
-      end = std::min(stop, at / kSpan * kSpan + kSpan);
-      int64_t from = at, to = end;
-      // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
-      if (turn >= 0 && s->gradient &&
-          before(mask_words(end) * 32) - before(at) >= (end - at + kSparse - 1) / kSparse)
-        continue; // a step writes its zeros
-      if (turn >= 0 && prunable > kAll) {
-        const int64_t pieces = (end - at + kPiece - 1) / kPiece;
-        from = at + (turn + at / kSpan) % pieces * kPiece;
-        to = std::min(end, from + kPiece);
-      }
-      if (any(values + from, words + from / 32, to - from))
-        return true;
+  Spans ahead{segments, segments + nseg, prunable, turn}, span = ahead;
+  const auto fetch = [&] {
+    if (turn < 0 || !ahead.next() || ahead.to - ahead.from > kPiece)
+      return;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = ahead.from; i < ahead.to; i += kLine)
+      __builtin_prefetch(values + i);
+    __builtin_prefetch(words + ahead.from / 32);
+    for (const int64_t edge : {ahead.at, ahead.end}) {
+      __builtin_prefetch(rank + edge / kBlock);
+      for (int64_t i = edge / kBlock * kBlock; i < edge; i += 512) // a line of words
+        __builtin_prefetch(words + i / 32);
     }
+  };
+  for (int i = 0; i < kAhead; ++i)
+    fetch();
+  while (span.next()) {
+    fetch();
+    const int64_t n = span.end - span.at;
+    // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
+    const bool stepped = turn >= 0 && span.segment->gradient &&
+                         before(mask_words(span.end) * 32) - before(span.at) >=
+                             (n + kSparse - 1) / kSparse; // a step writes its zeros
+    if (!stepped && any(values + span.from, words + span.from / 32, span.to - span.from))
+      return true;
   }
   return false;
 }
