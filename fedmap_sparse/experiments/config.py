@@ -10,23 +10,19 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedmap_sparse import codec, schedule
+from fedmap_sparse import schedule
 from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
-from fedmap_sparse.experiments import criteria, data, models, options, partition
-from fedmap_sparse.experiments.options import Value, option
+from fedmap_sparse.experiments import criteria, options
+from fedmap_sparse.experiments.options import Value
+from fedmap_sparse.experiments.table import GRADUAL, PRUNED, Table
 from fedmap_sparse.federated import Criterion, server_optim
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.schedule import Schedule
 
-_WIRE = (*codec.DTYPES, "int8")
-_PRUNED = ("schedule", tuple(kind for kind in schedule.KINDS if kind != "dense"))
-_GRADUAL = ("schedule", ("iterative", "cubic"))
-_SERVER_STEP = ("server_optimizer", ("fedavgm", "fedadam"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Table):
     """Every option of an experiment, checked and complete.
 
     Options that another one makes meaningless (`alpha` without a Dirichlet partition) are None,
@@ -36,208 +32,6 @@ class Config:
     Raises:
         ConfigError: a wrong type, an impossible value, or two options that do not go together.
     """
-
-    name: str = option("fedmap", "run", "name of the run; letters, digits, '.', '_' and '-'")
-    out: str | None = option(None, "run", "output folder", default_text="runs/NAME")
-    seed: int = option(
-        0,
-        "run",
-        "of weights, partition, order of samples, cohorts and dropouts",
-        least=0,
-        most=2**64 - 1,
-    )
-    threads: int | None = option(
-        None,
-        "run",
-        "threads of torch and of the kernels",
-        least=1,
-        most=1024,
-        default_text="torch's choice",
-    )
-    device: str = option("cpu", "run", "where to train: cpu, cuda, cuda:1, ...")
-    baseline: bool = option(True, "run", "run dense FedAvg too, with the same seeds")
-
-    dataset: str | None = option(
-        None,
-        "data and model",
-        f"one of {', '.join(data.NAMES)}, or the path of an .npz file; fashion-mnist is the full "
-        "set where it is found, else the subset shipped with the package",
-        default_text="fashion-mnist-subset",
-    )
-    data: str | None = option(
-        None,
-        "data and model",
-        "folder with Fashion-MNIST's four IDX files; means dataset=fashion-mnist",
-        default_text="Debian's folder, if there",
-    )
-    model: str = option("cnn", "data and model", "the network", choices=tuple(models.MODELS))
-
-    clients: int = option(10, "federation", "number of clients", least=1)
-    participation: float = option(
-        1.0, "federation", "share of the clients in each round's cohort", above=0, most=1
-    )
-    dropout: float = option(
-        0.0, "federation", "probability that a client does not answer", least=0, below=1
-    )
-    min_updates: int = option(
-        1, "federation", "usable updates without which a round is drawn again", least=1
-    )
-    attempts: int = option(
-        5, "federation", "draws of one round before the run fails", least=1, most=1000
-    )
-    partition: str = option(
-        "iid", "federation", "how clients share the data", choices=tuple(partition.PARTITIONS)
-    )
-    alpha: float | None = option(
-        None,
-        "federation",
-        "concentration: a small one gives each class to few clients",
-        above=0,
-        needs=("partition", ("dirichlet",)),
-        fill=0.5,
-    )
-    shards: int | None = option(
-        None,
-        "federation",
-        "shards of classes a client",
-        least=1,
-        needs=("partition", ("pathological",)),
-        fill=2,
-    )
-    holdout: float = option(
-        0.0,
-        "federation",
-        "share of its samples that each client holds out, to measure the global model on",
-        least=0,
-        most=0.5,
-    )
-    server_optimizer: str = option(
-        "fedavg",
-        "federation",
-        "what the server does with the mean of the updates",
-        choices=tuple(server_optim.KINDS),
-    )
-    server_lr: float | None = option(
-        None,
-        "federation",
-        "the server's learning rate",
-        above=0,
-        needs=_SERVER_STEP,
-        fill={"fedavgm": 1.0, "fedadam": 0.01},
-    )
-    server_momentum: float | None = option(
-        None,
-        "federation",
-        "decay of the server's first moment",
-        least=0,
-        below=1,
-        needs=_SERVER_STEP,
-        fill=0.9,
-    )
-
-    dtype: str = option(
-        "float32",
-        "messages",
-        "of values on the wire; the server adopts what clients decode",
-        choices=_WIRE,
-    )
-    uplink_dtype: str | None = option(
-        None,
-        "messages",
-        "of values in updates; with int8 a client makes its error good in its next update",
-        choices=_WIRE,
-        default_text="dtype",
-    )
-    delta: bool = option(
-        False, "messages", "updates carry differences from the broadcast: better in few bits"
-    )
-    coding: str = option(
-        "entropy",
-        "messages",
-        "entropy-code masks and values, of both arms, where that is smaller, or leave them raw",
-        choices=("entropy", "raw"),
-    )
-
-    rounds: int = option(20, "training", "rounds of each arm", least=1)
-    local_epochs: int = option(
-        1, "training", "epochs of local training in a client's round", least=1
-    )
-    batch_size: int = option(32, "training", "samples a step", least=1)
-    optimizer: str = option("sgd", "training", "of the clients", choices=("sgd", "adamw"))
-    lr: float | None = option(
-        None,
-        "training",
-        "learning rate of the first round",
-        above=0,
-        needs=("optimizer", ("sgd", "adamw")),
-        fill={"sgd": 0.05, "adamw": 0.001},
-    )
-    lr_decay: float = option(
-        1.0, "training", "factor on the learning rate after each round", above=0, most=1
-    )
-    momentum: float | None = option(
-        None,
-        "training",
-        "of local steps",
-        least=0,
-        below=1,
-        needs=("optimizer", ("sgd",)),
-        fill=0.9,
-    )
-    weight_decay: float = option(0.0, "training", "of local steps, as in torch", least=0)
-    prox_mu: float = option(0.0, "training", "FedProx's proximal term; 0 is off", least=0)
-    keep_optimizer: bool = option(
-        False, "training", "clients keep the optimizer's state from round to round"
-    )
-
-    schedule: str = option(
-        "iterative", "pruning", "how sparsity grows to its target", choices=tuple(schedule.KINDS)
-    )
-    target: float | None = option(
-        None,
-        "pruning",
-        "final sparsity: the share of prunable weights that are removed",
-        least=0,
-        most=1,
-        needs=_PRUNED,
-        fill=0.9,
-    )
-    prune_start: int | None = option(
-        None,
-        "pruning",
-        "first round that prunes, counted from 0 (oneshot: the only one)",
-        least=0,
-        needs=_PRUNED,
-        default_text="a tenth of the rounds",
-    )
-    prune_end: int | None = option(
-        None,
-        "pruning",
-        "round from which sparsity is at its target",
-        least=0,
-        needs=_GRADUAL,
-        default_text="six tenths of the rounds",
-    )
-    prune_every: int | None = option(
-        None, "pruning", "rounds from one pruning to the next", least=1, needs=_GRADUAL, fill=1
-    )
-    criterion: str | None = option(
-        None,
-        "pruning",
-        "what weights are ranked by; fan_in is magnitude × sqrt(inputs of an output)",
-        choices=tuple(criteria.CRITERIA),
-        needs=_PRUNED,
-        fill="magnitude",
-    )
-    min_layer_density: float | None = option(
-        None,
-        "pruning",
-        "share of each layer's weights that stay in any case; at most 1 - target",
-        least=0,
-        most=1,
-        needs=_PRUNED,
-        fill=0.0,
-    )
 
     # Names of options that were not given but follow from others; no field, so not an option.
     _derived: ClassVar[frozenset[str]] = frozenset()
@@ -250,10 +44,10 @@ class Config:
         options.fill(self)
         if self.uplink_dtype is None:
             self._set("uplink_dtype", self.dtype)
-        if self.prune_start is None and self.schedule in _PRUNED[1]:
+        if self.prune_start is None and self.schedule in PRUNED[1]:
             last = self.rounds - 1 if self.prune_end is None else self.prune_end
             self._set("prune_start", min(max(1, self.rounds // 10), last))
-        if self.prune_end is None and self.schedule in _GRADUAL[1]:
+        if self.prune_end is None and self.schedule in GRADUAL[1]:
             assert self.prune_start is not None
             self._set("prune_end", max(self.rounds * 6 // 10, self.prune_start))
         self._check_together()
