@@ -9,6 +9,7 @@ import torch
 
 from fedmap_sparse import backends, ops
 from fedmap_sparse.bench import expected, growth, inputs, main, report
+from fedmap_sparse.bench.case import CLIENTS
 
 needs_cpu = pytest.mark.skipif(
     backends()["cpu"] != "available", reason=f"cpu backend: {backends()['cpu']}"
@@ -32,7 +33,10 @@ def test_points() -> None:
     assert {p.threads for p in of_sgd} == {1, 2, 4, 6}
     assert {p.dtype for p in of_sgd} == {torch.float32}
     largest = {p.op: p.n for p in found if p.dtype == torch.bfloat16}
-    assert largest == {"select": 10**9, "pack": 10**9}
+    assert largest == {"select": 10**9, "pack": 10**9, "encode": 10**9}
+    assert {p.density for p in found if p.op == "encode"} == {growth.DENSITY}
+    of_clients = {p.clients for p in found if p.op == "accumulate" and p.n == growth.CLIENTS_AT}
+    assert of_clients == {*growth.CLIENTS, CLIENTS}
     assert {
         (p.op, p.n) for p in growth.points(1, ops=["pack"], sizes=[30, 20], densities=[0.5])
     } == {
@@ -83,9 +87,13 @@ def test_curves_and_exponents() -> None:
     records = [record(n=n, bytes=n, median_s=1e-3 + 1e-9 * n) for n in growth.SIZES]
     records += [record(op="half", density=d, median_s=d**0.5) for d in growth.DENSITIES]
     records += [record(op="sum", threads=t, median_s=1 / t) for t in (4, 1, 2)]
+    records += [record(op="mean", clients=c, median_s=c) for c in (1, 100, 3, 30)]
+    records += [record(op="mean", median_s=10)]  # one that does not say has the usual number
     records += [record(op="few", n=n) for n in (1, 2, 3, 4)]
     records += [record(op="other", n=n, dtype=f"float{n}") for n in range(1, 9)]
-    by_n, by_density, by_threads = growth.series(records)
+    by_n, by_density, by_threads, by_clients = growth.series(records)
+    assert by_clients.values("clients") == [1, 3, 10, 30, 100]
+    assert by_clients.exponent(0) == pytest.approx(1)
     assert by_n.values("n") == sorted(growth.SIZES)
     everything, beyond = by_n.exponent(0), by_n.exponent(9e6)
     assert everything is not None
@@ -99,6 +107,7 @@ def test_curves_and_exponents() -> None:
     assert rows[0][:4] == ["pack float32", "n", "10,000", "100,000,000"]
     assert rows[0][5] == f"{beyond:.2f}"
     assert rows[1][1:4] == ["density", "0.001", "1"]
+    assert rows[3][1:4] == ["clients", "1", "100"]
 
 
 @pytest.mark.parametrize("bad", [{"floor_s": None}, {"n": 0}, {"bytes": "x"}, {"threads": 10**400}])

@@ -18,6 +18,8 @@ Run = Callable[[], object]
 #: Of a whole round (`rounds.py`), in order.
 PHASES = ("prune", "broadcast", "receive", "steps", "update", "aggregate")
 CPU = torch.device("cpu")
+#: Of what takes several vectors, unless another number is asked for.
+CLIENTS = 10
 
 
 class CheckFailed(FedMapError):
@@ -26,7 +28,10 @@ class CheckFailed(FedMapError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What one record is measured at. `seed` tells the input sets of one setting apart."""
+    """What one record is measured at. `seed` tells the input sets of one setting apart.
+
+    `clients` is how many vectors an op takes that takes several.
+    """
 
     n: int
     density: float
@@ -34,13 +39,15 @@ class Setting:
     device: torch.device = CPU
     inputs: str = "normal"
     seed: int = 0
+    clients: int = CLIENTS
 
     @property
     def keep(self) -> int:
         return round(self.density * self.n)
 
-    def values(self, seed: int = 0) -> Tensor:
-        drawn = inputs.values(self.inputs, self.n, dtype=self.dtype, seed=self.seed + seed)
+    def values(self, seed: int = 0, n: int | None = None) -> Tensor:
+        count = self.n if n is None else n
+        drawn = inputs.values(self.inputs, count, dtype=self.dtype, seed=self.seed + seed)
         return drawn.to(self.device)
 
     def normal(self, n: int | None = None, seed: int = 0) -> Tensor:
@@ -80,6 +87,7 @@ class Trial:
         calls: calls per timing.
         state_bytes: of an optimizer, where there is one.
         sizes: bytes that each produces, by "ours" and the peers' names, where that is the point.
+        clients: how many vectors it takes, where it takes several.
     """
 
     ours: Run
@@ -90,6 +98,7 @@ class Trial:
     calls: int = 1
     state_bytes: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    clients: int | None = None
 
 
 @dataclass(frozen=True)

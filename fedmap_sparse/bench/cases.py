@@ -243,13 +243,11 @@ def _words_floor(first: Tensor, second: Tensor, *, written: int) -> floors.Strea
     )
 
 
-CLIENTS = 10
-
-
 @case("accumulate", densities=(0.5,))
-def accumulate(s: Setting, clients: int = CLIENTS) -> Trial:
-    """Ten clients' packed survivors: `density * n` values each."""
-    payloads = [s.values(seed=c)[: s.keep].clone() for c in range(clients)]
+def accumulate(s: Setting) -> Trial:
+    """The clients' packed survivors: `density * n` values each."""
+    clients = s.clients
+    payloads = [s.values(seed=c, n=s.keep) for c in range(clients)]
     weights = [float(100 + 7 * c) for c in range(clients)]
     out, other = torch.empty_like(payloads[0]), torch.empty_like(payloads[0])
     shares = torch.tensor([w / sum(weights) for w in weights], device=s.device)
@@ -277,6 +275,7 @@ def accumulate(s: Setting, clients: int = CLIENTS) -> Trial:
         (clients + 1) * out.nbytes,
         floors.together(*(floors.read(p) for p in payloads[:-1]), floors.copy(payloads[-1], other)),
         {"add_ loop": Peer(loop), "stack, weighted sum": Peer(stack)},
+        clients=clients,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from fedmap_sparse._text import printable, shown
+from fedmap_sparse.bench.case import CLIENTS
 from fedmap_sparse.errors import FedMapError
 
 __all__ = [
@@ -52,11 +53,12 @@ class Cell(NamedTuple):
     device: str
     threads: int
     inputs: str
+    clients: int
 
     def __str__(self) -> str:
         return (
             f"{self.op} n={self.n:,} density={self.density:g} {self.dtype} {self.device}, "
-            f"{self.threads} threads, {self.inputs}"
+            f"{self.threads} threads, {self.inputs}, {self.clients} clients"
         )
 
 
@@ -203,7 +205,10 @@ def _record(path: Path, at: int, record: Any) -> tuple[Cell, dict[str, Any]]:
         value = record.get(name)
         if not _is_time(value):
             raise bad(f"has {name} {shown(value)}")
-    return Cell(*(record[name] for name in kinds)), record
+    clients = record.get("clients", CLIENTS)
+    if not isinstance(clients, int):
+        raise bad(f"has clients {shown(clients)}")
+    return Cell._make([*(record[name] for name in kinds), clients]), record
 
 
 def _is_time(value: Any) -> TypeGuard[float]:

@@ -1,4 +1,4 @@
-"""How time grows with n, with density and with threads: `fedmap-sparse bench --growth`.
+"""How time grows with n, density, threads and clients: `fedmap-sparse bench --growth`.
 
 The points are those of the other records, without peers: what is asked is our own curve beside the
 floor's. Whatever records hold enough points along one axis can be drawn and fitted.
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from fedmap_sparse._checks import short
-from fedmap_sparse.bench import runner
+from fedmap_sparse.bench import case, runner
 from fedmap_sparse.bench.case import CPU, Setting
 from fedmap_sparse.bench.runner import Record, Refused
 from fedmap_sparse.bench.timing import QUICK, Plan
 
-OPS = ("select", "pack", "masked_sgd", "accumulate")
+OPS = ("select", "pack", "masked_sgd", "accumulate", "encode", "decode_full")
 #: Ops that a model's whole buffer goes through at once: they are measured beyond 1e8 too.
-LARGE = ("select", "pack")
+LARGE = ("select", "pack", "encode")
+#: Messages grow with n, whose density is that of the message; they are not measured against it.
+MESSAGES = ("encode", "decode_full")
 SIZES = tuple(round(10 ** (k / 2)) for k in range(8, 17))
 LARGE_SIZES = tuple(round(10 ** (k / 2)) for k in range(12, 19))
 DENSITIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -31,6 +33,9 @@ DENSITY = 0.1
 #: Of the curves against density and threads: beyond the cache of most machines.
 AT = SIZES[-2]
 QUICK_SIZES = SIZES[:5]
+CLIENTS = (1, 3, 10, 30, 100, 300, 1000)
+#: Elements of a model of many clients: the vectors of 1,000 take 0.4 GB.
+CLIENTS_AT = 10**6
 #: Bytes per element that a trial and its check hold at most, and so many more at density 1:
 #: measured, with a tenth to spare.
 NEED = {
@@ -40,9 +45,12 @@ NEED = {
     ("accumulate", "float32"): (8, 70),
     ("select", "bfloat16"): (12, 0),
     ("pack", "bfloat16"): (12, 20),
+    ("encode", "float32"): (9, 9),
+    ("encode", "bfloat16"): (7, 2),
+    ("decode_full", "float32"): (9, 9),
 }
 #: Points that make a curve, by axis.
-LEAST = {"n": 5, "density": 5, "threads": 2}
+LEAST = {"n": 5, "density": 5, "threads": 2, "clients": 5}
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,13 @@ class Point:
     density: float
     dtype: torch.dtype
     threads: int
+    clients: int = case.CLIENTS
 
     @property
     def need(self) -> int:
         """Bytes of memory that it takes."""
         base, at_one = NEED[self.op, short(self.dtype)]
-        return round(self.n * (base + at_one * self.density))
+        return round(self.n * (base + at_one * self.density * self.clients / case.CLIENTS))
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Series:
         return f"{first['op']} {first['dtype']}"
 
     def values(self, key: str) -> list[float]:
-        return [float(r[key]) for r in self.records]
+        return [float(_of(r, key)) for r in self.records]
 
     def exponent(self, cache: float) -> float | None:
         """The slope of log time over log axis; against n of what is larger than `cache` bytes.
@@ -85,7 +94,7 @@ class Series:
         used = [r for r in self.records if self.axis != "n" or r["bytes"] > cache]
         if len(used) < 3:
             return None
-        x = [math.log(r[self.axis]) for r in used]
+        x = [math.log(_of(r, self.axis)) for r in used]
         y = [math.log(r["median_s"]) for r in used]
         return statistics.linear_regression(x, y).slope
 
@@ -112,8 +121,13 @@ def points(
     found = []
     for op in ops:
         found += [Point(op, n, DENSITY, torch.float32, threads) for n in sorted(small)]
-        found += [Point(op, at, density, torch.float32, threads) for density in densities]
+        if op not in MESSAGES:
+            found += [Point(op, at, density, torch.float32, threads) for density in densities]
         found += [Point(op, at, DENSITY, torch.float32, count) for count in counts]
+        if op == "accumulate":
+            n = min(CLIENTS_AT, at)
+            counts_of = CLIENTS[:5] if quick else CLIENTS
+            found += [Point(op, n, DENSITY, torch.float32, threads, c) for c in counts_of]
         if op in LARGE and not sizes and not quick:
             found += [Point(op, n, DENSITY, torch.bfloat16, threads) for n in LARGE_SIZES]
     return list(dict.fromkeys(found))
@@ -151,7 +165,9 @@ def run(wanted: Sequence[Point], inputs: str, quick: bool) -> Iterator[Record | 
                 yield reason
                 continue
             torch.set_num_threads(point.threads)
-            setting = Setting(point.n, point.density, point.dtype, CPU, inputs)
+            setting = Setting(
+                point.n, point.density, point.dtype, CPU, inputs, clients=point.clients
+            )
             plan, sets = (QUICK, 2) if quick else (Plan(), runner.MOST_SETS)
             yield runner.measure(cases[point.op], setting, plan, sets, peers=False)
     finally:
@@ -166,13 +182,17 @@ def series(records: Sequence[Record]) -> list[Series]:
         fixed = [k for k in ("op", "dtype", "device", "inputs", *LEAST) if k != axis]
         groups: dict[tuple[Any, ...], dict[float, Record]] = {}
         for r in usable:
-            groups.setdefault(tuple(r[k] for k in fixed), {})[r[axis]] = r
+            groups.setdefault(tuple(_of(r, k) for k in fixed), {})[_of(r, axis)] = r
         found += [
             Series(axis, tuple(group[at] for at in sorted(group)))
             for group in groups.values()
             if len(group) >= least
         ]
     return found
+
+
+def _of(record: Record, key: str) -> Any:
+    return record.get(key, case.CLIENTS) if key == "clients" else record[key]
 
 
 def _positive(record: Record, *keys: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _TIMED: dict[str, Callable[[Setting], Trial]] = {
     "deposit": cases.deposit,
     "masked_sgd": steps.masked_sgd,
     "masked_adamw": steps.masked_adamw,
-    "accumulate": partial(cases.accumulate, clients=2),
+    "accumulate": lambda s: cases.accumulate(replace(s, clients=2)),
 }
 
 
@@ -49,7 +49,12 @@ def _register(name: str, build: Callable[[Setting], Trial]) -> None:
     def trial(s: Setting) -> Trial:
         empty, argument = empty_op(), torch.zeros(SIZE)
         return replace(
-            build(s), peers={}, floor=lambda: empty(argument), calls=CALLS, state_bytes=None
+            build(s),
+            peers={},
+            floor=lambda: empty(argument),
+            calls=CALLS,
+            state_bytes=None,
+            clients=None,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmap_sparse as fs
-from fedmap_sparse import ops
+from fedmap_sparse import _checks, ops
 from fedmap_sparse.bench import floors, inputs
 from fedmap_sparse.bench.case import CheckFailed, Peer, Setting, Trial, case, same, same_mask
 from fedmap_sparse.codec import Message
@@ -28,11 +28,12 @@ Array = np.ndarray[Any, Any]
 PARENT = 1.25
 
 
-def _parent(s: Setting, values: Tensor, mask: Mask) -> Mask:
+def _parent(s: Setting, params: fs.FlatParameters, mask: Mask) -> Mask:
     """The mask of the pruning round before."""
-    if s.inputs.startswith(inputs.RUN):
-        return Mask.from_bool(inputs.run(s.inputs.removeprefix(inputs.RUN))[1][: s.n]).to(s.device)
-    return ops.magnitude_mask(values, min(s.n, round(PARENT * mask.nnz)))
+    if not s.inputs.startswith(inputs.RUN):
+        return ops.magnitude_mask(params.prunable, min(s.n, round(PARENT * mask.nnz)))
+    kept = inputs.run(s.inputs.removeprefix(inputs.RUN))[1][: s.n]
+    return Mask.from_bool(nn.functional.pad(kept, (0, mask.numel - s.n))).to(s.device)
 
 
 def _runs(n: int) -> entropy.Runs:
@@ -112,7 +113,7 @@ def values_decode(s: Setting) -> Trial:
     )
 
 
-@case("encode", densities=(0.1,), dtypes=(torch.float32,), group="message")
+@case("encode", densities=(0.1,), dtypes=(torch.float32, torch.bfloat16), group="message")
 def encode(s: Setting) -> Trial:
     """The mask is known to the receiver: survivors alone travel."""
     return _encode(s, "none")
@@ -132,8 +133,8 @@ def encode_full(s: Setting) -> Trial:
 
 @case("decode_full", densities=(0.1,), dtypes=(torch.float32,), group="message")
 def decode_full(s: Setting) -> Trial:
-    params, mask, _ = _model(s)
-    data = fs.encode(params, mask, mask_section="full")
+    params, mask = _model(s)
+    data = fs.encode(params, mask, mask_section="full", dtype=_checks.short(s.dtype))
 
     def ours() -> Message:
         message = fs.decode(data, params.layout)
@@ -144,32 +145,23 @@ def decode_full(s: Setting) -> Trial:
         same("decode().packed", ours().packed, ops.pack(params.prunable, mask))
         same_mask("decode().mask", ours().mask, mask.to("cpu"))
 
-    moved = len(data) + mask.words.nbytes + 4 * mask.nnz
+    moved = len(data) + mask.words.nbytes + s.dtype.itemsize * mask.nnz
     stream = torch.empty(moved // 4 + 16)
     return Trial(ours, check, moved, floors.read(stream), sizes={"ours": len(data)})
 
 
-def _model(s: Setting) -> tuple[fs.FlatParameters, Mask, Mask]:
-    """One weight of `n` elements, its mask and the mask before."""
-    model = nn.Linear(s.n, 1, bias=False, device=s.device)
-    values = s.values()
-    with torch.no_grad():
-        model.weight.copy_(values.view(1, -1))
+def _model(s: Setting) -> tuple[fs.FlatParameters, Mask]:
+    """One weight of `n` elements, and its mask."""
+    model = nn.Linear(s.n, 1, bias=False, device="meta")
+    model.weight = nn.Parameter(s.values().view(1, -1))
     params = fs.flatten(model)
-    wide = torch.nn.functional.pad(values, (0, params.layout.prunable_numel - s.n))
-    mask = s.mask(values)
-    parent = _parent(s, values, mask)
-    masks = [_widened(m, wide.numel()) for m in (mask, parent)]
-    return params, masks[0], masks[1]
-
-
-def _widened(mask: Mask, numel: int) -> Mask:
-    return Mask.from_bool(torch.nn.functional.pad(mask.to_bool(), (0, numel - mask.numel)))
+    return params, s.mask(params.prunable.detach())
 
 
 def _encode(s: Setting, section: Any) -> Trial:
-    params, mask, parent = _model(s)
-    given = {"mask_section": section, "parent": parent if section == "delta" else None}
+    params, mask = _model(s)
+    parent = _parent(s, params, mask) if section == "delta" else None
+    given = {"mask_section": section, "parent": parent, "dtype": _checks.short(s.dtype)}
 
     def ours() -> bytes:
         return fs.encode(params, mask, **given)
@@ -180,13 +172,13 @@ def _encode(s: Setting, section: Any) -> Trial:
         same("decode(encode).packed", message.packed, ops.pack(params.prunable, mask))
         same_mask("decode(encode).mask", message.mask, mask)
 
-    moved = mask.words.nbytes + params.prunable.nbytes + 4 * mask.nnz
+    moved = mask.words.nbytes + params.prunable.nbytes + s.dtype.itemsize * mask.nnz
     writers = (
         _formats(params.prunable.detach().cpu()[: s.n], mask.to("cpu")) if section == "full" else {}
     )
     peers = {"pack alone": Peer(lambda: ops.pack(params.prunable, mask))}
     peers |= {name: Peer(write) for name, write in writers.items()}
-    sizes = {"ours": len(ours()), "pack alone": 4 * mask.nnz}
+    sizes = {"ours": len(ours()), "pack alone": s.dtype.itemsize * mask.nnz}
     sizes |= {name: len(write()) for name, write in writers.items()}
     return Trial(ours, check, moved, floors.read(params.prunable), peers, sizes=sizes)
 

@@ -113,13 +113,13 @@ def growth_rows(records: Sequence[Record], cache: int) -> list[list[str]]:
     """Cells of that table. Against n the exponent is that of what is larger than `cache` bytes."""
     rows = []
     for one in growth.series(records):
-        ends = (one.records[0], one.records[-1])
+        ends, places = (one.records[0], one.records[-1]), one.values(one.axis)
         exponent = one.exponent(cache)
         rows.append(
             [
                 one.name,
                 one.axis,
-                *(_place(one.axis, r[one.axis]) for r in ends),
+                *(_place(one.axis, at) for at in (places[0], places[-1])),
                 " → ".join(seconds(r["median_s"]) for r in ends),
                 "–" if exponent is None else f"{exponent:.2f}",
                 " → ".join(f"{r['median_s'] / r['floor_s']:.2f}" for r in ends),
@@ -129,7 +129,7 @@ def growth_rows(records: Sequence[Record], cache: int) -> list[list[str]]:
 
 
 def _place(axis: str, value: float) -> str:
-    return f"{value:g}" if axis == "density" else f"{value:,}"
+    return f"{value:g}" if axis == "density" else f"{value:,.0f}"
 
 
 def _beside(arm: Record, ours: Record, key: str) -> str:

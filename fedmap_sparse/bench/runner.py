@@ -166,6 +166,8 @@ def _record(
         record["payload_bytes"] = trial.sizes["ours"]
         for peer in peers:
             record["peers"][peer.name]["payload_bytes"] = trial.sizes[peer.name]
+    if trial.clients is not None:
+        record["clients"] = trial.clients
     if trial.state_bytes is not None:
         record["state_bytes"] = trial.state_bytes
     return record
