@@ -1,5 +1,6 @@
 """The benchmark's machinery: what it writes, what it refuses, how it takes turns."""
 
+import importlib.util
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from fedmap_sparse import Mask, backends, ops
-from fedmap_sparse.bench import case, floors, inputs, main, runner, timing
+from fedmap_sparse.bench import case, floors, formats, inputs, main, runner, timing
 from fedmap_sparse.bench.case import Setting
 
 if backends()["cpu"] != "available":
@@ -197,11 +198,10 @@ def test_large_selections_are_checked_against_a_partition(monkeypatch: pytest.Mo
 
 
 def test_rice_positions_can_be_read_back() -> None:
-    from fedmap_sparse.bench import messages
 
     for density in (0.5, 0.1, 0.004):
         keep = np.random.default_rng(1).random(20_000) < density
-        bits = np.unpackbits(messages.rice(np.flatnonzero(keep), keep.size)).tolist()
+        bits = np.unpackbits(formats.rice(np.flatnonzero(keep), keep.size)).tolist()
         golden = math.log((math.sqrt(5) - 1) / 2)
         low = max(0, 1 + math.floor(math.log2(golden / math.log(1 - keep.mean()))))
         at, found, last = 0, [], -1
@@ -226,6 +226,12 @@ def test_messages_beside_other_formats(tmp_path: Path) -> None:
     assert peers["COO int32"] == 8 * kept
     assert peers["bitmap"] == 40_000 // 8 + 4 * kept
     assert record["payload_bytes"] < min(peers.values())
+    for package, (name, _, _) in formats.OPTIONAL.items():
+        assert (name in peers) is (importlib.util.find_spec(package) is not None)
+    lines = found["header"].get("skipped", [])
+    missing = [name for name in formats.OPTIONAL if not importlib.util.find_spec(name)]
+    line = f"encode_full: not timed beside {', '.join(missing)}, not installed here"
+    assert lines == ([line] if missing else [])
 
 
 def test_weights_of_a_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _results(args: argparse.Namespace, options: Any) -> Iterator[Any]:
     if args.round:
         return _rounds(args)
     if not args.growth:
-        return runner.run(options)
+        return chain(runner.absent(options), runner.run(options))
     if options.device.type != "cpu":
         raise ValueError(f"device: with --growth expected cpu, got {options.device.type}")
     wanted = growth.points(

@@ -108,6 +108,7 @@ class Case:
     Attributes:
         group: a name for several cases: `--ops GROUP` means all of them.
         fixed_n, fixed_inputs: the size it always has and what it always runs on; None: any.
+        peers_from: packages that some of its peers need.
     """
 
     op: str
@@ -118,6 +119,7 @@ class Case:
     group: str
     fixed_n: int | None = None
     fixed_inputs: str | None = None
+    peers_from: tuple[str, ...] = ()
 
 
 Build = TypeVar("Build", bound=Callable[..., Trial])
@@ -134,6 +136,7 @@ def case(
     group: str | None = None,
     fixed_n: int | None = None,
     fixed_inputs: str | None = None,
+    peers_from: tuple[str, ...] = (),
 ) -> Callable[[Build], Build]:
     """Register the function below as the case of `op`."""
 
@@ -147,6 +150,7 @@ def case(
             group or op,
             fixed_n,
             fixed_inputs,
+            peers_from,
         )
         return build
 

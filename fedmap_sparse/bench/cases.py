@@ -69,7 +69,7 @@ def cupy_sort(magnitude: Tensor) -> dict[str, Peer]:
     return {"cupy sort": Peer(array.sort, lambda: scratch.copy_(magnitude))}
 
 
-@case("select", densities=(0.5, 0.1, 0.01))
+@case("select", densities=(0.5, 0.1, 0.01), peers_from=("cupy",))
 def select(s: Setting) -> Trial:
     values = s.values()
     words = torch.empty((s.n + 31) // 32, dtype=torch.int32, device=s.device)

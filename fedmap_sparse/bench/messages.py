@@ -5,24 +5,18 @@ The bytes of masks are counted in bits: a mask of n elements moves n / 8.
 
 from __future__ import annotations
 
-import importlib.util
-import io
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fedmap_sparse as fs
 from fedmap_sparse import _checks, ops
-from fedmap_sparse.bench import floors, inputs
+from fedmap_sparse.bench import floors, formats, inputs
 from fedmap_sparse.bench.case import CheckFailed, Peer, Setting, Trial, case, same, same_mask
 from fedmap_sparse.codec import Message
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import entropy
-
-Array = np.ndarray[Any, Any]
 
 #: The mask before this one, where there is none on record, held so many times its survivors.
 PARENT = 1.25
@@ -125,7 +119,13 @@ def encode_delta(s: Setting) -> Trial:
     return _encode(s, "delta")
 
 
-@case("encode_full", densities=(0.1,), dtypes=(torch.float32,), group="message")
+@case(
+    "encode_full",
+    densities=(0.1,),
+    dtypes=(torch.float32,),
+    group="message",
+    peers_from=tuple(formats.OPTIONAL),
+)
 def encode_full(s: Setting) -> Trial:
     """The receiver has nothing, as the peers assume."""
     return _encode(s, "full")
@@ -174,7 +174,9 @@ def _encode(s: Setting, section: Any) -> Trial:
 
     moved = mask.words.nbytes + params.prunable.nbytes + s.dtype.itemsize * mask.nnz
     writers = (
-        _formats(params.prunable.detach().cpu()[: s.n], mask.to("cpu")) if section == "full" else {}
+        formats.of(params.prunable.detach().cpu()[: s.n], mask.to("cpu"))
+        if section == "full"
+        else {}
     )
     peers = {"pack alone": Peer(lambda: ops.pack(params.prunable, mask))}
     peers |= {name: Peer(write) for name, write in writers.items()}
@@ -185,75 +187,3 @@ def _encode(s: Setting, section: Any) -> Trial:
 
 def _sizes(payload: Tensor | None) -> dict[str, int]:
     return {} if payload is None else {"ours": payload.numel()}
-
-
-def _formats(values: Tensor, mask: Mask) -> dict[str, Callable[[], bytes]]:
-    """Other formats for a receiver that has nothing: functions that give bytes."""
-    kept = mask.to_bool()[: values.numel()]
-    dense, keep = (values * kept).numpy(), kept.numpy()
-    rows = keep.reshape(-1, 1024) if keep.size % 1024 == 0 else keep.reshape(1, -1)
-
-    def saved() -> bytes:
-        stream = io.BytesIO()
-        np.save(stream, dense)
-        return stream.getvalue()
-
-    def with_values(*index: Array) -> bytes:
-        return b"".join(part.tobytes() for part in (*index, dense[keep]))
-
-    def coo(kind: type[np.integer[Any]]) -> bytes:
-        return with_values(np.flatnonzero(keep).astype(kind))
-
-    def csr() -> bytes:
-        starts = np.concatenate([[0], np.cumsum(rows.sum(1))]).astype(np.int32)
-        return with_values(starts, np.nonzero(rows)[1].astype(np.int32))
-
-    def bitmap() -> bytes:
-        return with_values(np.packbits(keep, bitorder="little"))
-
-    def positions() -> bytes:
-        return with_values(rice(np.flatnonzero(keep), keep.size))
-
-    found: dict[str, Callable[[], bytes]] = {
-        "numpy.save, dense": saved,
-        "COO int64": lambda: coo(np.int64),
-        "COO int32": lambda: coo(np.int32),
-        "CSR int32": csr,
-        "bitmap": bitmap,
-        "Rice positions": positions,
-    }
-    if importlib.util.find_spec("safetensors"):
-        from safetensors.numpy import save
-
-        found["safetensors of packed"] = lambda: save(
-            {"mask": np.packbits(keep, bitorder="little"), "values": dense[keep]}
-        )
-    if importlib.util.find_spec("zstandard"):
-        import zstandard
-
-        found["numpy.save, zstd-3"] = lambda: zstandard.ZstdCompressor(level=3).compress(saved())
-    if importlib.util.find_spec("blosc2"):
-        import blosc2
-
-        found["blosc2, bitshuffle + zstd"] = lambda: blosc2.compress2(
-            dense, codec=blosc2.Codec.ZSTD, filters=[blosc2.Filter.BITSHUFFLE], typesize=4
-        )
-    return found
-
-
-def rice(positions: Array, size: int) -> Array:
-    """Gaps between survivors in Golomb's code with the best power of two, as STC sends positions.
-
-    Sattler et al. 2019 (arXiv 1903.02891), algorithm 3; b* from the density.
-    """
-    gaps = np.diff(positions, prepend=-1) - 1
-    density = max(positions.size, 1) / max(size, 1)
-    golden = np.log((np.sqrt(5) - 1) / 2)
-    low = max(0, 1 + int(np.floor(np.log2(golden / np.log(1 - min(density, 1 - 1e-9))))))
-    quotients = gaps >> low
-    ends = np.cumsum(quotients + 1 + low)
-    bits = np.ones(int(ends[-1]) if ends.size else 0, np.uint8)
-    bits[ends - low - 1] = 0  # ends the quotient's ones
-    for i in range(low):
-        bits[ends - low + i] = (gaps >> (low - 1 - i)) & 1
-    return np.packbits(bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import platform
@@ -67,6 +68,19 @@ class Refused:
             "inputs": s.inputs,
             "reason": self.reason,
         }
+
+
+#: Packages that serve GPUs alone.
+_CUDA_ONLY = ("cupy",)
+
+
+def absent(options: Options) -> Iterator[str]:
+    """A line for each case that will lack peers, as packages that they need are not installed."""
+    for one in options.cases:
+        needed = [n for n in one.peers_from if options.device.type != "cpu" or n not in _CUDA_ONLY]
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            yield f"{one.op}: not timed beside {', '.join(missing)}, not installed here"
 
 
 def run(options: Options) -> Iterator[Record | Refused]:
