@@ -215,12 +215,13 @@ def _rounds(made: Section, whole: Sequence[Record]) -> None:
         return
     words = (
         "A round without forward and backward: ours, and the same round as people write it. Each "
-        "model's bars are shares of its slowest arm."
+        "model's bars are shares of its slowest arm. The table has forward and backward beside."
     )
     made.pictures.append(
         Picture("Whole rounds", words, pictures.rounds(f"{made.name}-rounds", whole))
     )
-    head = ["round of", "density", "arm", "time", "× ours", "bytes", "peak memory"]
+    head = ["round of", "density", "arm", "time", "× ours", "forward, backward"]
+    head += ["bytes", "peak memory"]
     head += [f"{phase}, ms" for phase in PHASES]
     rows = []
     for r in whole:
@@ -232,6 +233,7 @@ def _rounds(made: Section, whole: Sequence[Record]) -> None:
                     _words(name),
                     _seconds(arm, "median_s"),
                     _figure(arm["median_s"] / r["median_s"]),
+                    _seconds(arm, "forward_backward_s"),
                     _bytes(arm, "payload_bytes"),
                     _bytes(arm, "memory_bytes"),
                     *(_figure(arm["phases_s"][phase] * 1e3) for phase in PHASES),
