@@ -1,4 +1,4 @@
-"""`fedmap-sparse run | bench | inspect | info`."""
+"""`fedmap-sparse run | sweep | compare | report | bench | inspect | info`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmap_sparse import __version__, _command
-from fedmap_sparse._text import OutputClosed, printable, put, say, shown
+from fedmap_sparse._text import OutputClosed, printable, put, say
 from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed
 
 if TYPE_CHECKING:
-    from fedmap_sparse.experiments.config import Config
     from fedmap_sparse.experiments.folder import RunFolder
 
 PROG = "fedmap-sparse"
@@ -29,6 +28,7 @@ _RUN = """\
 Runs FedMap and, beside it, dense FedAvg: every message encoded, sent as bytes, decoded.
 
 Options are key=value words, on top of those of CONFIG.toml (`key = value` lines) if there is one.
+With seeds=0,1,2 it runs once for each seed, in sub-folders, and compares the arms over the seeds.
 Rounds are counted from 0. A key is shown with its default; <...> where that depends on others.
 """
 
@@ -152,7 +152,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parser()
     args, rest = parser.parse_known_args(argv)
     args.argv = argv
-    if args.command == "run":
+    if args.command in ("run", "sweep"):
         # argparse takes no positional word after an option, so those come back here.
         args.words += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
@@ -161,7 +161,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog=PROG, description="Federated training of sparse models with FedMap.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -182,6 +182,24 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     run.set_defaults(do=_run)
 
+    sweep = commands.add_parser("sweep", help="a grid of experiments, in parallel processes")
+    sweep.usage = f"{PROG} sweep SWEEP.toml [key=value ...] [--out DIR] [--data DIR] [--jobs N]"
+    sweep.add_argument("file", type=Path, metavar="SWEEP.toml", help="options, seeds, [grid]")
+    sweep.add_argument("words", nargs="*", help="key=value, over the options of the file")
+    sweep.add_argument("--out", metavar="DIR", help="folder of the runs; default: runs/NAME")
+    sweep.add_argument("--data", metavar="DIR", help="same as data=DIR")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: the cores")
+    sweep.add_argument("--overwrite", action="store_true", help="run finished ones again, too")
+    sweep.set_defaults(do=_sweep)
+    compare = commands.add_parser("compare", help="runs side by side, paired over seeds")
+    compare.add_argument("paths", type=Path, nargs="+", metavar="FOLDER", help="of runs")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="the comparison as JSON")
+    compare.set_defaults(do=_compare)
+    report = commands.add_parser("report", help="a page of the runs in a folder")
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="of runs, at any depth")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: FOLDER/report.html")
+    report.set_defaults(do=_report)
+
     bench = commands.add_parser("bench", help="every kernel beside its peers and its floor")
     inspect = commands.add_parser("inspect", help="what a message file holds")
     inspect.add_argument("file", type=Path, metavar="FILE", help="a message, as run saves one")
@@ -189,7 +207,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     info = commands.add_parser("info", help="versions, backends, ISA, threads, GPU")
     info.set_defaults(do=_info)
     _add_bench(bench)
-    return parser, {"run": run, "bench": bench, "inspect": inspect, "info": info}
+    return parser, commands.choices
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -208,12 +226,10 @@ def _run_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fedmap_sparse.experiments import config, progress, runner
+    from fedmap_sparse.experiments import commands, config, progress, runner
     from fedmap_sparse.experiments.folder import RunFolder
 
-    if importlib.util.find_spec("safetensors") is None:
-        raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")
-    importlib.import_module("safetensors.torch")
+    _need_safetensors()
     watch = progress.observer()
     _command.watch_run()
     if "stdout" in _command.closed:
@@ -226,13 +242,15 @@ def _run(args: argparse.Namespace) -> int:
         return shlex.join([PROG, "run", "--resume", "--out", str(folder.path)])
 
     try:
-        given = _given(args)
+        given = commands.given(args.words, out=args.out, data=args.data)
+        if "seeds" in given:
+            return _seeds(args, given)
         folder = RunFolder(config.folder_of(given))
         if args.resume and not args.overwrite:
-            given = _resumed(folder, given)
+            given = commands.resumed(folder, given)
         chosen = config.build(given)
         if args.show_partition:
-            _show_partition(chosen)
+            commands.show_partition(chosen)
         else:
             runner.run(chosen, resume=args.resume, overwrite=args.overwrite, observer=watch)
     except (ConfigError, DataError) as error:
@@ -253,46 +271,63 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _resumed(folder: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of the run in a folder, with those of the command line on top."""
-    found = folder.find()
-    if found.python:
-        raise ConfigError(
-            f"{folder.path}: the run has {found.python} from Python; go on with it there, "
-            "by run(..., resume=True)"
+def _seeds(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    from fedmap_sparse.experiments import commands
+
+    if args.show_partition:
+        raise ConfigError("seeds: --show-partition shows that of one, seed=0 say")
+    try:
+        return commands.run_seeds(given, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        raise _stopped(args) from None
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from fedmap_sparse.experiments import commands
+
+    _need_safetensors()
+    try:
+        return commands.run_sweep(
+            args.file,
+            args.words,
+            out=args.out,
+            data=args.data,
+            jobs=args.jobs,
+            overwrite=args.overwrite,
         )
-    if found.options is None and given.keys() <= {"name", "out"}:
-        raise ConfigError(
-            f"--resume: no run in {folder.path}; to start one, name its options too, "
-            "as key=value or CONFIG.toml"
-        )
-    return {**(found.options or {}), **given, "out": str(folder.path)}
+    except ConfigError as error:
+        raise _Fault(str(error)) from error
+    except KeyboardInterrupt:
+        raise _stopped(args) from None
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    from fedmap_sparse.experiments import config, options
-
-    words = list(args.words)
-    values: dict[str, Any] = {}
-    if words and "=" not in words[0]:
-        path = Path(words.pop(0))
-        if path.suffix != ".toml":
-            raise ConfigError(f"expected CONFIG.toml or key=value, got {shown(str(path))}")
-        values = options.read_file(path)
-    values |= options.read_words(config.Config, words)
-    values |= {key: text for key in ("out", "data") if (text := getattr(args, key)) is not None}
-    options.check_names(config.Config, values)
-    return values
+def _stopped(args: argparse.Namespace) -> _Fault:
+    words = [w for w in sys.argv[1:] if w != "--overwrite"] if args.argv is None else args.argv
+    return _Fault(f"interrupted; go on with: {_command.again(words)}", 130)
 
 
-def _show_partition(config: Config) -> None:
-    from fedmap_sparse.experiments import partition, runner
-    from fedmap_sparse.experiments.data import load
+def _compare(args: argparse.Namespace) -> int:
+    from fedmap_sparse.experiments import commands
 
-    dataset = load(config.dataset or "", config.data)
-    parts = runner.partition(config, dataset)
-    counts = partition.class_counts(parts, dataset.train.labels.numpy(), dataset.classes)
-    say(*partition.format_class_counts(counts).split("\n"))
+    try:
+        return commands.compare(args.paths, args.json)
+    except ConfigError as error:
+        raise _Fault(str(error)) from error
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fedmap_sparse.experiments import commands
+
+    try:
+        return commands.report(args.folder, args.out)
+    except ConfigError as error:
+        raise _Fault(str(error)) from error
+
+
+def _need_safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise _Fault("safetensors is not installed; pip install 'fedmap-sparse[experiments]'")
+    importlib.import_module("safetensors.torch")
 
 
 def _inspect(args: argparse.Namespace) -> int:

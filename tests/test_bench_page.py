@@ -1,16 +1,11 @@
 """The page of benchmarks: whole, alone, escaped, and alive in a browser."""
 
-import html
-import json
 import re
-import shutil
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Reader, in_chromium, needs_chromium, references
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 pytest.importorskip("rich", reason="rich prints the table")
@@ -22,13 +17,11 @@ from fedmap_sparse.bench.case import PHASES
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted(ROOT.glob("benchmarks/results/*.json"))
 COMMITTED = ROOT / "docs/_static/benchmarks.html"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 HEADER = {
     "machine": "some CPU", "cores": 2, "last_level_cache": 1000, "isa": "avx2", "threads": 2,
     "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "others_cpus": 0.25,
     "time": "2026-01-01T00:00:00Z", "arguments": [],
 }  # fmt: skip
-VOID = {"meta", "link", "br", "img"}
 
 
 def record(op: str, n: int, seconds: float, /, **changes: Any) -> dict[str, Any]:
@@ -64,41 +57,6 @@ def drawn(records: list[dict[str, Any]], header: dict[str, Any] = HEADER) -> str
     return page.render([compare.checked(Path("a.json"), {"header": header, "records": records})])
 
 
-class Reader(HTMLParser):
-    """Every element closed by its own end, no name twice; keeps text, titles and references."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.elements: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        assert len(self.ids) == len(set(self.ids))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data + "\n"
-
-
 def test_all_parts() -> None:
     text = drawn(whole())
     found = Reader(text)
@@ -117,14 +75,7 @@ def test_all_parts() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    text = drawn(whole())
-    assert "http://" not in text
-    assert "https://" not in text
-    for name, value in Reader(text).attributes:
-        if name in ("src", "href", "xlink:href", "data", "action"):
-            assert value.startswith(("#", "data:")), (name, value)
-    urls = re.findall(r"url\(([^)]*)", text) + re.findall("@import.*", text)
-    assert all(url.startswith("#") for url in urls)
+    assert references(drawn(whole())) == []
 
 
 def test_the_same_records_give_the_same_bytes() -> None:
@@ -207,7 +158,7 @@ def test_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_packages_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr("fedmap_sparse.page.find_spec", lambda name: None)
     out = tmp_path / "p.html"
     assert page.main([str(RESULTS[0]), "--out", str(out)]) == 2
     assert main(["--quick", "--ops", "pack", "--html", str(out)]) == 2
@@ -253,62 +204,12 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
             assert str(r["median_s"]) in keys, (run.path.name, r["op"])
 
 
-PROBE = """
-<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message || "a resource"), true);
-addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
-console.error = (...words) => errors.push(words.join(" "));
-addEventListener("load", () => {
-  const table = [...document.querySelectorAll("table")].find(
-    (one) => one.parentElement.getAttribute("aria-label") === "Ops");
-  const column = (at) => [...table.tBodies[0].rows].map((row) => row.cells[at].textContent);
-  const click = (at) => { table.rows[0].cells[at].querySelector("button").click(); };
-  const found = { columns: {} };
-  for (const at of [0, 1, 6]) {
-    click(at); const up = column(at); const up_says = table.rows[0].cells[at].ariaSort;
-    click(at); found.columns[at] = [up, column(at), up_says, table.rows[0].cells[at].ariaSort];
-  }
-  const root = document.documentElement;
-  found.width = root.clientWidth; found.needs = root.scrollWidth;
-  found.pictures = [...document.querySelectorAll("svg")].map((one) => one.clientHeight);
-  found.back = getComputedStyle(document.body).backgroundColor;
-  found.errors = errors;
-  parent.document.getElementById("found").textContent = JSON.stringify(found);
-});
-</script>
-"""
-
-
-def in_chromium(text: str, width: int, folder: Path, *options: str) -> dict[str, Any]:
-    """What the probe finds in the page, in a frame of that width."""
-    inner = html.escape(text.replace("<head>", "<head>" + PROBE, 1))
-    frame = folder / "frame.html"
-    frame.write_text(
-        '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        f'<pre id="found"></pre><iframe width="{width}" height="900" srcdoc="{inner}"></iframe>'
-    )
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert lines == []
-    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert match is not None, done.stderr
-    assert match.group(1), "the probe found nothing: its script failed"
-    found: dict[str, Any] = json.loads(html.unescape(match.group(1)))
-    return found
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.skipif(sys.platform != "linux", reason="chromium is started as on Linux")
+@needs_chromium
 def test_in_chromium(tmp_path: Path) -> None:
     text = drawn(whole())
     backs = []
     for width, options in ((390, ()), (1400, ("--blink-settings=preferredColorScheme=0",))):
-        found = in_chromium(text, width, tmp_path, *options)
+        found = in_chromium(text, width, tmp_path, "Ops", (0, 1, 6), *options)
         assert found["errors"] == []
         assert found["width"] == width or found["width"] > width - 20  # a scroll bar
         assert found["needs"] <= found["width"], "the page scrolls sideways"

@@ -74,7 +74,7 @@ def test_public_names_are_exactly_these(module: str) -> None:
 LAYERS = [
     "_command _text",
     "_files",
-    "errors",
+    "errors page",
     "_backends",
     "_checks",
     "schedule prunable _tensor_kinds",

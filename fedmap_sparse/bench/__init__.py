@@ -74,13 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 1 if a case failed its check; 2 for a wrong option or what is missing here."""
     from fedmap_sparse.bench import page, report, runner
+    from fedmap_sparse.page import require
 
     try:
         options = _options(args)
         results = _results(args, options)
         header = runner.header(options, _words(args))
         if args.html is not None:  # before minutes of measuring
-            page.require()
+            require("--html")
             if not args.html.parent.is_dir() or args.html.is_dir():
                 raise ValueError(f"html: expected a file in a folder that exists, got {args.html}")
         console = report.console()

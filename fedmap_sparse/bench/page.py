@@ -2,76 +2,39 @@
 
     python -m fedmap_sparse.bench.page A.json [B.json ...] --out FILE
 
-It loads nothing, so that it can be mailed, archived and opened from a disk. What comes from a file
-is escaped, and what a file lacks is left out.
+What a file lacks is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedmap_sparse import _command
+from fedmap_sparse import page
 from fedmap_sparse._files import write_atomically
 from fedmap_sparse._text import printable
 from fedmap_sparse.bench import compare, growth, report
 from fedmap_sparse.bench.case import PHASES
 from fedmap_sparse.bench.runner import Record
+from fedmap_sparse.page import (
+    Cell,
+    Picture,
+    Section,
+    Table,
+    clean,
+    load,
+    number,
+    require,
+    sort_key,
+    text,
+)
 
-TEMPLATE = "page.html"
 #: Bars that a picture has at most: beyond, each record keeps its fastest peer, the hardest to beat.
 MOST_BARS = 24
-NEEDS = ("matplotlib", "jinja2")
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    words: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is shown, and what it is sorted by."""
-
-    text: str
-    key: float | str
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: list[str]
-    rows: list[list[Cell]]
-
-
-@dataclass
-class Section:
-    """One file; `name` is the section's own within the page."""
-
-    name: str
-    title: str
-    facts: list[tuple[str, str]]
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def require() -> None:
-    """Raise RuntimeError, one line, unless what draws a page is installed."""
-    missing = [name for name in NEEDS if find_spec(name) is None]
-    if missing:
-        raise RuntimeError(
-            f"--html: {' and '.join(missing)} not installed; `pip install fedmap-sparse[plots]`"
-        )
 
 
 def write(path: Path, runs: Sequence[compare.Run]) -> None:
@@ -86,39 +49,25 @@ def write(path: Path, runs: Sequence[compare.Run]) -> None:
 
 def render(runs: Sequence[compare.Run]) -> str:
     """The page, as HTML of UTF-8."""
-    require()
-    # matplotlib says on stderr that it builds its cache of fonts, or has no folder for it.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    with _command.held():
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        from fedmap_sparse.bench import pictures  # noqa: F401  # its imports, while held
-
-    found = Environment(
-        loader=PackageLoader("fedmap_sparse.bench", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return found.get_template(TEMPLATE).render(
-        sections=[section(f"run{k}", run) for k, run in enumerate(runs)]
-    )
+    require("--html")
+    load()
+    found = [section(f"run{k}", run) for k, run in enumerate(runs)]
+    return page.render("fedmap_sparse: benchmarks", found)
 
 
 def section(name: str, run: compare.Run) -> Section:
     records = list(run.records.values())
     whole = [r for r in records if _is_round(r)]
     ops = [r for r in records if "phases_s" not in r]
-    made = Section(name, _text(run.path.stem), _facts(run))
+    made = Section(name, clean(run.path.stem), _facts(run))
     _rounds(made, whole)
     _growth(made, ops, run)
     _ops(made, ops)
     skipped = run.header.get("skipped")
-    made.notes = [_text(line) for line in skipped] if isinstance(skipped, list) else []
+    made.notes = [clean(line) for line in skipped] if isinstance(skipped, list) else []
     made.notes += [
-        f"{_text(r.get('op'))} n={_text(r.get('n'))} density={_text(r.get('density'))} was not "
-        f"timed: {_text(r.get('reason'))}"
+        f"{clean(r.get('op'))} n={clean(r.get('n'))} density={clean(r.get('density'))} was not "
+        f"timed: {clean(r.get('reason'))}"
         for r in run.refused
     ]
     return made
@@ -140,7 +89,7 @@ def _facts(run: compare.Run) -> list[tuple[str, str]]:
         "time": h.get("time"),
         "load": load,
     }
-    return [(name, _text(value)) for name, value in facts.items() if value is not None]
+    return [(name, clean(value)) for name, value in facts.items() if value is not None]
 
 
 def _ops(made: Section, ops: Sequence[Record]) -> None:
@@ -203,7 +152,7 @@ def _growth(made: Section, ops: Sequence[Record], run: compare.Run) -> None:
     if found:
         head = ["growth of", "against", "from", "to", "time", "exponent", "× floor"]
         rows = [
-            [Cell(_text(c), _leading(c)) for c in row] for row in report.growth_rows(ops, cache)
+            [Cell(clean(c), _leading(c)) for c in row] for row in report.growth_rows(ops, cache)
         ]
         made.tables.append(Table("Growth", head, rows))
 
@@ -228,15 +177,15 @@ def _rounds(made: Section, whole: Sequence[Record]) -> None:
         for name, arm in {"ours": r, **_peers(r)}.items():
             rows.append(
                 [
-                    _words(r["op"].removeprefix("round_")),
-                    _figure(r["density"]),
-                    _words(name),
+                    text(r["op"].removeprefix("round_")),
+                    number(r["density"]),
+                    text(name),
                     _seconds(arm, "median_s"),
-                    _figure(arm["median_s"] / r["median_s"]),
+                    number(arm["median_s"] / r["median_s"]),
                     _seconds(arm, "forward_backward_s"),
                     _bytes(arm, "payload_bytes"),
                     _bytes(arm, "memory_bytes"),
-                    *(_figure(arm["phases_s"][phase] * 1e3) for phase in PHASES),
+                    *(number(arm["phases_s"][phase] * 1e3) for phase in PHASES),
                 ]
             )
     made.tables.append(Table("Rounds", head, rows))
@@ -247,12 +196,12 @@ def _records(ops: Sequence[Record]) -> Table:
     head.append("× floor")
     rows = [
         [
-            _words(r["op"]),
-            Cell(_text(f"{r['n']:,}"), _key(r["n"])),
-            _figure(r["density"]),
-            _words(r["dtype"]),
-            _figure(r["threads"]),
-            _words(r["inputs"]),
+            text(r["op"]),
+            Cell(clean(f"{r['n']:,}"), sort_key(r["n"])),
+            number(r["density"]),
+            text(r["dtype"]),
+            number(r["threads"]),
+            text(r["inputs"]),
             *(_seconds(r, key) for key in ("median_s", "p20_s", "p80_s")),
             _optional(r, "gbps"),
             _optional(r, "ratio_to_floor"),
@@ -269,8 +218,8 @@ def _against(ops: Sequence[Record]) -> Table:
     head = ["op", "peer", "ours", "the peer", "× ours", *(["bytes", "its bytes"] if sized else [])]
     rows = [
         [
-            _words(pictures.label(r, ops)),
-            _words(name),
+            text(pictures.label(r, ops)),
+            text(name),
             _seconds(r, "median_s"),
             _seconds(peer, "median_s"),
             _optional(peer, "speedup"),
@@ -307,23 +256,6 @@ def _number(of: dict[str, Any], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         return None
     return float(value)
-
-
-def _text(value: object) -> str:
-    text = printable(str(value))
-    return text if len(text) <= 300 else f"{text[:299]}…"
-
-
-def _words(text: str) -> Cell:
-    return Cell(_text(text), _text(text))
-
-
-def _key(value: float) -> float:
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else 0.0
-
-
-def _figure(value: float) -> Cell:
-    return Cell(f"{value:.4g}", _key(value))
 
 
 def _optional(of: dict[str, Any], key: str) -> Cell:

@@ -56,6 +56,17 @@ class Id(IntEnum):
     META = 21
 
 
+_KINDS: dict[int, str] = {
+    Id.MASK: "mask",
+    Id.DELTA: "mask",
+    Id.VALUES: "values",
+    Id.TAIL: "tail",
+    Id.FLOATS: "buffers",
+    Id.INTS: "buffers",
+    Id.BOOLS: "buffers",
+}
+
+
 class Wire(IntEnum):
     """Types of elements."""
 
@@ -280,6 +291,25 @@ def _parse_section(view: memoryview, offset: int) -> Section:
     if any(view[start + size : start + padded(size)]):
         raise FormatError("expected padding to be zero", start + size)
     return Section(id_, dtype, count, payload, encoding, flags, parent, block, crc, start)
+
+
+def bytes_by_kind(data: Buffer) -> dict[str, int]:
+    """What the bytes of a message are: "mask", "values", "tail", "buffers", and "rest".
+
+    For accounts of messages that are known to be sound: nothing is checked. Padding counts with
+    its section; headers and the record are the rest, and so is all of an envelope.
+    """
+    found = dict.fromkeys((*dict.fromkeys(_KINDS.values()), "rest"), 0)
+    found["rest"] = len(data)
+    if bytes(data[: len(MAGIC)]) == MAGIC:
+        offset = HEADER_BYTES
+        while offset < len(data):
+            id_, *_, size, _parent, _block, _zeros, _crc = _SECTION.unpack_from(data, offset)
+            if id_ in _KINDS:
+                found[_KINDS[id_]] += padded(size)
+                found["rest"] -= padded(size)
+            offset += SECTION_BYTES + padded(size)
+    return found
 
 
 def _check_crc(what: str, data: memoryview, wanted: int, offset: int) -> None:

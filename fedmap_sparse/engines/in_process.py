@@ -12,14 +12,16 @@ Every message is encoded, held as bytes, and decoded; traffic is the `len` of ea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 
 from fedmap_sparse.codec import Message
+from fedmap_sparse.codec.container import bytes_by_kind
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.federated import (
     ClientId,
@@ -47,6 +49,7 @@ class Round:
         uplink_bytes: `len` of every update that was sent, refused ones and those of earlier
             attempts too.
         attempts: how often the cohort was drawn: 1 unless too few answered.
+        kinds: the same bytes by direction and kind, such as "downlink mask" or "uplink values".
     """
 
     result: RoundResult
@@ -55,6 +58,7 @@ class Round:
     downlink_bytes: int
     uplink_bytes: int
     attempts: int = 1
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
 
 class InProcessEngine:
@@ -111,6 +115,7 @@ class InProcessEngine:
         self.attempt = 0
         self.seed = seed
         self.phases = Phases() if phases is None else phases
+        self._kinds: Counter[str] = Counter()
 
     def draw(self, at_round: int, attempt: int = 0) -> tuple[list[ClientId], set[ClientId]]:
         """The cohort of a round, ascending, and those of it that will not answer."""
@@ -128,13 +133,14 @@ class InProcessEngine:
         """
         with self.phases("select"):
             self.server.begin_round()
+        self._kinds.clear()
         downlink = uplink = 0
         for left in reversed(range(self.attempts)):
             cohort, silent = self.draw(self.server.round, self.attempt)
             before = [(c, c.state_dict()) for c in self._stateful(cohort)]
             updates, sent = self._exchange(cohort, silent)
             downlink += sent
-            uplink += sum(len(data) for _, data in updates)
+            uplink += sum(self._count("uplink", data) for _, data in updates)
             try:
                 with self.phases("aggregate"):
                     result = self.server.aggregate(updates)
@@ -149,7 +155,13 @@ class InProcessEngine:
             break
         attempts, self.attempt = self.attempt + 1, 0
         dropped = tuple(c for c in cohort if c in silent)
-        return Round(result, tuple(cohort), dropped, downlink, uplink, attempts)
+        kinds = dict(self._kinds)
+        return Round(result, tuple(cohort), dropped, downlink, uplink, attempts, kinds)
+
+    def _count(self, direction: str, data: bytes) -> int:
+        """The length of a message, which is added to what is known by kind."""
+        self._kinds.update({f"{direction} {k}": n for k, n in bytes_by_kind(data).items() if n})
+        return len(data)
 
     def _stateful(self, cohort: list[ClientId]) -> list[FedMapClient]:
         """The clients whose answer changes what they carry into the next round."""
@@ -184,7 +196,7 @@ class InProcessEngine:
         while True:
             with self.phases("encode"):
                 data = self.server.broadcast(have, **addressed)
-            sent += len(data)
+            sent += self._count("downlink", data)
             try:
                 with self.phases("decode"):
                     return client.receive(data), sent

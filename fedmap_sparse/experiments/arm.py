@@ -145,6 +145,7 @@ class Arm:
             "lr": self.config.learning_rate(result.round),
             "uplink_bytes": done.uplink_bytes,
             "downlink_bytes": done.downlink_bytes,
+            "bytes": dict(done.kinds),
             "cohort": len(done.cohort),
             "dropped": list(done.dropped),
             "attempts": done.attempts,
@@ -155,7 +156,7 @@ class Arm:
     def summary(self, records: list[Record]) -> dict[str, Any]:
         """The arm's result; this is where test data are looked at."""
         found = evaluate(self.server.params.module, _to(self._test, self._device))
-        phases = report.phases(records)
+        phases = report.totals([r["seconds"] for r in records])
         return {
             "accuracy": found.accuracy,
             "loss": found.loss,
@@ -168,6 +169,7 @@ class Arm:
             "prunable": self.server.layout.eligible,
             "uplink_bytes": sum(r["uplink_bytes"] for r in records),
             "downlink_bytes": sum(r["downlink_bytes"] for r in records),
+            "bytes": report.totals([r["bytes"] for r in records]),
             "seconds": phases["total"],
             "rounds": len(records),
             "seed": self.config.seed,

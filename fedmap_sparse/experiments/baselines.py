@@ -16,6 +16,6 @@ def arms(config: Config) -> dict[str, Schedule]:
     if config.schedule == Dense.kind:
         return {"dense": Dense()}
     found: dict[str, Schedule] = {"fedmap": config.make_schedule()}
-    if config.baseline:
+    if config.has_dense_arm:
         found["dense"] = Dense()
     return found

@@ -18,7 +18,7 @@ from fedmap_sparse.experiments.options import Value
 from fedmap_sparse.experiments.table import GRADUAL, PRUNED, Table
 from fedmap_sparse.federated import Criterion, server_optim
 from fedmap_sparse.federated.server_optim import ServerOptimizer
-from fedmap_sparse.schedule import Schedule
+from fedmap_sparse.schedule import Dense, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,11 @@ class Config(Table):
     def cohort(self) -> int:
         """Clients a round: their share, rounded, at least one."""
         return max(1, round(self.participation * self.clients))
+
+    @property
+    def has_dense_arm(self) -> bool:
+        """Whether dense FedAvg runs beside what is pruned."""
+        return self.baseline and self.schedule != Dense.kind
 
     def learning_rate(self, round: int) -> float:
         """The clients' learning rate in a round."""

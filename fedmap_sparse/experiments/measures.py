@@ -19,6 +19,7 @@ from fedmap_sparse.mask import Mask
 
 #: Rounds over which `last` values are averaged: one round of a small validation set is noise.
 LAST = 3
+_CLIENTS = ("mean", "std", "worst", "q25", "median", "q75", "best", "worst_client")
 
 
 def layer_survivors(layout: FlatLayout, mask: Mask) -> dict[str, int]:
@@ -102,7 +103,8 @@ class ClientAccuracy:
         """`right` says which validation samples the module has right.
 
         Returns:
-            `mean` and `std` over clients (each counts the same), `worst` and `worst_client`.
+            `mean` and `std` over clients (each counts the same), `worst` and `worst_client`,
+            and the other quartiles: `q25`, `median`, `q75` and `best`.
         """
         if self._held is None:
             found = self._by_mix(validation.labels.cpu(), right.cpu())
@@ -111,13 +113,10 @@ class ClientAccuracy:
         worst = int(found.nan_to_num(2.0).argmin())
         known = found[~found.isnan()]
         if not len(known):
-            return {"mean": None, "std": None, "worst": None, "worst_client": None}
-        return {
-            "mean": known.mean().item(),
-            "std": known.std(correction=0).item(),
-            "worst": found[worst].item(),
-            "worst_client": worst,
-        }
+            return dict.fromkeys(_CLIENTS)
+        quartiles = known.quantile(torch.linspace(0, 1, 5, dtype=known.dtype)).tolist()
+        values = (known.mean().item(), known.std(correction=0).item(), *quartiles, worst)
+        return dict(zip(_CLIENTS, values, strict=True))
 
     def _own(self, right: Tensor) -> Tensor:
         clients = len(self._mix)

@@ -94,11 +94,14 @@ def check_names(kind: Options, names: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown option {shown(name)}; {hint}")
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, tables: Sequence[str] = ()) -> dict[str, Any]:
     """The options in a TOML file of `key = value` lines, unchecked.
 
+    Args:
+        tables: names that may be tables.
+
     Raises:
-        ConfigError: a file that is missing, not TOML, or has tables.
+        ConfigError: a file that is missing, not TOML, or has other tables.
     """
     try:
         text = read_text(path)
@@ -106,10 +109,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
-    return parse(text, path)
+    return parse(text, path, tables)
 
 
-def parse(text: str, path: Path) -> dict[str, Any]:
+def parse(text: str, path: Path, tables: Sequence[str] = ()) -> dict[str, Any]:
     """As `read_file`, of a text; `path` is named in errors."""
     try:
         values = tomllib.loads(text)
@@ -117,7 +120,7 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in tables:
             raise ConfigError(
                 f"{path}: expected `key = value` lines alone, got a table [{key[:50]}]"
             )

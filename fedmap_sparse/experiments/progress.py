@@ -51,13 +51,16 @@ class Lines(Observer):
             say(f"{name}: going on after {len(records)} of {rounds} rounds")
 
     def round(self, record: Record) -> None:
+        say(self.line(record), *self._new_starving(record))
+
+    def line(self, record: Record) -> str:
+        """A round in one line."""
         sent = human_bytes(record["uplink_bytes"] + record["downlink_bytes"])
-        line = (
+        return (
             f"{record['arm']:<6}  {record['round'] + 1:>3}/{self._rounds} rounds  "
             f"accuracy {record['accuracy']:.2%}  density {record['density']:.2%}  "
             f"{sent}  {record['seconds']['total']:.1f} s{_troubles(record)}"
         )
-        say(line, *self._new_starving(record))
 
     def _new_starving(self, record: Record) -> list[str]:
         """A warning for each layer that starves since this round."""

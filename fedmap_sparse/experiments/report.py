@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedmap_sparse.experiments.folder import Record
 
 Summary = dict[str, dict[str, Any]]
 
-_NAMES = {"fedmap": "FedMap", "dense": "dense FedAvg"}
+ARM_NAMES = {"fedmap": "FedMap", "dense": "dense FedAvg"}
 _COLOURS = {"fedmap": "#0b6e99", "dense": "#d1701a"}
 
 
@@ -64,16 +65,16 @@ def _cautions(config: Config) -> list[str]:
     return lines
 
 
-def phases(records: list[Record]) -> dict[str, float]:
-    """Seconds by phase, over all rounds."""
-    names = dict.fromkeys(name for record in records for name in record["seconds"])
-    return {name: sum(r["seconds"].get(name, 0.0) for r in records) for name in names}
+def totals(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums by name, over all rounds: seconds by phase, say."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
 def closing(summary: Summary) -> list[str]:
     """The arms side by side: accuracy, survivors, bytes, time and where it went."""
     rows = [
-        ["", *(_NAMES[name] for name in summary)],
+        ["", *(ARM_NAMES[name] for name in summary)],
         ["test accuracy", *(f"{arm['accuracy']:.2%}" for arm in summary.values())],
         [
             "validation accuracy",
@@ -105,11 +106,16 @@ def closing(summary: Summary) -> list[str]:
             *(f"{arm['overhead']:.1%}" for arm in summary.values()),
         ],
     ]
+    return ["", *table(rows), *_comparison(summary), *_starving(summary), *_where(summary), ""]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells each as lines; the first column flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
     ]
-    return ["", *table, *_comparison(summary), *_starving(summary), *_where(summary), ""]
 
 
 def _client(arm: dict[str, Any], key: str) -> str:
@@ -119,7 +125,7 @@ def _client(arm: dict[str, Any], key: str) -> str:
 
 def _starving(summary: Summary) -> list[str]:
     lines = [
-        f"warning: {_NAMES[n]}: {line}" for n, arm in summary.items() for line in arm["starving"]
+        f"warning: {ARM_NAMES[n]}: {line}" for n, arm in summary.items() for line in arm["starving"]
     ]
     return ["", *lines] if lines else []
 
@@ -145,7 +151,7 @@ def _where(summary: Summary) -> list[str]:
             for phase, seconds in arm["phases"].items()
             if phase != "total"
         ]
-        lines.append(f"{_NAMES[name]}'s time: {', '.join(parts)}")
+        lines.append(f"{ARM_NAMES[name]}'s time: {', '.join(parts)}")
     return lines
 
 
@@ -167,12 +173,12 @@ def curves(records: list[Record]) -> bytes:
     for name in dict.fromkeys(r["arm"] for r in records):
         own = [r for r in records if r["arm"] == name]
         rounds = [r["round"] + 1 for r in own]
-        style: dict[str, Any] = {"color": _COLOURS[name], "label": _NAMES[name], "linewidth": 2}
+        style: dict[str, Any] = {"color": _COLOURS[name], "label": ARM_NAMES[name], "linewidth": 2}
         marker = "o" if len(own) == 1 else None
         accuracy.plot(rounds, [100 * r["accuracy"] for r in own], marker=marker, **style)
         worst = [100 * r["clients"]["worst"] for r in own if r["clients"]["worst"] is not None]
         if len(worst) == len(own):
-            worst_style = {**style, "linewidth": 1, "label": f"{_NAMES[name]}, worst client"}
+            worst_style = {**style, "linewidth": 1, "label": f"{ARM_NAMES[name]}, worst client"}
             accuracy.plot(rounds, worst, linestyle="--", marker=marker, **worst_style)
         density.step(rounds, [100 * r["density"] for r in own], where="mid", marker=marker, **style)
         total = accumulate(r["uplink_bytes"] + r["downlink_bytes"] for r in own)
@@ -181,7 +187,7 @@ def curves(records: list[Record]) -> bytes:
     for layer in first[0]["layers"]:
         shares = [100 * r["layers"][layer] for r in first]
         layers.step([r["round"] + 1 for r in first], shares, where="mid", label=layer)
-    layers.set_title(f"density of each layer, {_NAMES[first[0]['arm']]}, %")
+    layers.set_title(f"density of each layer, {ARM_NAMES[first[0]['arm']]}, %")
     # Logarithmic from a thousandth on, so that a layer with nothing left is in the picture too.
     layers.set_yscale("symlog", linthresh=0.1)
     layers.set_ylim(0, 120)

@@ -14,14 +14,15 @@ _MAYBE: tuple[type, ...] = (int, float, type(None))
 _RECORD: dict[str, type | tuple[type, ...]] = {
     "arm": str, "round": int, "accuracy": _NUMBER, "loss": _MAYBE, "clients": dict,
     "train_loss": _MAYBE, "density": _NUMBER, "keep": int, "layers": dict, "starving": dict,
-    "lr": _NUMBER, "uplink_bytes": int, "downlink_bytes": int, "cohort": int, "dropped": list,
-    "attempts": int, "refused": dict, "seconds": dict,
+    "lr": _NUMBER, "uplink_bytes": int, "downlink_bytes": int, "bytes": dict, "cohort": int,
+    "dropped": list, "attempts": int, "refused": dict, "seconds": dict,
 }  # fmt: skip
 #: The types of what its dicts hold, and the names that are read.
 _WITHIN: dict[str, tuple[type | tuple[type, ...], tuple[str, ...]]] = {
     "clients": (_MAYBE, ("mean", "std", "worst", "worst_client")),
     "layers": (_NUMBER, ()),
     "starving": (str, ()),
+    "bytes": (int, ()),
     "refused": (str, ()),
     "seconds": (_NUMBER, ("train", "evaluate", "total")),
 }
