@@ -31,6 +31,8 @@ PUBLIC = [
     "pack",
     "prune_",
     "quantize_int8",
+    "squared_distances",
+    "trimmed_mean",
     "unpack",
     "weighted_mean",
     "zero_pruned_",
@@ -148,6 +150,17 @@ _MAKERS: dict[str, Callable[[], Call]] = {
         mean,
         {"sums": normal().double(), "out": torch.zeros(N)},
         ("out",),
+    ),
+    "trimmed": lambda: Call(
+        "trimmed_mean_out",
+        ops.trimmed_mean,
+        {"vectors": [normal(seed=s) for s in range(3)], "trim": 1, "out": torch.zeros(N)},
+        ("out",),
+    ),
+    "distances": lambda: Call(
+        "squared_distances",
+        ops.squared_distances,
+        {"vectors": [normal(), normal(seed=1)], "others": [normal(seed=2), normal(seed=3)]},
     ),
     "cast": lambda: Call(
         "cast_out",

@@ -75,6 +75,19 @@ inline bool ordinary(const Flats& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const Flat& t) { return t.ordinary; });
 }
 
+// Whether each is a float32 tensor of n elements.
+inline bool vectors_of(const Flats& tensors, int64_t n) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [&](const Flat& t) { return t.is(kFloat32, n); });
+}
+
+inline std::vector<const float*> addresses(const Flats& tensors) {
+  std::vector<const float*> found;
+  for (const Flat& t : tensors)
+    found.push_back(t.as<float>());
+  return found;
+}
+
 // The tensors of a Mask.
 struct Bits {
   const Flat &words, &rank;

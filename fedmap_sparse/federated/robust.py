@@ -14,16 +14,12 @@ What none of them does: tell a hostile client from an honest one whose data diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-#: Elements of a tile: with 50 clients it takes 6.5 MB in float32.
-TILE = 1 << 15
-
+from fedmap_sparse import ops
 
 def _check(name: str, good: bool, wanted: str, got: object) -> None:
     if not good:
@@ -35,70 +31,16 @@ def _clients(name: str, came: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least} clients, got {came}")
 
 
-def _by_tiles(
-    vectors: list[Tensor], first: int, stop: int, rule: Callable[[list[Tensor]], Tensor]
-) -> Tensor:
-    """`rule` of the values of ranks `first` to `stop` of each element, in increasing order."""
-    out = torch.empty_like(vectors[0])
-    network = _network(len(vectors), first, stop)
-    for start in range(0, out.numel(), TILE):
-        rows = [v[start : start + TILE] for v in vectors]
-        for i, j in network:
-            rows[i], rows[j] = torch.minimum(rows[i], rows[j]), torch.maximum(rows[i], rows[j])
-        out[start : start + TILE] = rule(rows[first:stop])
-    return out
-
-
-@lru_cache(maxsize=64)
-def _network(count: int, first: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort (1968) of `count` rows, less what ranks outside of `first` to
-    `stop` would need. Whole rows are compared at once: 10 rows of a tile take 29 steps in cache,
-    where a sort along the short axis takes each element by itself.
-    """
-    steps: list[tuple[int, int]] = []
-    p = 1
-    while p < count:
-        k = p
-        while k >= 1:
-            for j in range(k % p, count - k, 2 * k):
-                pairs = [(i, i + k) for i in range(j, min(j + k, count - k))]
-                steps += [(a, b) for a, b in pairs if a // (2 * p) == b // (2 * p)]
-            k //= 2
-        p *= 2
-    wanted, kept = set(range(first, stop)), []
-    for i, j in reversed(steps):
-        if i in wanted or j in wanted:
-            wanted |= {i, j}
-            kept.append((i, j))
-    return tuple(reversed(kept))
-
-
 def _norms(vectors: list[Tensor], start: Tensor) -> list[float]:
-    """L2 norms of the differences from `start`, summed in float64."""
-    return [
-        math.sqrt(sum(_squares(v[i : i + TILE], start[i : i + TILE]) for i in _starts(v)))
-        for v in vectors
-    ]
+    """L2 norms of the differences from `start`."""
+    found: list[float] = ops.squared_distances(vectors, [start]).sqrt().flatten().tolist()
+    return found
 
 
-def _starts(v: Tensor) -> range:
-    return range(0, v.numel(), TILE)
-
-
-def _squares(a: Tensor, b: Tensor) -> float:
-    return float(a.double().sub_(b).square_().sum())
-
-
-def _mean(vectors: list[Tensor], factors: list[float], start: Tensor) -> Tensor:
-    """`start + sum(factor * (v - start))` in float64, rounded once."""
-    out = torch.empty_like(start)
-    for i in _starts(start):
-        here = start[i : i + TILE].double()
-        total = torch.zeros_like(here)
-        for v, factor in zip(vectors, factors, strict=True):
-            total += v[i : i + TILE].double().sub_(here).mul_(factor)
-        out[i : i + TILE] = (here + total).float()
-    return out
+def _mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """The mean of those that have a weight above 0."""
+    used = [(v, w) for v, w in zip(vectors, weights, strict=True) if w > 0]
+    return ops.weighted_mean([v for v, _ in used], [w for _, w in used])
 
 
 @dataclass(frozen=True)
@@ -126,12 +68,11 @@ class NormBound:
         bound = self.norm
         if bound is None:
             bound = self.times * sorted(norms)[(len(norms) - 1) // 2]
-        total = sum(weights)
-        shares = [
-            (w / total) * (1.0 if n <= bound else bound / n)
-            for w, n in zip(weights, norms, strict=True)
-        ]
-        return _mean(vectors, shares, start)
+        cuts = [1.0 if n <= bound else bound / n for n in norms]
+        shares = [w * c for w, c in zip(weights, cuts, strict=True)]
+        # What is cut off of the differences is weight that the broadcast has.
+        rest = math.fsum(w * (1 - c) for w, c in zip(weights, cuts, strict=True))
+        return _mean([start, *vectors], [rest, *shares])
 
 
 @dataclass(frozen=True)
@@ -146,12 +87,7 @@ class Median:
 
     def __call__(self, vectors: list[Tensor], weights: list[int], start: Tensor) -> Tensor:
         _clients("Median", len(vectors), self.least)
-        low, high = (len(vectors) - 1) // 2, len(vectors) // 2
-
-        def rule(middle: list[Tensor]) -> Tensor:
-            return ((middle[0].double() + middle[-1].double()) / 2).float()
-
-        return _by_tiles(vectors, low, high + 1, rule)
+        return ops.trimmed_mean(vectors, (len(vectors) - 1) // 2)
 
 
 @dataclass(frozen=True)
@@ -180,14 +116,7 @@ class TrimmedMean:
         _clients("TrimmedMean", len(vectors), self.least)
         count = len(vectors)
         cut = int(self.trim * count) if isinstance(self.trim, float) else self.trim
-
-        def rule(kept: list[Tensor]) -> Tensor:
-            total = torch.zeros_like(kept[0], dtype=torch.float64)
-            for row in kept:  # in this order, whatever a device's own reduction does
-                total += row
-            return (total / len(kept)).float()
-
-        return _by_tiles(vectors, cut, count - cut, rule)
+        return ops.trimmed_mean(vectors, cut)
 
 
 @dataclass(frozen=True)
@@ -217,9 +146,7 @@ class GeometricMedian:
             distances = _norms(vectors, centre)
             least = self.smoothing * sorted(distances)[(len(distances) - 1) // 2]
             least = least or torch.finfo(torch.float32).tiny
-            shares = [1 / max(d, least) for d in distances]
-            total = math.fsum(shares)
-            centre = _mean(vectors, [s / total for s in shares], centre)
+            centre = _mean(vectors, [1 / max(d, least) for d in distances])
         return centre
 
 
@@ -249,14 +176,7 @@ class MultiKrum:
     def __call__(self, vectors: list[Tensor], weights: list[int], start: Tensor) -> Tensor:
         _clients("MultiKrum", len(vectors), self.least)
         count = len(vectors)
-        distances = [[0.0] * count for _ in range(count)]
-        for i in range(count):
-            for j in range(i):
-                found = math.fsum(
-                    _squares(vectors[i][s : s + TILE], vectors[j][s : s + TILE])
-                    for s in _starts(start)
-                )
-                distances[i][j] = distances[j][i] = found
+        distances = ops.squared_distances(vectors).tolist()
         near = count - self.hostile - 2
         scores = [
             math.fsum(sorted(d for j, d in enumerate(row) if j != i)[:near])
@@ -264,7 +184,7 @@ class MultiKrum:
         ]
         keep = self.keep or count - self.hostile
         chosen = sorted(sorted(range(count), key=lambda i: (scores[i], i))[:keep])
-        return _mean([vectors[i] for i in chosen], [1 / keep] * keep, start)
+        return ops.weighted_mean([vectors[i] for i in chosen], [1.0] * keep)
 
 
 #: By name, for options on a command line.

@@ -89,16 +89,21 @@ class Bitmap:
 
 @dataclass(frozen=True)
 class Alike:
-    """A list of contiguous float tensors of one dtype and device, and of one size if `sized`."""
+    """A list of contiguous tensors of one dtype and device, and of one size if `sized`.
+
+    They are as the first tensor of `beside`, another list; without it, as their own first.
+    """
 
     name: str
     sized: bool = False
+    dtypes: tuple[torch.dtype, ...] = _checks.FLOAT_DTYPES
+    beside: str = ""
 
     def check(self, given: Arguments) -> None:
         tensors = given[self.name]
         for t in tensors:
-            _checks.check_tensor(self.name, t)
-            first = tensors[0]
+            _checks.check_tensor(self.name, t, self.dtypes)
+            first = given[self.beside or self.name][0]
             if t.dtype != first.dtype:
                 wanted, got = _checks.short(first.dtype), _checks.short(t.dtype)
                 raise TypeError(f"{self.name}: expected one dtype, {wanted}, got {got}")
@@ -143,6 +148,24 @@ class Keep:
         )
         if not self.least <= keep <= eligible:
             raise ValueError(f"keep: expected {self.least} <= keep <= {eligible}, got {keep}")
+
+
+@dataclass(frozen=True)
+class Trim:
+    """How many of `of` are left out at each end: fewer than half."""
+
+    name: str = "trim"
+    of: str = "vectors"
+
+    def check(self, given: Arguments) -> None:
+        trim, count = given[self.name], len(given[self.of])
+        if isinstance(trim, bool) or not isinstance(trim, int | torch.SymInt):
+            raise TypeError(f"{self.name}: expected an int, got {type(trim).__name__}")
+        if not 0 <= 2 * trim < count:
+            most = (count - 1) // 2
+            raise ValueError(
+                f"{self.name}: expected 0 <= {self.name} <= {most} of {count} {self.of}, got {trim}"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _round_once(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _store_mean(sums, total, out, bad, offsets, inside, KIND: tl.constexpr):
+def store_mean(sums, total, out, bad, offsets, inside, KIND: tl.constexpr):
     bits = _round_once(sums / total, KIND)
     tl.store(out + offsets, bits, mask=inside)
     if KIND == FLOAT32:
@@ -67,7 +67,7 @@ def _mean_of_tile(
         weight = tl.load(table + clients + client).to(tl.float64, bitcast=True)
         sums = _add_payload(sums, pointer, weight, offsets, inside, FROM)
     total = tl.load(table + 2 * clients).to(tl.float64, bitcast=True)
-    _store_mean(sums, total, out, bad, offsets, inside, TO)
+    store_mean(sums, total, out, bad, offsets, inside, TO)
 
 
 @triton.jit(do_not_specialize=["clients", "n"])
@@ -110,7 +110,7 @@ def _accumulate_add(sums, payload, weight: tl.int64, n, KIND: tl.constexpr, BLOC
 @triton.jit
 def _mean_of_sums(sums, total, out, bad, offsets, inside, KIND: tl.constexpr):
     held = tl.load(sums + offsets, mask=inside, other=0.0)
-    _store_mean(held, total, out, bad, offsets, inside, KIND)
+    store_mean(held, total, out, bad, offsets, inside, KIND)
 
 
 @triton.jit(do_not_specialize=["total", "n"])

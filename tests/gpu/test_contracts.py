@@ -53,6 +53,17 @@ def test_accumulate(dtype: torch.dtype, aligned: bool) -> None:
     contracts.mean_rounds_once("cuda", show)
 
 
+@pytest.mark.parametrize(("count", "trim"), [(1, 0), (10, 4), (50, 24), (64, 6), (65, 32)])
+def test_trimmed(count: int, trim: int) -> None:
+    for aligned in (True, False):
+        contracts.trimmed(count, trim, 300_001, "cuda", show, aligned=aligned)
+
+
+@pytest.mark.parametrize("n", [1, 65_537, 1_000_001])
+def test_distances(n: int) -> None:
+    contracts.distances(11, n, "cuda", show)
+
+
 @pytest.mark.parametrize("n", [1, 33, 3_000_001])
 def test_digest_and_finiteness(n: int) -> None:
     contracts.digest(n, "cuda", show)

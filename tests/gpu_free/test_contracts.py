@@ -66,6 +66,17 @@ def test_mean_rounds_once(rung: Any) -> None:
     contracts.mean_rounds_once("cpu", rung.show)
 
 
+@pytest.mark.parametrize(("count", "trim"), [(1, 0), (3, 1), (10, 2), (17, 8), (64, 31)])
+def test_trimmed(rung: Any, count: int, trim: int) -> None:
+    for aligned in (True, False):
+        contracts.trimmed(count, trim, 1001, "cpu", rung.show, aligned=aligned)
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 33), (6, 4200), *([(3, 66_000)] if WHOLE else [])])
+def test_distances(rung: Any, count: int, n: int) -> None:
+    contracts.distances(count, n, "cpu", rung.show)
+
+
 def test_scans_in_chunks(rung: Any) -> None:
     contracts.rank_index(2048 * 1100 + 5, "cpu", rung.show)
     contracts.select_places_in_chunks("cpu", rung.show)

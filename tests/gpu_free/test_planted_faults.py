@@ -69,6 +69,14 @@ def _ties(show: Any) -> None:
     contracts.mean_rounds_once("cpu", show)
 
 
+def _trimmed(show: Any) -> None:
+    contracts.trimmed(10, 2, 1001, "cpu", show, aligned=True)
+
+
+def _distances(show: Any) -> None:
+    contracts.distances(6, 4200, "cpu", show)
+
+
 def _cast(show: Any) -> None:
     contracts.cast(2500, F32, "cpu", show)
 

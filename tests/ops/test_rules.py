@@ -75,8 +75,9 @@ def violations(call: Call) -> Iterator[tuple[str, str, Any]]:
                 for what, bad in broken_masks(value, rule.numel is not None, placed):
                     yield rule.name, what, bad
             case _rules.Alike(sized=True):
-                yield rule.name, "none", []
-                for what, bad in broken_tensors(value[0], torch_floats(), True):
+                if not rule.beside:
+                    yield rule.name, "none", []
+                for what, bad in broken_tensors(value[0], rule.dtypes, True):
                     yield rule.name, f"second {what}", [value[0], bad]
                     if what != "on meta":
                         yield rule.name, f"first {what}", [bad, value[1]]
@@ -93,6 +94,9 @@ def violations(call: Call) -> Iterator[tuple[str, str, Any]]:
                     yield rule.name, repr(bad), bad
                 if rule.least:
                     yield rule.name, "0", 0
+            case _rules.Trim():
+                for bad in (-1, len(call.given[rule.of]), 2**70, True, 1.0, None, "1"):
+                    yield rule.name, repr(bad), bad
             case _rules.Weight(many=True):
                 for bad in ([1], [1, 2, 3], [1, 0], [-1, 1], [1, torch.inf], [torch.nan, 1],
                             [1, torch.nan], [True, 1], [1, "2"]):  # fmt: skip

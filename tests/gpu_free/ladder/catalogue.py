@@ -19,6 +19,7 @@ from fedmap_sparse.ops._segments import ZEROED, Segments
 from fedmap_sparse.triton_kernels import (
     _scan,
     accumulate,
+    distances,
     entropy,
     extract,
     masked_adamw,
@@ -26,6 +27,7 @@ from fedmap_sparse.triton_kernels import (
     pack,
     quantize,
     select,
+    trimmed,
 )
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -192,6 +194,41 @@ def _accumulating(n: int, device: torch.device) -> Iterator[Workload]:
         )
 
 
+def _comparing(n: int, device: torch.device) -> Iterator[Workload]:
+    """What looks at every client's vector, by elements and by pairs."""
+    vectors = [torch.randn(n, device=device) for _ in range(50)]
+    out = torch.empty(n, device=device)
+    shown = {f"vector{i}": v for i, v in enumerate(vectors)}
+    for count, trim in ((10, 4), (10, 1), (50, 24)):
+        yield Workload(
+            f"trimmed_mean {count} less {trim}",
+            n,
+            lambda v=vectors[:count], t=trim: trimmed.trimmed_mean_out(v, t, out),
+            4.0 * (count + 1),
+            1.01,
+            1.1,
+            shown,
+        )
+    yield Workload(
+        "squared_distances 8 to 1",
+        n,
+        lambda: distances.squared_distances(vectors[:8], vectors[8:9]),
+        4.0 * 9,
+        1.01,
+        1.15,  # four vectors a program, and the one beside them
+        shown,
+    )
+    yield Workload(
+        "squared_distances among 8",
+        n,
+        lambda: distances.squared_distances(vectors[:8], []),
+        4.0 * 8,
+        1.01,
+        3.05,  # three programs of four by four, from the caches
+        shown,
+    )
+
+
 def _quantizing(n: int, device: torch.device) -> Iterator[Workload]:
     values, residual = torch.randn(n, device=device), torch.randn(n, device=device)
     q = torch.empty(n, dtype=torch.int8, device=device)
@@ -325,7 +362,7 @@ def each_workload(n: int, device: torch.device) -> Iterator[Workload]:
     """All of them over `n` elements, made as they are asked for."""
     torch.manual_seed(0)
     for part in (
-        _packing, _nesting, _stepping, _accumulating, _quantizing, _selecting, _coding,
+        _packing, _nesting, _stepping, _accumulating, _comparing, _quantizing, _selecting, _coding,
     ):  # fmt: skip
         yield from part(n, device)
 

@@ -212,6 +212,31 @@ def mean_rounds_once(device: str, show: Show) -> None:
         assert float(out[at]) == want
 
 
+def _apart(count: int, n: int, device: str, aligned: bool) -> list[Tensor]:
+    rooms = [(torch.randn(n + 1) * 10.0 ** (i % 3 - 1)).round(decimals=2) for i in range(count)]
+    return [room.to(device)[: n] if aligned else room.to(device)[1:] for room in rooms]
+
+
+def trimmed(count: int, trim: int, n: int, device: str, show: Show, *, aligned: bool) -> None:
+    vectors = _apart(count, n, device, aligned)
+    if trim:
+        vectors[0][: n // 2] = math.inf
+        vectors[-1][: n // 3] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN
+    show(**{f"vector{i}": v for i, v in enumerate(vectors)})
+    want, got = (torch.full((n,), 7.0, device=device) for _ in range(2))
+    ops.trimmed_mean(vectors, trim, out=want, backend="reference")
+    ops.trimmed_mean(vectors, trim, out=got, backend="triton")
+    assert same(got, want)
+
+
+def distances(count: int, n: int, device: str, show: Show) -> None:
+    vectors = _apart(count, n, device, False)
+    show(**{f"vector{i}": v for i, v in enumerate(vectors)})
+    for others in ([], vectors[:1], vectors[1:]):
+        want = ops.squared_distances(vectors, others, backend="reference")
+        assert same(ops.squared_distances(vectors, others, backend="triton"), want)
+
+
 def rank_index(n: int, device: str, show: Show) -> None:
     """By several programs, and by one in several chunks, as from 134 million elements on.
 

@@ -140,5 +140,7 @@ void check_accumulate();
 void check_quantize();
 void check_crc();
 void check_entropy();
+void check_trimmed();
+void check_distances();
 
 } // namespace selfcheck

@@ -26,7 +26,8 @@ int main(int argc, char** argv) {
                {"select", selfcheck::check_select},     {"pack", selfcheck::check_pack},
                {"steps", selfcheck::check_steps},       {"accumulate", selfcheck::check_accumulate},
                {"quantize", selfcheck::check_quantize}, {"crc", selfcheck::check_crc},
-               {"entropy", selfcheck::check_entropy}};
+               {"entropy", selfcheck::check_entropy},   {"trimmed", selfcheck::check_trimmed},
+               {"distances", selfcheck::check_distances}};
   for (const auto& part : parts) {
     bool wanted = argc == 1;
     for (int k = 1; k < argc; ++k)

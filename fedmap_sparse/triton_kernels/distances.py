@@ -1,0 +1,131 @@
+"""Squared distances: a program adds up a part of some pairs, another the parts of each pair."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedmap_sparse.triton_kernels._launch import cdiv, launch
+from fedmap_sparse.triton_kernels._tables import to_device
+
+#: As in ops/distances.py, which says in what order the sums are.
+LANES = tl.constexpr(32)
+BLOCK = tl.constexpr(2048)
+BLOCKS = tl.constexpr(32)
+_PART = 2048 * 32
+#: Vectors and others of a program: 16 pairs of 8 rows ask for a fourth of what single pairs would.
+_ROWS = 4
+#: Parts whose sums are loaded together.
+AHEAD = tl.constexpr(8)
+
+
+@triton.jit
+def _load_rows(addresses, offsets, inside):
+    pointers = addresses.to(tl.pointer_type(tl.float32), bitcast=True)
+    return tl.load(pointers[:, None] + offsets[None, :], mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _fold(sums, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Lane l plus lane l + half, until one is left."""
+    for level in tl.static_range(5):
+        half: tl.constexpr = 16 >> level
+        pairs = tl.permute(tl.reshape(sums, (ROWS, WIDTH, 2, half)), (0, 1, 3, 2))
+        low, high = tl.split(pairs)
+        sums = low + high
+    return tl.reshape(sums, (ROWS, WIDTH))
+
+
+@triton.jit(do_not_specialize=["rows", "width", "n"])
+def _part_distances(
+    table, sums, rows, width, n, AMONG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """`table` holds the addresses of the vectors, then of the others; `sums` [parts, rows, width].
+
+    The pairs of a part are neighbours in the grid, as they read the same memory.
+    """
+    tiles = tl.cdiv(width, WIDTH)
+    first = (tl.program_id(0) // tiles) * ROWS
+    other = (tl.program_id(0) % tiles) * WIDTH
+    part = tl.program_id(1).to(tl.int64)
+    if AMONG:
+        if other > first:
+            return
+    row, column = first + tl.arange(0, ROWS), other + tl.arange(0, WIDTH)
+    a_at = tl.load(table + tl.minimum(row, rows - 1))
+    b_at = tl.load(table + rows + tl.minimum(column, width - 1))
+    start = part * (BLOCKS * BLOCK)
+    total = tl.zeros((ROWS, WIDTH), tl.float64)
+    for block in range(tl.minimum(tl.cdiv(n - start, BLOCK), BLOCKS).to(tl.int32)):
+        lanes = tl.zeros((ROWS, WIDTH, LANES), tl.float64)
+        for i in range(0, BLOCK, STEPS * LANES):
+            for k in tl.static_range(STEPS):
+                offsets = start + block * BLOCK + i + k * LANES + tl.arange(0, LANES)
+                a = _load_rows(a_at, offsets, offsets < n)
+                b = _load_rows(b_at, offsets, offsets < n)
+                x = (a[:, None, :] - b[None, :, :]).to(tl.float64)
+                lanes += x * x
+        total += _fold(lanes, ROWS, WIDTH)
+    at = (part * rows + row[:, None]) * width + column[None, :]
+    tl.store(sums + at, total, mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["pairs", "width", "parts"])
+def _add_parts(sums, out, pairs, width, parts, AMONG: tl.constexpr, LANES: tl.constexpr):
+    pair = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    row, column = pair // width, pair % width
+    inside = pair < pairs
+    if AMONG:
+        inside = inside & (column < row)
+    total = tl.zeros((LANES,), tl.float64)
+    for part in range(0, parts, AHEAD):
+        for k in tl.static_range(AHEAD):
+            at = (part + k).to(tl.int64) * pairs + pair
+            total += tl.load(sums + at, mask=inside & (part + k < parts), other=0.0)
+    tl.store(out + pair, total, mask=inside)
+    if AMONG:
+        tl.store(out + column * width + row, total, mask=inside)
+
+
+def squared_distances(vectors: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Float64 [len(vectors), len(others)]; no others: among the vectors."""
+    rows, width, device = len(vectors), len(others or vectors), vectors[0].device
+    n, pairs, among = vectors[0].numel(), rows * width, not others
+    out = torch.zeros(rows, width, dtype=torch.float64, device=device)
+    if not n:
+        return out
+    parts = cdiv(n, _PART)
+    sums = torch.empty(parts * pairs, dtype=torch.float64, device=device)
+    table = np.array([t.data_ptr() for t in (*vectors, *(others or vectors))], np.int64)
+    tile = 1 if width == 1 else _ROWS
+    launch(
+        _part_distances,
+        (cdiv(rows, _ROWS) * cdiv(width, tile), parts),
+        to_device(table, device),
+        sums,
+        rows,
+        width,
+        n,
+        AMONG=among,
+        ROWS=_ROWS,
+        WIDTH=tile,
+        STEPS=4,
+        num_warps=1,
+    )
+    launch(
+        _add_parts,
+        (cdiv(pairs, 32),),
+        sums,
+        out,
+        pairs,
+        width,
+        parts,
+        AMONG=among,
+        LANES=32,
+        num_warps=1,
+    )
+    return out
