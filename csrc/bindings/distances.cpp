@@ -16,8 +16,8 @@ const Binding binding([](py::module_& m) {
             !vectors_of(vectors, vectors[0].numel) || !vectors_of(others, vectors[0].numel) ||
             !out.is(kFloat64, rows * width))
           return unfit(attempt);
-        squared_distances(addresses(vectors), addresses(others), vectors[0].numel,
-                          out.as<double>(), threads);
+        squared_distances(addresses(vectors), addresses(others), vectors[0].numel, out.as<double>(),
+                          threads);
         return 0;
       },
       Unlocked());

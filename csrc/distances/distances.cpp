@@ -1,5 +1,5 @@
-// Squared distances between vectors: float32 differences, float64 squares and sums, in an order that
-// depends on nothing but the size. Contract: fedmap_sparse/ops/distances.py.
+// Squared distances between vectors: float32 differences, float64 squares and sums, in an order
+// that depends on nothing but the size. Contract: fedmap_sparse/ops/distances.py.
 //
 // The square of a float32 is exact in float64, so that a fused multiply-add gives the bits of a
 // product and a sum.

@@ -185,12 +185,11 @@ int64_t trimmed_mean(const std::vector<const float*>& rows, int trim, int64_t n,
   const auto trimmed = FEDMAP_DISPATCH(trimmed);
   const int used = threads_for(n * count * int64_t(sizeof(float)), threads);
   std::atomic<int64_t> bad{0};
-  parallel_ranges(n, piece_of(n, kTrimPiece, kTrimTile, used), used,
-                  [&](int64_t begin, int64_t end) {
-                    std::vector<Line> room(static_cast<size_t>(2 * count));
-                    bad.fetch_add(trimmed(middle, begin, end, out, room.data()),
-                                  std::memory_order_relaxed);
-                  });
+  parallel_ranges(
+      n, piece_of(n, kTrimPiece, kTrimTile, used), used, [&](int64_t begin, int64_t end) {
+        std::vector<Line> room(static_cast<size_t>(2 * count));
+        bad.fetch_add(trimmed(middle, begin, end, out, room.data()), std::memory_order_relaxed);
+      });
   return bad;
 }
 

@@ -49,8 +49,8 @@ static int64_t trimmed(const Middle& middle, int64_t begin, int64_t end, float* 
       for (int k = 0; k < kAcross; ++k)
         exchange(room[step.low * kAcross + k], room[step.high * kAcross + k]);
     for (int k = 0; k < kAcross; ++k)
-      bad += mean(room + middle.first * kAcross + k, middle.stop - middle.first,
-                  out + i + k * kLanes);
+      bad +=
+          mean(room + middle.first * kAcross + k, middle.stop - middle.first, out + i + k * kLanes);
   }
   return i < end ? bad + scalar::trimmed(middle, i, end, out, scratch) : bad;
 }

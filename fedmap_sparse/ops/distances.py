@@ -77,10 +77,10 @@ def squared_distances(
 ) -> Tensor:
     """Squared Euclidean distances of vectors to others, or among themselves.
 
-    A difference is float32, as rounded; its square is float64, and exact. The sums are float64 in
-    one order, so that the bits are the same on every backend and at any thread count: element i
-    goes to lane `i % 32` of its block of 2,048; a lane adds up by increasing index, from +0.0; lanes
-    are folded by halves (lane l and lane l + 16, then l + 8 ...); blocks are added up in order
+    A difference is float32, rounded; its square is float64, and exact. The sums are float64 in one
+    order, so that the bits are the same on every backend and at any thread count: element i goes
+    to lane `i % 32` of its block of 2,048; a lane adds up by increasing index, from +0.0; lanes are
+    folded by halves (lane l and lane l + 16, then l + 8 and so on); blocks are added up in order
     within a part of 65,536 elements, and parts in order.
 
     Args:

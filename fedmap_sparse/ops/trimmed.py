@@ -102,8 +102,8 @@ def trimmed_mean(
 
     >>> import torch
     >>> import fedmap_sparse as fs
-    >>> of = [torch.tensor([1.0, 5.0]), torch.tensor([2.0, -9.0]), torch.tensor([float("inf"), 6.0])]
-    >>> fs.ops.trimmed_mean(of, 1)
+    >>> vectors = [torch.tensor(v) for v in ([1.0, 5.0], [2.0, -9.0], [float("inf"), 6.0])]
+    >>> fs.ops.trimmed_mean(vectors, 1)
     tensor([2., 5.])
     """
     if not vectors:

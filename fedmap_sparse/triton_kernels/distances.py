@@ -29,14 +29,21 @@ def _load_rows(addresses, offsets, inside):
 
 
 @triton.jit
+def _halve(sums, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Lane l plus lane l + HALF."""
+    pairs = tl.permute(tl.reshape(sums, (ROWS, WIDTH, 2, HALF)), (0, 1, 3, 2))
+    low, high = tl.split(pairs)
+    return low + high
+
+
+@triton.jit
 def _fold(sums, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Lane l plus lane l + half, until one is left."""
-    for level in tl.static_range(5):
-        half: tl.constexpr = 16 >> level
-        pairs = tl.permute(tl.reshape(sums, (ROWS, WIDTH, 2, half)), (0, 1, 3, 2))
-        low, high = tl.split(pairs)
-        sums = low + high
-    return tl.reshape(sums, (ROWS, WIDTH))
+    """The 32 lanes to one."""
+    sums = _halve(sums, ROWS, WIDTH, 16)
+    sums = _halve(sums, ROWS, WIDTH, 8)
+    sums = _halve(sums, ROWS, WIDTH, 4)
+    sums = _halve(sums, ROWS, WIDTH, 2)
+    return tl.reshape(_halve(sums, ROWS, WIDTH, 1), (ROWS, WIDTH))
 
 
 @triton.jit(do_not_specialize=["rows", "width", "n"])
@@ -84,7 +91,7 @@ def _add_parts(sums, out, pairs, width, parts, AMONG: tl.constexpr, LANES: tl.co
     total = tl.zeros((LANES,), tl.float64)
     for part in range(0, parts, AHEAD):
         for k in tl.static_range(AHEAD):
-            at = (part + k).to(tl.int64) * pairs + pair
+            at = pairs.to(tl.int64) * (part + k) + pair
             total += tl.load(sums + at, mask=inside & (part + k < parts), other=0.0)
     tl.store(out + pair, total, mask=inside)
     if AMONG:

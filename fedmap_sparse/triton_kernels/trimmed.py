@@ -1,8 +1,6 @@
-"""Means of the middle values of each element: a sorting network over registers, one row a vector."""
+"""Means of the middle values of each element: a sorting network over registers, a row a vector."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import torch
@@ -20,8 +18,8 @@ MOST = 64
 _WARPS = 4
 
 
-@functools.lru_cache(maxsize=256)
-def steps_of(count: int, trim: int) -> tuple[tuple[int, int], ...]:
+@triton.constexpr_function
+def _steps(count, trim):
     """Batcher's odd-even merge sort of `count` rows, less what no rank that is kept depends on."""
     steps = []
     p = 1
@@ -29,9 +27,8 @@ def steps_of(count: int, trim: int) -> tuple[tuple[int, int], ...]:
         k = p
         while k >= 1:
             for j in range(k % p, count - k, 2 * k):
-                for i in range(j, min(j + k, count - k)):
-                    if i // (2 * p) == (i + k) // (2 * p):
-                        steps.append((i, i + k))
+                pairs = [(i, i + k) for i in range(j, min(j + k, count - k))]
+                steps += [(a, b) for a, b in pairs if a // (2 * p) == b // (2 * p)]
             k //= 2
         p *= 2
     wanted, kept = set(range(trim, count - trim)), []
@@ -42,25 +39,16 @@ def steps_of(count: int, trim: int) -> tuple[tuple[int, int], ...]:
     return tuple(reversed(kept))
 
 
-@triton.constexpr_function
-def _num_steps(count, trim):
-    return len(steps_of(count, trim))
-
-
-@triton.constexpr_function
-def _low(count, trim, step):
-    return steps_of(count, trim)[step][0]
-
-
-@triton.constexpr_function
-def _high(count, trim, step):
-    return steps_of(count, trim)[step][1]
-
-
 @triton.jit
 def _ranked(bits):
     """The bits of float32 values as integers in the order of the values, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _exchange(rows, LOW: tl.constexpr, HIGH: tl.constexpr):
+    low, high = tl.minimum(rows[LOW], rows[HIGH]), tl.maximum(rows[LOW], rows[HIGH])
+    return rows[:LOW] + (low,) + rows[LOW + 1 : HIGH] + (high,) + rows[HIGH + 1 :]
 
 
 @triton.jit
@@ -73,13 +61,11 @@ def _trimmed_tile(
         pointer = tl.load(table + row).to(tl.pointer_type(tl.int32), bitcast=True)
         if ALIGNED:
             pointer = tl.multiple_of(pointer, 16)
-        rows = rows + (_ranked(tl.load(pointer + offsets, mask=inside, other=0)),)
-    for step in tl.static_range(_num_steps(COUNT, TRIM)):
-        low: tl.constexpr = _low(COUNT, TRIM, step)
-        high: tl.constexpr = _high(COUNT, TRIM, step)
-        lesser = tl.minimum(rows[low], rows[high])
-        greater = tl.maximum(rows[low], rows[high])
-        rows = rows[:low] + (lesser,) + rows[low + 1 : high] + (greater,) + rows[high + 1 :]
+        loaded = tl.load(pointer + offsets, mask=inside, other=0)
+        rows = rows + (_ranked(loaded),)  # type: ignore[assignment]  # a tuple of another length
+    STEPS: tl.constexpr = _steps(COUNT, TRIM)
+    for step in tl.static_range(len(STEPS)):
+        rows = _exchange(rows, STEPS[step][0], STEPS[step][1])
     sums = tl.zeros((BLOCK,), tl.float64)
     for rank in tl.static_range(TRIM, COUNT - TRIM):
         sums += _ranked(rows[rank]).to(tl.float32, bitcast=True).to(tl.float64)

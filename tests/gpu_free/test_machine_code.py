@@ -18,6 +18,7 @@ _QUICK = (
     "unpack float32 0.5",
     "masked_sgd float32 0.5",
     "weighted_mean 10 float32",
+    "trimmed_mean 10 less 4",
     "quantize_int8 feedback",
     "decode_mask 0.1",
 )

@@ -16,7 +16,9 @@ SIZES = [0, 1, 31, 32, 33, 63, 65, 2047, 2048, 2049, 4127, 65_535, 65_537, 140_0
 
 
 def vectors(count: int, n: int) -> list[Tensor]:
-    rooms = [torch.randn(n + 1) * torch.randint(-12, 6, (n + 1,)).float().exp2() for _ in range(count)]
+    rooms = [
+        torch.randn(n + 1) * torch.randint(-12, 6, (n + 1,)).float().exp2() for _ in range(count)
+    ]
     return [room[1:] for room in rooms]
 
 

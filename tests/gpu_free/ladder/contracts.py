@@ -214,7 +214,7 @@ def mean_rounds_once(device: str, show: Show) -> None:
 
 def _apart(count: int, n: int, device: str, aligned: bool) -> list[Tensor]:
     rooms = [(torch.randn(n + 1) * 10.0 ** (i % 3 - 1)).round(decimals=2) for i in range(count)]
-    return [room.to(device)[: n] if aligned else room.to(device)[1:] for room in rooms]
+    return [room.to(device)[:n] if aligned else room.to(device)[1:] for room in rooms]
 
 
 def trimmed(count: int, trim: int, n: int, device: str, show: Show, *, aligned: bool) -> None:
