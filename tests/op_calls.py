@@ -19,11 +19,14 @@ N = 1000
 #: The public names of `fedmap_sparse.ops`. One more or less is a decision, for the changelog too.
 PUBLIC = [
     "Accumulator",
+    "add_gaussian_",
     "all_finite",
     "cast",
+    "clip_difference_",
     "deposit",
     "dequantize_int8",
     "extract",
+    "from_fixed",
     "magnitude_mask",
     "magnitude_threshold",
     "masked_adamw_",
@@ -32,6 +35,7 @@ PUBLIC = [
     "prune_",
     "quantize_int8",
     "squared_distances",
+    "to_fixed",
     "trimmed_mean",
     "unpack",
     "weighted_mean",
@@ -179,6 +183,28 @@ _MAKERS: dict[str, Callable[[], Call]] = {
         "dequantize_int8",
         ops.dequantize_int8,
         {"q": torch.arange(N).to(torch.int8), "scales": normal(4), "block": 256},
+    ),
+    "clip": lambda: Call(
+        "clip_difference_",
+        ops.clip_difference_,
+        {"values": normal(), "start": normal(seed=1), "max_norm": 1.0},
+        ("values",),
+    ),
+    "noise": lambda: Call(
+        "add_gaussian_",
+        ops.add_gaussian_,
+        {"values": normal(), "std": 0.5, "seed": 7, "stream": 2},
+        ("values",),
+    ),
+    "to_fixed": lambda: Call(
+        "to_fixed_out",
+        ops.to_fixed,
+        {"values": normal(), "clip": 2.0, "scale": 1000.0, "weight": 3},
+    ),
+    "from_fixed": lambda: Call(
+        "from_fixed",
+        ops.from_fixed,
+        {"sums": (1000 * normal()).to(torch.int32), "divisor": 3000.0},
     ),
     "sgd": lambda: Call(
         "masked_sgd_",

@@ -31,7 +31,7 @@ MOST_SETS = 32
 
 def registry() -> dict[str, Case]:
     """Every case by its op's name."""
-    for module in ("cases", "latency", "messages", "models", "robust", "steps"):
+    for module in ("cases", "latency", "messages", "models", "private", "robust", "steps"):
         import_module(f"fedmap_sparse.bench.{module}")  # which registers its cases
     return REGISTRY
 

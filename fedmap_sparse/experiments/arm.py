@@ -13,14 +13,13 @@ from fedmap_sparse.codec import Coding
 from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
-from fedmap_sparse.experiments import measures, report
+from fedmap_sparse.experiments import hardening, measures, report
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset, Split
 from fedmap_sparse.experiments.folder import Record
 from fedmap_sparse.experiments.partition import Index
 from fedmap_sparse.experiments.training import (
     Evaluation,
-    LocalTraining,
     evaluate,
     make_optimizer,
     share_out,
@@ -67,6 +66,8 @@ class Arm:
             coding=coding,
             max_samples=MAX_INTEGER,  # the clients are our own: a mean by their true samples
             criterion=config.make_criterion(),
+            aggregator=config.make_aggregator(),
+            privacy=hardening.central(config),
         )
         local = flatten(copy.deepcopy(template))
         make = make_optimizer(config)
@@ -83,7 +84,8 @@ class Arm:
             for i in range(config.clients)
         }
         phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
-        train = LocalTraining(config, share_out(dataset.train, parts, device), phases)
+        samples = share_out(dataset.train, parts, device)
+        train = hardening.training(config, samples, dataset.classes, phases)
         self.engine = InProcessEngine(
             self.server,
             clients,
@@ -149,6 +151,7 @@ class Arm:
             "cohort": len(done.cohort),
             "dropped": list(done.dropped),
             "attempts": done.attempts,
+            "epsilon": hardening.epsilon(self.config, result.round + 1),
             "refused": {str(client): reason for client, reason in result.refused.items()},
             "seconds": seconds,
         }
@@ -173,6 +176,7 @@ class Arm:
             "seconds": phases["total"],
             "rounds": len(records),
             "seed": self.config.seed,
+            "hardening": hardening.summary(self.config),
             "phases": phases,
             "overhead": 1 - (phases["train"] + phases["evaluate"]) / phases["total"],
         }

@@ -15,8 +15,8 @@ from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import criteria, options
 from fedmap_sparse.experiments.options import Value
-from fedmap_sparse.experiments.table import GRADUAL, PRUNED, Table
-from fedmap_sparse.federated import Criterion, server_optim
+from fedmap_sparse.experiments.table import BOUNDED, GRADUAL, PRUNED, Table
+from fedmap_sparse.federated import Aggregator, Criterion, robust, server_optim
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.schedule import Dense, Schedule
 
@@ -50,7 +50,14 @@ class Config(Table):
         if self.prune_end is None and self.schedule in GRADUAL[1]:
             assert self.prune_start is not None
             self._set("prune_end", max(self.rounds * 6 // 10, self.prune_start))
+        if self.hostile is None and self.aggregator in BOUNDED[1]:
+            self._set("hostile", max(1, self.cohort // 5))
+        if self.norm_times is None and self.aggregator == "norm" and self.max_norm is None:
+            self._set("norm_times", 2.0)
+        if self.attackers is None and self.attack != "none":
+            self._set("attackers", max(1, self.clients // 5))
         self._check_together()
+        self._check_private()
         derived = frozenset(name for name in open_ if getattr(self, name) is not None)
         object.__setattr__(self, "_derived", derived)
 
@@ -93,6 +100,24 @@ class Config(Table):
                 f"{self.min_updates}"
             )
 
+    def _check_private(self) -> None:
+        aggregator = self.make_aggregator()
+        if aggregator is not None and aggregator.least > self.cohort:
+            raise ConfigError(
+                f"aggregator: {self.aggregator} needs a cohort of at least {aggregator.least} "
+                f"clients, got {self.cohort}"
+            )
+        if self.norm_times is not None and self.max_norm is not None:
+            raise ConfigError("norm_times: expected it or max_norm, got both")
+        if self.dp_noise and self.max_norm is None:
+            raise ConfigError("dp_noise: expected max_norm beside it, got none")
+        if self.dp_noise and self.aggregator != "mean":
+            raise ConfigError(f"dp_noise: goes with aggregator=mean, not with {self.aggregator}")
+        if self.attackers is not None and self.attackers >= self.clients:
+            raise ConfigError(
+                f"attackers: expected fewer than clients={self.clients}, got {self.attackers}"
+            )
+
     @property
     def folder(self) -> Path:
         """Where the outputs go."""
@@ -132,6 +157,22 @@ class Config(Table):
         chosen = criteria.CRITERIA[self.criterion]
         least = self.min_layer_density
         return criteria.at_least(least, chosen) if least else chosen
+
+    def make_aggregator(self) -> Aggregator | None:
+        """The rule that these options name, without noise; None is the mean by samples, which with
+        a `max_norm` is that of differences cut to it."""
+        if self.aggregator == "mean" and (self.max_norm is None or self.dp_noise):
+            return None
+        kind: Any = robust.AGGREGATORS.get(self.aggregator, robust.NormBound)
+        given = {
+            "trim": self.hostile,
+            "hostile": self.hostile,
+            "times": self.norm_times,
+            "norm": self.max_norm,
+        }
+        named = {f.name: given.get(f.name) for f in fields(kind)}
+        found: Aggregator = kind(**{k: v for k, v in named.items() if v is not None})
+        return found
 
     def make_server_optimizer(self) -> ServerOptimizer:
         """The server's rule that these options name."""

@@ -130,7 +130,8 @@ def observer() -> Observer:
 
 
 def _troubles(record: Record) -> str:
-    parts = [f"  refused {client}: {reason}" for client, reason in record["refused"].items()]
+    parts = [] if record.get("epsilon") is None else [f"  epsilon {record['epsilon']:.3g}"]
+    parts += [f"  refused {client}: {reason}" for client, reason in record["refused"].items()]
     if record["attempts"] > 1:
         parts.append(f"  drawn {record['attempts']} times, as too few answered")
     if record["dropped"]:

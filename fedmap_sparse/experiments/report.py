@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedmap_sparse import _command
+from fedmap_sparse.experiments import hardening
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset
 from fedmap_sparse.experiments.folder import Record
@@ -46,8 +47,10 @@ def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> li
         "model": f"{name}, {parameters:,} parameters, {threads} threads on {config.device}",
         "clients": f"{config.clients}, {config.partition}{cohort}",
         "schedule": f"{config.make_schedule()}",
+        **hardening.opening(config),
     }
-    return [*(f"{key:<9} {text}" for key, text in rows.items()), *_cautions(config)]
+    notes = [*_cautions(config), *hardening.cautions(config, model)]
+    return [*(f"{key:<9} {text}" for key, text in rows.items()), *notes]
 
 
 def _cautions(config: Config) -> list[str]:
@@ -98,6 +101,7 @@ def closing(summary: Summary) -> list[str]:
             "weights left",
             *(f"{arm['survivors']:,} of {arm['prunable']:,}" for arm in summary.values()),
         ],
+        *hardening.rows(summary),
         ["uplink", *(human_bytes(arm["uplink_bytes"]) for arm in summary.values())],
         ["downlink", *(human_bytes(arm["downlink_bytes"]) for arm in summary.values())],
         ["time", *(f"{arm['seconds']:.1f} s" for arm in summary.values())],

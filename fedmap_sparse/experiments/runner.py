@@ -14,7 +14,7 @@ from torch import nn
 from fedmap_sparse._files import write_atomically
 from fedmap_sparse._text import printable, shown
 from fedmap_sparse.errors import ConfigError, RoundFailed
-from fedmap_sparse.experiments import baselines, models, report
+from fedmap_sparse.experiments import baselines, hardening, models, report
 from fedmap_sparse.experiments.arm import Arm
 from fedmap_sparse.experiments.config import Config, build
 from fedmap_sparse.experiments.data import Dataset, load
@@ -66,6 +66,7 @@ def run(
         OSError: a file of the folder that cannot be written; what was written before stands.
     """
     watch = Observer() if observer is None else observer
+    hardening.check(config)
     python = _from_python(model, data)
     dataset = load(config.dataset or "", config.data) if data is None else data
     device = _device(config.device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmap_sparse import codec, schedule
-from fedmap_sparse.experiments import criteria, data, models, partition
+from fedmap_sparse.experiments import attacks, criteria, data, models, partition
 from fedmap_sparse.experiments.options import option
-from fedmap_sparse.federated import server_optim
+from fedmap_sparse.federated import robust, server_optim
 
 WIRE = (*codec.DTYPES, "int8")
 PRUNED = ("schedule", tuple(kind for kind in schedule.KINDS if kind != "dense"))
 GRADUAL = ("schedule", ("iterative", "cubic"))
+BOUNDED = ("aggregator", ("trimmed", "krum"))
 SERVER_STEP = ("server_optimizer", ("fedavgm", "fedadam"))
 
 
@@ -222,4 +223,63 @@ class Table:
         most=1,
         needs=PRUNED,
         fill=0.0,
+    )
+
+    aggregator: str = option(
+        "mean",
+        "hostile clients and privacy",
+        "what the updates become: their mean by samples, or a rule that few clients cannot own",
+        choices=("mean", *robust.AGGREGATORS),
+    )
+    hostile: int | None = option(
+        None,
+        "hostile clients and privacy",
+        "hostile clients that the rule has to bear",
+        least=0,
+        needs=BOUNDED,
+        default_text="a fifth of the cohort, at least 1",
+    )
+    norm_times: float | None = option(
+        None,
+        "hostile clients and privacy",
+        "differences from the broadcast are cut to this multiple of their median norm",
+        above=0,
+        needs=("aggregator", ("norm",)),
+        default_text="2, without max_norm",
+    )
+    max_norm: float | None = option(
+        None,
+        "hostile clients and privacy",
+        "L2 norm that each update's difference from the broadcast is cut to",
+        above=0,
+        needs=("aggregator", ("mean", "norm")),
+    )
+    dp_noise: float = option(
+        0.0,
+        "hostile clients and privacy",
+        "Gaussian noise on the sum of the cut differences: its standard deviation / max_norm",
+        least=0,
+    )
+    dp_where: str = option(
+        "central",
+        "hostile clients and privacy",
+        "who adds the noise: the server once a round, or each client to its own update",
+        choices=("central", "local"),
+    )
+    dp_delta: float = option(
+        1e-5, "hostile clients and privacy", "delta that epsilon is told for", above=0, below=1
+    )
+    attack: str = option(
+        "none",
+        "hostile clients and privacy",
+        "what hostile clients send",
+        choices=("none", *attacks.ATTACKS),
+    )
+    attackers: int | None = option(
+        None,
+        "hostile clients and privacy",
+        "number of hostile clients: those with the last numbers",
+        least=0,
+        needs=("attack", tuple(attacks.ATTACKS)),
+        default_text="a fifth of the clients, at least 1",
     )

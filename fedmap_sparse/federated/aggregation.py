@@ -17,6 +17,7 @@ from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated.buffers import BufferMeans
 from fedmap_sparse.federated.global_model import GlobalModel
 from fedmap_sparse.federated.lock import Lock
+from fedmap_sparse.federated.privacy import Gaussian
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, ClientId, held, median
 
@@ -95,7 +96,7 @@ class Landing:
         if not message.within(self.limit):
             wanted = f"{message.beyond(self.limit)}: expected finite values within {self.limit:.5g}"
             raise ValueError(f"{wanted}, got NaN, infinity or one beyond")
-        vector = torch.cat([message.packed.float(), message.tail.float()])
+        vector = _values(message)
         broken = self.broken(vector)
         if broken is not None:
             raise ValueError(
@@ -167,6 +168,7 @@ class Aggregation:
         module: the model's buffers.
         cap: the largest weight of one update; None: ten times the median of the first three.
         aggregator: instead of the mean.
+        privacy: clips each update, adds noise to their mean, and leaves buffers as they are.
     """
 
     def __init__(
@@ -176,11 +178,14 @@ class Aggregation:
         module: Mapping[str, Tensor],
         cap: int | None,
         aggregator: Aggregator | None,
+        privacy: Gaussian | None = None,
     ) -> None:
         device = broadcast.mask.device
         self._broadcast = broadcast
         self._landing = landing
         self._aggregator = aggregator
+        self._privacy = privacy
+        self._start = _values(broadcast) if privacy is not None else None
         self._values = ops.Accumulator(broadcast.mask.nnz, device=device)
         self._tail = ops.Accumulator(broadcast.layout.tail_numel, device=device)
         self._buffers = BufferMeans(broadcast.buffers, module)
@@ -282,7 +287,12 @@ class Aggregation:
 
     def _add(self, update: Admitted, weight: int) -> None:
         message = update.message
-        if self._aggregator is None:
+        if self._privacy is not None and self._start is not None:
+            clipped, weight = _values(message), 1
+            self._privacy.clip_(clipped, self._start)
+            self._values.add(clipped[: message.mask.nnz], 1)
+            self._tail.add(clipped[message.mask.nnz :], 1)
+        elif self._aggregator is None:
             message.add_to(self._values, weight)
             self._tail.add(message.tail, weight)
         else:
@@ -290,7 +300,7 @@ class Aggregation:
             self._weights.append(weight)
         self._buffers.add(message.buffers, weight)
         self.num_samples += weight
-        if update.loss is not None:
+        if update.loss is not None and self._privacy is None:
             self._losses.append((update.loss, weight))
 
     def mean(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -301,9 +311,13 @@ class Aggregation:
         """
         if self._waiting:
             self._flush()
-        if self._aggregator is None:
-            return torch.cat([self._values.mean(), self._tail.mean()]), self._buffers.result()
         sent = self._broadcast
+        if self._aggregator is None:
+            mean = torch.cat([self._values.mean(), self._tail.mean()])
+            if self._privacy is None:
+                return mean, self._buffers.result()
+            self._privacy.add_noise_(mean, sent.layout, self.num_samples, sent.round)
+            return mean, dict(sent.buffers)
         start = arrays.join(sent.packed, sent.tail, sent.buffers)
         found = self._aggregator(self._vectors, self._weights, start)
         if found.shape != start.shape or found.dtype != torch.float32:
@@ -328,6 +342,11 @@ class Aggregation:
         weight = sum(w for _, w in self._losses)
         # Divided first: a sum of large losses would overflow.
         return sum(loss * (w / weight) for loss, w in self._losses) if weight else None
+
+
+def _values(message: Message) -> Tensor:
+    """Survivors and tail, float32, a copy."""
+    return torch.cat([message.packed.float(), message.tail.float()])
 
 
 def from_outside(

@@ -64,6 +64,15 @@ def join(packed: Tensor, tail: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([p.reshape(-1).to(packed.device, torch.float32) for p in parts])
 
 
+def clear_gaps(tail: Tensor, layout: FlatLayout) -> None:
+    """Write 0 where no parameter lies in the tail, as messages and models have it."""
+    end = layout.prunable_numel
+    for e in layout.tail_entries:
+        tail[end - layout.prunable_numel : e.offset - layout.prunable_numel] = 0
+        end = e.offset + e.numel
+    tail[end - layout.prunable_numel :] = 0
+
+
 def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
     """(survivors and tail, float buffers by name in their shapes, on the CPU) of a vector."""
     shapes = {b.name: b.shape for b in layout.buffers}

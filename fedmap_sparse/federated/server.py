@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmap_sparse import codec
-from fedmap_sparse.codec import Coding, Message
+from fedmap_sparse.codec import Coding, Message, meta
 from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated import updates as arrived
 from fedmap_sparse.federated.aggregation import (
@@ -33,6 +33,7 @@ from fedmap_sparse.federated.aggregation import (
 )
 from fedmap_sparse.federated.global_model import Criterion, GlobalModel, write_buffers
 from fedmap_sparse.federated.held import ModelServer
+from fedmap_sparse.federated.privacy import Gaussian
 from fedmap_sparse.federated.rounds import OpenRound, encoded
 from fedmap_sparse.federated.server_optim import FedAvg, ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, Bytes, ClientId, median
@@ -62,6 +63,8 @@ class FedMapServer(ModelServer):
         criterion: `(survivors, mask, layout) -> scores`, what pruning ranks by; None: magnitude,
             which costs nothing more.
         aggregator: instead of the mean by samples; see `federated.robust`.
+        privacy: instead of an aggregator: clip, and add noise; see `federated.privacy`.
+        record: further entries of each broadcast's record (`Message.meta`), a scale for sums, say.
         max_samples: the most that an update's claim of samples counts. None: ten times the median
             of the round's claims (of the last round's in a stream; of the first three updates'
             in a server's first stream).
@@ -70,7 +73,7 @@ class FedMapServer(ModelServer):
 
     Raises:
         ValueError: `min_updates` or `max_samples` below 1, an unknown dtype or coding, a weight
-            that is not finite or beyond the range of `dtype`.
+            that is not finite or beyond the range of `dtype`, `privacy` beside an aggregator.
 
     >>> import torch, fedmap_sparse as fs
     >>> params = fs.flatten(torch.nn.Linear(20, 5))
@@ -96,6 +99,8 @@ class FedMapServer(ModelServer):
         coding: Coding = "entropy",
         criterion: Criterion | None = None,
         aggregator: Aggregator | None = None,
+        privacy: Gaussian | None = None,
+        record: Mapping[str, meta.Value] | None = None,
         max_samples: int | None = None,
         keys: Mapping[ClientId, bytes] | None = None,
     ) -> None:
@@ -103,6 +108,8 @@ class FedMapServer(ModelServer):
         arrived.check_least("max_samples", 1 if max_samples is None else max_samples)
         codec.check_dtype(dtype)
         codec.check_coding(coding)
+        if aggregator is not None and privacy is not None:
+            raise ValueError("privacy: expected no aggregator beside it, got one")
         self.schedule = schedule
         self.dtype = dtype
         self.lr = lr
@@ -111,6 +118,8 @@ class FedMapServer(ModelServer):
         self.coding = coding
         self.criterion = criterion
         self.aggregator = aggregator
+        self.privacy = privacy
+        self.record = arrived.checked_record(record or {})
         self.max_samples = max_samples
         self.keys = None if keys is None else {c: codec.check_key(k) for c, k in keys.items()}
         super().__init__(params, dtype, self.server_optimizer)
@@ -143,7 +152,7 @@ class FedMapServer(ModelServer):
             lr = self.lr(self.round) if callable(self.lr) else self.lr
             if lr is not None and not 0 <= lr < math.inf:
                 raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
-            message = self._composed(model, {} if lr is None else {"lr": float(lr)})
+            message = self._composed(model, self.record | ({} if lr is None else {"lr": float(lr)}))
             if self.dtype != "float32":  # the model is what the receivers decode
                 model = replace(model, values=message.packed.float(), tail=message.tail.float())
             landing = Landing.of(model, self.server_optimizer, self._held.limit)
@@ -151,7 +160,7 @@ class FedMapServer(ModelServer):
                 self._held.commit(model)
             self._open = OpenRound(message, before, landing)
 
-    def _composed(self, model: GlobalModel, meta: dict[str, Any]) -> Message:
+    def _composed(self, model: GlobalModel, record: dict[str, Any]) -> Message:
         return codec.compose(
             self.layout,
             model.mask,
@@ -162,7 +171,7 @@ class FedMapServer(ModelServer):
             coding=self.coding,
             round=self.round,
             epoch=model.epoch,
-            meta=meta,
+            meta=record,
         )
 
     def broadcast(self, have: bytes | None = None, *, client: ClientId | None = None) -> bytes:
@@ -306,7 +315,12 @@ class FedMapServer(ModelServer):
 
     def _opened(self, under_way: OpenRound, cap: int | None) -> Aggregation:
         under_way.aggregation = Aggregation(
-            under_way.message, under_way.landing, self.params.buffers, cap, self.aggregator
+            under_way.message,
+            under_way.landing,
+            self.params.buffers,
+            cap,
+            self.aggregator,
+            self.privacy,
         )
         return under_way.aggregation
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmap_sparse import _checks
+from fedmap_sparse.codec import meta
 from fedmap_sparse.codec.container import MAX_INTEGER, NO_DIGEST, as_bytes, parse_header
 from fedmap_sparse.codec.envelope import unseal
 from fedmap_sparse.errors import AuthenticationError
@@ -158,3 +159,11 @@ def check_least(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def checked_record(record: Mapping[str, meta.Value]) -> dict[str, meta.Value]:
+    """A copy of what every broadcast shall say; raise as `meta.write` where none can."""
+    if taken := {"lr", "snapshot"} & set(record):
+        raise ValueError(f"record: expected other names than the round's own, got {min(taken)!r}")
+    meta.write(record)
+    return dict(record)

@@ -196,3 +196,31 @@ class Block:
             raise TypeError(f"block: expected an int, got {type(block).__name__}")
         if not 64 <= block <= 1024 or block % 64:
             raise ValueError(f"block: expected a multiple of 64 from 64 to 1024, got {block}")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in a range; an int if it is `whole`."""
+
+    name: str
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    whole: bool = False
+
+    def check(self, given: Arguments) -> None:
+        value = given[self.name]
+        kinds = int if self.whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = "an int" if self.whole else "a number"
+            raise TypeError(f"{self.name}: expected {wanted}, got {type(value).__name__}")
+        bounds = {"at least": self.least, "above": self.above, "below": self.below}
+        holds = (
+            -math.inf < value < math.inf,
+            self.least is None or value >= self.least,
+            self.above is None or value > self.above,
+            self.below is None or value < self.below,
+        )
+        if not all(holds):
+            wanted = " and ".join(f"{w} {b}" for w, b in bounds.items() if b is not None)
+            raise ValueError(f"{self.name}: expected a finite number {wanted}, got {value}")

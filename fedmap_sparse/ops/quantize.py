@@ -151,7 +151,7 @@ def all_finite(values: Tensor, *, backend: str | None = None) -> bool:
 def _quantize_reference(
     values: Tensor, block: int, q: Tensor, scales: Tensor, residual: Tensor | None
 ) -> None:
-    _require_finite(torch.isfinite(values).all())
+    require_finite(torch.isfinite(values).all())
     x = values.reshape(-1)
     if residual is not None:
         x = x + residual
@@ -177,17 +177,18 @@ def _quantize_cpu(
     finite = native.all_finite(values, threads, attempt)
     if finite is None:
         return None
-    _require_finite(finite)
+    require_finite(finite)
     return native.quantize_int8(values, block, q, scales, residual, threads, attempt)
 
 
 def _quantize_triton(*args: Any) -> None:
     kernels = _backends.kernels("quantize")
-    _require_finite(bool(kernels.all_finite(args[0])))
+    require_finite(bool(kernels.all_finite(args[0])))
     kernels.quantize_int8_out(*args)
 
 
-def _require_finite(finite: object) -> None:
+def require_finite(finite: object) -> None:
+    """Raise ValueError unless an op's values were found finite."""
     if not finite:
         raise ValueError("values: expected finite values, got NaN or infinity")
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from gpucheck.driver import emulate
 from gpucheck.interpreter import guard
-from ladder import WHOLE, coarser, coding, contracts
+from ladder import WHOLE, coarser, coding, contracts, private
 
 from fedmap_sparse import _backends, triton_kernels
 
@@ -126,6 +126,22 @@ def _values32(show: Any) -> None:
 
 def _values_refused(show: Any) -> None:
     coding.values_refused("cpu", show)
+
+
+def _clip(show: Any) -> None:
+    private.clip(9001, "cpu", show)
+
+
+def _clip_refuses(show: Any) -> None:
+    private.clip_refuses("cpu", show)
+
+
+def _noise(show: Any) -> None:
+    private.noise(5001, "cpu", show)
+
+
+def _fixed(show: Any) -> None:
+    private.fixed(2501, "cpu", show)
 
 
 def _sgd_unaligned(show: Any) -> None:

@@ -65,7 +65,8 @@ def violations(call: Call) -> Iterator[tuple[str, str, Any]]:
                     value = torch.zeros(100)
                 if not rule.optional:
                     yield rule.name, "None", None
-                sized, placed = rule.numel is not None, len(OPS[call.op].rules) > 1
+                others = [r for r in OPS[call.op].rules if not isinstance(r, _rules.Number)]
+                sized, placed = rule.numel is not None, len(others) > 1
                 for what, bad in broken_tensors(value, rule.dtypes, sized, placed):
                     yield rule.name, what, bad
             case _rules.Bitmap():
@@ -104,6 +105,14 @@ def violations(call: Call) -> Iterator[tuple[str, str, Any]]:
             case _rules.Weight():
                 for bad in (0, -1.0, torch.inf, torch.nan, True, "2"):
                     yield rule.name, repr(bad), bad
+            case _rules.Number():
+                outside = [b - 1 for b in (rule.least, rule.above) if b is not None]
+                above = [rule.above] if rule.above is not None else []
+                below = [int(rule.below)] if rule.below is not None else []
+                for bad in (True, "2", None, torch.inf, torch.nan, *outside, *above, *below):
+                    yield rule.name, repr(bad), bad
+                if rule.whole:
+                    yield rule.name, "1.0", 1.0
             case _rules.Block():
                 for bad in (0, 32, 65, 1088, -64, True, 64.0):
                     yield rule.name, repr(bad), bad

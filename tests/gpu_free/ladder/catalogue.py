@@ -360,9 +360,12 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
 
 def each_workload(n: int, device: torch.device) -> Iterator[Workload]:
     """All of them over `n` elements, made as they are asked for."""
+    from ladder import private  # which takes Workload from here
+
     torch.manual_seed(0)
     for part in (
         _packing, _nesting, _stepping, _accumulating, _comparing, _quantizing, _selecting, _coding,
+        private.each_workload,
     ):  # fmt: skip
         yield from part(n, device)
 

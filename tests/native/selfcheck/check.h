@@ -142,5 +142,6 @@ void check_crc();
 void check_entropy();
 void check_trimmed();
 void check_distances();
+void check_private();
 
 } // namespace selfcheck

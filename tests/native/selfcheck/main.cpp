@@ -23,12 +23,12 @@ int main(int argc, char** argv) {
     const char* name;
     void (*run)();
   } parts[] = {
-      {"masks", selfcheck::check_masks},        {"extract", selfcheck::check_extract},
-      {"select", selfcheck::check_select},      {"pack", selfcheck::check_pack},
-      {"steps", selfcheck::check_steps},        {"accumulate", selfcheck::check_accumulate},
-      {"quantize", selfcheck::check_quantize},  {"crc", selfcheck::check_crc},
-      {"entropy", selfcheck::check_entropy},    {"trimmed", selfcheck::check_trimmed},
-      {"distances", selfcheck::check_distances}};
+      {"masks", selfcheck::check_masks},         {"extract", selfcheck::check_extract},
+      {"select", selfcheck::check_select},       {"pack", selfcheck::check_pack},
+      {"steps", selfcheck::check_steps},         {"accumulate", selfcheck::check_accumulate},
+      {"quantize", selfcheck::check_quantize},   {"crc", selfcheck::check_crc},
+      {"entropy", selfcheck::check_entropy},     {"trimmed", selfcheck::check_trimmed},
+      {"distances", selfcheck::check_distances}, {"private", selfcheck::check_private}};
   for (const auto& part : parts) {
     bool wanted = argc == 1;
     for (int k = 1; k < argc; ++k)

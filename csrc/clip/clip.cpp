@@ -1,0 +1,61 @@
+// Cuts the difference of two vectors to a norm. Contract: fedmap_sparse/ops/clip.py.
+#include "clip/clip.h"
+
+#include <cmath>
+#include <vector>
+
+#include "core/cpu.h"
+#include "core/pool.h"
+
+namespace fedmap {
+
+constexpr int64_t kLanes = 256, kBlockSize = 4096;
+
+namespace scalar {
+#include "clip/clip_body.h"
+} // namespace scalar
+
+#if FEDMAP_X86
+FEDMAP_TARGET_AVX2
+namespace avx2 {
+#include "clip/clip_body.h"
+} // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+#include "clip/clip_body.h"
+} // namespace avx512
+FEDMAP_TARGET_END
+
+#elif FEDMAP_ARM64
+namespace neon {
+#include "clip/clip_body.h"
+} // namespace neon
+#endif
+
+double clip_difference(float* values, const float* start, int64_t n, double max_norm, int threads) {
+  const auto squares = FEDMAP_DISPATCH(squares);
+  const auto shorten = FEDMAP_DISPATCH(shorten);
+  const int used = threads_for(n * 8, threads);
+  const int64_t piece = piece_of(n, 1 << 18, kBlockSize, used);
+  std::vector<double> blocks(static_cast<size_t>((n + kBlockSize - 1) / kBlockSize));
+  parallel_ranges(n, piece, used, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += kBlockSize)
+      blocks[static_cast<size_t>(begin / kBlockSize)] =
+          squares(values + begin, start + begin, std::min(kBlockSize, end - begin));
+  });
+  double lanes[kLanes] = {};
+  for (size_t i = 0; i < blocks.size(); ++i)
+    lanes[i % kLanes] += blocks[i];
+  const double norm = std::sqrt(scalar::sum_of_halves(lanes));
+  if (max_norm < norm && std::isfinite(norm)) {
+    const double factor = max_norm / norm;
+    parallel_ranges(n, piece, used, [&](int64_t begin, int64_t end) {
+      shorten(values + begin, start + begin, factor, end - begin);
+    });
+  }
+  return norm;
+}
+
+} // namespace fedmap
