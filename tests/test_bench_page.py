@@ -1,8 +1,10 @@
 """The page of benchmarks: whole, alone, escaped, and alive in a browser."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from pages import Reader, in_chromium, needs_chromium, references
@@ -153,6 +155,22 @@ def test_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "b.json").write_text("[]")
     assert page.main([str(tmp_path / "b.json"), "--out", str(out)]) == 2
     assert "b.json: expected a header and records" in capsys.readouterr().err
+
+
+def test_a_picture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "a.json", tmp_path / "p.svg"
+    source.write_text(json.dumps({"header": HEADER, "records": whole()}))
+    words = [str(source), "--out", str(out), "--picture"]
+    assert page.main([*words, "Whole rounds"]) == 0
+    root = ElementTree.fromstring(out.read_text())  # our own
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = " ".join(root.itertext())
+    assert {"Whole rounds", "resnet20 0.1, ours"} <= set(root.itertext())
+    assert "prefers-color-scheme: dark" in text
+    used = set(re.findall(r"var\((--\w+)\)", out.read_text()))
+    assert used <= set(re.findall(r"(--\w+):", text))
+    assert page.main([*words, "Roof"]) == 2
+    assert "expected one of Whole rounds, Growth with n" in capsys.readouterr().err
 
 
 def test_missing_packages_are_one_line(

@@ -55,6 +55,22 @@ def render(runs: Sequence[compare.Run]) -> str:
     return page.render("fedmap_sparse: benchmarks", found)
 
 
+def picture(runs: Sequence[compare.Run], title: str) -> str:
+    """The first picture of the page with this title, as an SVG file.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    require("--picture")
+    load()
+    found = [p for k, run in enumerate(runs) for p in section(f"run{k}", run).pictures]
+    for one in found:
+        if one.title == title:
+            return page.alone(one)
+    known = ", ".join(dict.fromkeys(p.title for p in found)) or "none"
+    raise ValueError(f"--picture: expected one of {known}, got {title!r}")
+
+
 def section(name: str, run: compare.Run) -> Section:
     records = list(run.records.values())
     whole = [r for r in records if _is_round(r)]
@@ -289,11 +305,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fedmap_sparse.bench.page", description="Draw a page from bench --json."
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--picture", metavar="TITLE", help='draw this one alone, as SVG: "Whole rounds", say'
+    )
     args = parser.parse_args(argv)
     try:
-        write(args.out, [compare.read(file) for file in args.files])
-    except (compare.Foreign, RuntimeError, OSError) as error:
+        runs = [compare.read(file) for file in args.files]
+        if args.picture is None:
+            write(args.out, runs)
+        else:
+            write_atomically(args.out, picture(runs, args.picture).encode())
+    except (compare.Foreign, ValueError, RuntimeError, OSError) as error:
         print(f"bench page: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
 from importlib.util import find_spec
 
 from fedmap_sparse import _command
@@ -87,6 +89,16 @@ def render(title: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     return found.get_template("page.html").render(title=title, sections=sections)
+
+
+def alone(picture: Picture) -> str:
+    """One picture as a file of its own: SVG in the page's colours, light and dark."""
+    colours = files("fedmap_sparse.page").joinpath("colours.css").read_text(encoding="utf-8")
+    style = f"{colours}svg {{ color: var(--ink); font-family: system-ui, sans-serif; }}"
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head, _, body = picture.svg.partition(">")
+    head = head.replace("<svg", f"<svg {names}").replace(' aria-hidden="true"', ' role="img"')
+    return f"{head}><title>{escape(picture.title)}</title><style>{style}</style>{body}\n"
 
 
 def clean(value: object) -> str:
