@@ -113,3 +113,7 @@ class DataError(FedMapError, ValueError):
 
 class BackendError(FedMapError, RuntimeError):
     """A backend that cannot run here; the message says why and which ones can."""
+
+
+class WorkerDied(FedMapError, RuntimeError):
+    """A process that trained clients ended by itself, out of memory say; no client has changed."""

@@ -19,6 +19,7 @@ EXAMPLES = {
     errors.ConfigError("rounds: expected at least 1"): ValueError,
     errors.DataError("no images"): ValueError,
     errors.BackendError("no triton"): RuntimeError,
+    errors.WorkerDied("worker process 7 was ended by SIGKILL"): RuntimeError,
 }
 
 

@@ -19,7 +19,7 @@ from fedmap_sparse.codec import container, masks, meta, values
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, RANS, RAW, Buffer, Header, Id, Wire
 from fedmap_sparse.codec.container import Section as Section
 from fedmap_sparse.codec.values import Coding, Quantized
-from fedmap_sparse.errors import FormatError
+from fedmap_sparse.errors import FormatError, NeedsMask
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, check_mask
 
@@ -168,6 +168,31 @@ class Message:
         _checks.check_numel("accumulator", accumulator.sums, self.mask.nnz, "the mask's nnz")
         values.add_to(accumulator.sums, self._values, weight)
         accumulator.total += weight
+
+    def check_receiver(self, layout: FlatLayout, mask: Mask | None, device: torch.device) -> None:
+        """Whether one more receiver could have decoded it: raises what its `decode` would.
+
+        Args:
+            layout, mask, device: the receiver's.
+
+        Raises:
+            NeedsMask: it builds on a mask other than `mask`.
+            FormatError: it is of another layout.
+            ValueError: its tensors are on another device.
+        """
+        if self.header.layout != layout.digest():
+            wanted, got = layout.digest().hex(), self.header.layout.hex()
+            raise FormatError(f"expected a message of layout {wanted}, got {got}", 16)
+        if self.mask.device != device:
+            raise ValueError(f"message: expected tensors on {device}, got {self.mask.device}")
+        if self.header.flags & DENSE:
+            return
+        carried = self.mask_section
+        if carried is None or carried.id == Id.DELTA:
+            needed = self.header.mask if carried is None else carried.parent
+            held = None if mask is None else mask.digest()
+            if held != needed:
+                raise NeedsMask(needed, held)
 
     def __repr__(self) -> str:
         kind = "update" if any(self.answers) else "broadcast"

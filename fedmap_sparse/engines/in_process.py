@@ -7,14 +7,16 @@
         updates += client.update(...)
     server.aggregate(updates)
 
-Every message is encoded, held as bytes, and decoded; traffic is the `len` of each.
+Every message is encoded, held as bytes, and decoded; traffic is the `len` of each. A broadcast that
+several clients get, to the byte, is decoded once. With `workers` several clients train at once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.random import Generator
 from fedmap_sparse.codec import Message
 from fedmap_sparse.codec.container import bytes_by_kind
 from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.engines.workers import Job, Train, Workers
 from fedmap_sparse.federated import (
     ClientId,
     FedMapClient,
@@ -32,9 +35,6 @@ from fedmap_sparse.federated import (
     RoundResult,
 )
 from fedmap_sparse.federated import state as saved
-
-#: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
-Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,17 @@ class InProcessEngine:
             alone, so an engine that resumes needs no random state.
         phases: seconds are added to it: `select` (`begin_round`: selection, pruning, packing the
             broadcast's values), `encode` (`broadcast`, `update`), `decode` (`receive`) and
-            `aggregate` (with decoding and checking every update). `train` may add its own.
+            `aggregate` (with decoding and checking every update). `train` may add its own. Those
+            of workers are divided by their number; `wait` is when not all of them had work.
+        sizes: of each client. A cohort is then drawn in proportion to them, without replacement,
+            and all updates count alike in the mean (Li et al. 2020, arXiv 1907.02189, scheme II,
+            which draws with replacement). None: all clients are as likely.
+        workers: train the clients, as soon as they are ready; until then, and with None, clients
+            train here, one after another. The bits are the same.
 
     Raises:
         ValueError: no clients, a cohort outside 1 to their number, a dropout outside 0 <= p < 1,
-            no attempts.
+            no attempts, workers for clients or a server with keys.
 
     Attributes:
         attempt: draws of the round in progress that failed. It is part of `state_dict`, so that a
@@ -103,9 +109,13 @@ class InProcessEngine:
         attempts: int = 5,
         seed: int = 0,
         phases: Phases | None = None,
+        workers: Workers | None = None,
+        sizes: Mapping[ClientId, int] | None = None,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts: expected at least 1, got {attempts}")
+        if workers is not None and server.keys is not None:
+            raise ValueError("workers: expected a server without keys, got one with keys")
         self.cohort = check_draw(len(clients), cohort, dropout)
         self.server = server
         self.clients = dict(clients)
@@ -116,10 +126,15 @@ class InProcessEngine:
         self.seed = seed
         self.phases = Phases() if phases is None else phases
         self._kinds: Counter[str] = Counter()
+        self.workers = workers
+        self.sizes = sizes
+        self._messages: dict[Any, Message] = {}  # of this round, by what their receivers had
 
     def draw(self, at_round: int, attempt: int = 0) -> tuple[list[ClientId], set[ClientId]]:
         """The cohort of a round, ascending, and those of it that will not answer."""
-        return draw(self.clients, at_round, self.cohort, self.dropout, self.seed, attempt)
+        return draw(
+            self.clients, at_round, self.cohort, self.dropout, self.seed, attempt, self.sizes
+        )
 
     def round(self) -> Round:
         """One round, from `begin_round` to `aggregate`, in at most `attempts` draws.
@@ -143,7 +158,8 @@ class InProcessEngine:
             uplink += sum(self._count("uplink", data) for _, data in updates)
             try:
                 with self.phases("aggregate"):
-                    result = self.server.aggregate(updates)
+                    weights = None if self.sizes is None else dict.fromkeys(self.clients, 1)
+                    result = self.server.aggregate(updates, weights=weights)
             except RoundFailed:
                 self.attempt += 1
                 for client, state in before:
@@ -172,20 +188,72 @@ class InProcessEngine:
         self, cohort: list[ClientId], silent: set[ClientId]
     ) -> tuple[list[tuple[ClientId, bytes]], int]:
         """Send the broadcast to a cohort and gather its updates; those, and the bytes sent."""
-        updates = []
+        updates: list[tuple[ClientId, bytes]] = []
         downlink = 0
-        for name in cohort:
+        self._messages = {}
+        for place, name in enumerate(cohort):
+            if self.workers is not None and self.workers.ready():
+                came, sent = self._in_workers(self.workers, cohort[place:], silent)
+                return [*updates, *came], downlink + sent
             client = self.clients[name]
             message, size = self._send(name, client)
             downlink += size
             if name in silent:
                 continue
+            start = perf_counter()
             num_samples, loss = self.train(name, client, message)
             with self.phases("encode"):
                 updates.append((name, client.update(num_samples, loss)))
             if not client.keep_optimizer:
                 client.optimizer = None  # else its state would lie idle until the next receive
+            if self.workers is not None:
+                self.workers.spent(perf_counter() - start)
         return updates, downlink
+
+    def _in_workers(
+        self, workers: Workers, cohort: Sequence[ClientId], silent: set[ClientId]
+    ) -> tuple[list[tuple[ClientId, bytes]], int]:
+        """As `_exchange`, where the workers train."""
+        downlink = 0
+        for name in cohort:
+            if name in silent:
+                downlink += self._send(name, self.clients[name])[1]
+        trained = [name for name in cohort if name not in silent]
+        start, before = perf_counter(), sum(self.phases.values())
+        updates = []
+        sent: dict[ClientId, bytes] = {}
+        jobs = self._jobs(trained, sent)
+        # All of them, before any client changes: a worker may die.
+        for done in list(workers.run(jobs, len(trained), self.phases)):
+            client = self.clients[done.name]
+            if done.state is None:
+                client.follow(self.server.mask, self.server.round, self.server.epoch)
+            else:
+                client.load_state_dict(done.state)
+            updates.append((done.name, done.update))
+            downlink += self._count("downlink", sent[done.name])
+        idle = perf_counter() - start - (sum(self.phases.values()) - before)
+        self.phases["wait"] = self.phases.get("wait", 0.0) + max(idle, 0.0)
+        return updates, downlink
+
+    def _jobs(self, names: Iterable[ClientId], sent: dict[ClientId, bytes]) -> Iterator[Job]:
+        """What a worker has to know of each client; one object for all that know the same.
+
+        Args:
+            sent: the broadcast of each is added to it.
+        """
+        states: dict[bytes | None, dict[str, Any]] = {}
+        stateful = {id(c) for c in self._stateful(list(names))}
+        for name in names:
+            client = self.clients[name]
+            with self.phases("encode"):
+                data = sent[name] = self.server.broadcast(client.have)
+            if id(client) in stateful:
+                yield Job(name, data, client.state_dict(), stateful=True)
+                continue
+            if client.have not in states:
+                states[client.have] = client.state_dict()
+            yield Job(name, data, states[client.have], stateful=False)
 
     def _send(self, name: ClientId, client: FedMapClient) -> tuple[Message, int]:
         """Send the broadcast until the client can use it; the message and the bytes it took."""
@@ -197,13 +265,18 @@ class InProcessEngine:
             with self.phases("encode"):
                 data = self.server.broadcast(have, **addressed)
             sent += self._count("downlink", data)
+            key = (have, client.params.values.device)
+            known = None if addressed else self._messages.get(key)
             try:
                 with self.phases("decode"):
-                    return client.receive(data), sent
+                    message = client.receive(data if known is None else known)
             except NeedsMask as error:
                 if error.have == have:  # it was sent what it needs: a retry cannot help
                     raise
                 have = error.have
+                continue
+            self._messages[key] = message
+            return message, sent
 
     def state_dict(self) -> dict[str, Any]:
         """Server and clients between rounds; see their own `state_dict`."""
@@ -256,15 +329,22 @@ def draw(
     dropout: float,
     seed: int,
     attempt: int = 0,
+    sizes: Mapping[ClientId, int] | None = None,
 ) -> tuple[list[ClientId], set[ClientId]]:
     """The cohort of a round, ascending, and those of it that will not answer.
 
     It depends on the arguments alone, so that every process of a run can draw it. The first draw
-    of a round is from (seed, 0, round), further ones from (seed, 0, round, attempt).
+    of a round is from (seed, 0, round), further ones from (seed, 0, round, attempt). With `sizes`
+    the cohort is drawn in proportion to them.
     """
     rng = generator(seed, 0, at_round, *([attempt] if attempt else []))
     ids = sorted(clients)
-    chosen = [ids[i] for i in np.sort(rng.permutation(len(ids))[:cohort])]
+    if sizes is None:
+        places = rng.permutation(len(ids))[:cohort]
+    else:
+        shares = np.array([sizes[name] for name in ids], float)
+        places = rng.choice(len(ids), cohort, replace=False, p=shares / shares.sum())
+    chosen = [ids[i] for i in np.sort(places)]
     silent = rng.random(cohort) < dropout
     return chosen, {c for c, lost in zip(chosen, silent, strict=True) if lost}
 

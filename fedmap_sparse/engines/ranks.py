@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fedmap_sparse.engines.in_process import Round, Train, check_draw, draw
+from fedmap_sparse.engines.in_process import Round, check_draw, draw
+from fedmap_sparse.engines.workers import Train
 from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
 
 Group = dist.ProcessGroup | None

@@ -120,8 +120,12 @@ class FedMapClient(saved.BytesState):
         """Digest of the mask this client holds, for `FedMapServer.broadcast`; None at first."""
         return None if self._mask is None else self._mask.digest()
 
-    def receive(self, data: Bytes) -> Message:
+    def receive(self, data: Bytes | Message) -> Message:
         """Take a broadcast or a snapshot: weights (+0.0 where pruned), tail, buffers and mask.
+
+        Args:
+            data: bytes, or what another client of this layout, without a key, made of the same
+                bytes: clients in one process then decode a broadcast once.
 
         Returns:
             The decoded message; its round and its `meta` (with "lr") may be of use. Its tensors
@@ -138,13 +142,7 @@ class FedMapClient(saved.BytesState):
         """
         params = self.params
         params.check_bound()
-        at_round = None
-        if self._key is not None and self.client_id is not None:
-            at_round = round_of(data)
-            data = codec.unseal(data, self._key, self.client_id, at_round, "broadcast")
-        message = codec.decode(data, self.layout, mask=self._mask, device=params.values.device)
-        if at_round not in (None, message.round):
-            raise AuthenticationError(f"envelope: expected round {message.round}, got {at_round}")
+        message = self._decoded(data)
         lr = self._checked(message)
         mask = message.mask
         residual = self._followed(message)
@@ -163,6 +161,31 @@ class FedMapClient(saved.BytesState):
             self._anchor = params.values.clone()
         self._renew_optimizer(lr)
         return message
+
+    def _decoded(self, data: Bytes | Message) -> Message:
+        device = self.params.values.device
+        if isinstance(data, Message):
+            if self._key is not None:
+                raise AuthenticationError("envelope: expected bytes, got an opened message")
+            data.check_receiver(self.layout, self._mask, device)
+            return data
+        at_round = None
+        if self._key is not None and self.client_id is not None:
+            at_round = round_of(data)
+            data = codec.unseal(data, self._key, self.client_id, at_round, "broadcast")
+        message = codec.decode(data, self.layout, mask=self._mask, device=device)
+        if at_round not in (None, message.round):
+            raise AuthenticationError(f"envelope: expected round {message.round}, got {at_round}")
+        return message
+
+    def follow(self, mask: Mask, at_round: int, epoch: int) -> None:
+        """Stand where `receive` of a broadcast leaves a client that keeps no state: it has `mask`.
+
+        For a client that trained elsewhere, in another process say; no weight is written.
+        """
+        self.layout.check_mask(mask)
+        self._mask, self._seen = mask, (at_round, epoch)
+        self._received = None
 
     def _checked(self, message: Message) -> float | None:
         """The learning rate of a message that may be received."""

@@ -1,0 +1,344 @@
+"""Processes that train the clients of an `InProcessEngine`, several at once, to the same bits.
+
+Each worker is a new Python with a client and a `train` of its own. A client comes to it as its
+state and the bytes of the broadcast, and leaves as the bytes of its update and its new state, so
+any worker can train any client, and the engine's own clients are always up to date.
+
+A worker is started as a program, not forked (a fork of a process with threads may hang) and not by
+`multiprocessing`, which would import the caller's script a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from fedmap_sparse.codec import Message
+from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.engines.shared import SharedTensor
+from fedmap_sparse.errors import WorkerDied
+from fedmap_sparse.federated import ClientId, FedMapClient
+
+#: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
+Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
+
+#: Seconds of training that workers must save before they are started: to import torch takes a
+#: second or two of each one's CPU.
+WORTH = 8.0
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[2])
+from fedmap_sparse.engines.workers import serve
+serve(int(sys.argv[1]))
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a worker trains with.
+
+    Attributes:
+        client: takes on the state of each client in turn.
+        train: as the engine's.
+        phases: seconds that `train` adds to.
+    """
+
+    client: FedMapClient
+    train: Train
+    phases: Phases
+
+
+@dataclass(frozen=True)
+class Job:
+    """A client to be trained.
+
+    Attributes:
+        data: the broadcast.
+        state: of the client.
+        stateful: whether its new state is wanted, beside its update.
+    """
+
+    name: ClientId
+    data: bytes
+    state: dict[str, Any]
+    stateful: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client's answer; `state` is None unless the job asked for it."""
+
+    name: ClientId
+    update: bytes
+    state: dict[str, Any] | None
+
+
+class Workers:
+    """A pool of worker processes for `InProcessEngine(workers=...)`.
+
+    Bits do not depend on it, as long as `threads` is what the engine's process has: so it may be
+    decided by the clock whether the processes are started at all.
+
+    Args:
+        make: called once in each worker: its client and its training. Pickled, so a function of a
+            module with arguments that can be pickled; a SharedTensor costs nothing.
+        processes: how many clients are trained at once.
+        threads: of torch and the kernels in each.
+        shared: the SharedTensors among the arguments of `make`.
+        planned: how many trainings there will be. The workers are started once what is left takes
+            `WORTH` seconds longer without them, by the time of those that were done. None: at once.
+
+    Raises:
+        ValueError: less than one process or thread.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Bench],
+        processes: int,
+        *,
+        threads: int = 1,
+        shared: Sequence[SharedTensor] = (),
+        planned: int | None = None,
+    ) -> None:
+        for name, value in (("processes", processes), ("threads", threads)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.processes = processes
+        self._threads = threads
+        self._make = make
+        self._shared = shared
+        self._planned = planned
+        self._links: list[_Link] = []
+        if planned is None:
+            self.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that were started."""
+        return [link.pid for link in self._links]
+
+    def start(self) -> None:
+        """Start the processes; they get ready on their own."""
+        ambient = {
+            "threads": self._threads,
+            "dtype": torch.get_default_dtype(),
+            "precision": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        setup = pickle.dumps((ambient, self._make))
+        descriptors = [s.descriptor for s in self._shared]
+        for _ in range(self.processes):
+            self._links.append(_Link(self._threads, descriptors))
+        for link in self._links:
+            link.send(setup)
+
+    def spent(self, seconds: float) -> None:
+        """One training was done without the workers: they are started if that pays from now on."""
+        if self._planned is None or self._links:
+            return
+        self._planned -= 1
+        if self._planned * seconds * (1 - 1 / self.processes) > WORTH:
+            self.start()
+
+    def ready(self) -> bool:
+        """Whether jobs can be given to them. Workers that were asked for are waited for."""
+        if not self._links:
+            return False
+        try:
+            return all(link.is_ready(block=self._planned is None) for link in self._links)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, jobs: Iterable[Job], count: int, phases: Phases) -> Iterator[Trained]:
+        """Train clients, as many at once as there are processes; answers come as they are ready.
+
+        Args:
+            count: how many jobs there are.
+            phases: the workers' seconds are added, divided by the number of processes.
+
+        Raises:
+            WorkerDied: a worker ended by itself.
+            Exception: what `train` raised, the first of them.
+            In each case, and where the caller stops early, the processes are ended.
+        """
+        left, whole = iter(jobs), False
+        # Several at once, as a message costs 0.2 ms; few enough that all end at the same time.
+        size = max(1, count // (4 * self.processes))
+        idle = list(self._links)
+        busy: dict[int, _Link] = {}
+        try:
+            while True:
+                while idle and (chunk := list(islice(left, size))):
+                    link = idle.pop()
+                    link.give(chunk)
+                    busy[link.fileno()] = link
+                if not busy:
+                    break
+                for ready in wait(list(busy)):
+                    assert isinstance(ready, int)
+                    link = busy.pop(ready)
+                    answers, seconds = link.take()
+                    idle.append(link)
+                    for name, value in seconds.items():
+                        phases[name] = phases.get(name, 0.0) + value / self.processes
+                    yield from answers
+            whole = True
+        finally:
+            if not whole:
+                self.close()
+
+    def close(self) -> None:
+        """End the processes; may be called twice."""
+        links, self._links = self._links, []
+        for link in links:
+            link.end()
+
+
+class _Link:
+    """One worker process, from its parent's side."""
+
+    def __init__(self, threads: int, descriptors: Sequence[int]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), json.dumps(sys.path)]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *descriptors],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                process_group=0,  # Ctrl-C is for the parent, which ends its workers
+            )
+        self._connection = Connection(ours.detach())
+        self._ready = False
+        self._names: list[ClientId] = []
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def is_ready(self, *, block: bool) -> bool:
+        if not self._ready and self._connection.poll(None if block else 0):
+            self._receive()
+            self._ready = True
+        return self._ready
+
+    def give(self, jobs: Sequence[Job]) -> None:
+        self._names = [job.name for job in jobs]
+        self.send(pickle.dumps(jobs))  # what several jobs share is in it once
+
+    def take(self) -> tuple[list[Trained], dict[str, float]]:
+        found: tuple[list[Trained], dict[str, float]] = self._receive()
+        return found
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._connection.send_bytes(data)
+        except OSError as error:
+            raise self._died() from error
+
+    def _receive(self) -> Any:
+        try:
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        kind, value = pickle.loads(data)
+        if kind == "raised":
+            raise value
+        return value
+
+    def _died(self) -> WorkerDied:
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
+        how = "closed its connection" if code is None else f"ended with code {code}"
+        if code is not None and code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+        doing = f"training client {', '.join(map(str, self._names))}" if self._names else "starting"
+        return WorkerDied(
+            f"worker process {self._process.pid} {how} while {doing}; out of memory? "
+            "processes=1 trains one client after another"
+        )
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(descriptor: int) -> None:
+    """What a worker process does, until its parent goes."""
+    link = Connection(descriptor)
+    with suppress(EOFError, OSError):
+        try:
+            _serve(link)
+        except (EOFError, OSError):
+            raise
+        except Exception as error:  # whatever it is, the parent raises it
+            link.send_bytes(_raised(error))
+
+
+def _raised(error: Exception) -> bytes:
+    """An exception for the parent; its traceback goes along as a note."""
+    error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
+    try:
+        data = pickle.dumps(("raised", error))
+        pickle.loads(data)
+    except Exception:  # an exception of the user's may be one that cannot be pickled
+        text = f"{type(error).__name__}: {error}"
+        return pickle.dumps(("raised", RuntimeError(text)))
+    return data
+
+
+def _serve(link: Connection) -> None:
+    ambient, make = pickle.loads(link.recv_bytes())
+    torch.set_num_threads(ambient["threads"])
+    torch.set_default_dtype(ambient["dtype"])
+    torch.set_float32_matmul_precision(ambient["precision"])
+    torch.use_deterministic_algorithms(ambient["deterministic"])
+    bench: Bench = make()
+    link.send_bytes(pickle.dumps(("ready", None)))
+    while True:
+        jobs: list[Job] = pickle.loads(link.recv_bytes())
+        bench.phases.clear()
+        answers = []
+        before: tuple[bytes, Message] | None = None
+        for job in jobs:
+            client = bench.client
+            with bench.phases("decode"):
+                if before is not None and job.data is before[0] and not job.stateful:
+                    message = client.receive(before[1])
+                else:
+                    client.load_state_dict(job.state)
+                    message = client.receive(job.data)
+            before = job.data, message
+            answers.append(_trained(bench, job, message))
+        link.send_bytes(pickle.dumps(("done", (answers, dict(bench.phases)))))
+
+
+def _trained(bench: Bench, job: Job, message: Message) -> Trained:
+    client = bench.client
+    num_samples, loss = bench.train(job.name, client, message)
+    with bench.phases("encode"):
+        update = client.update(num_samples, loss)
+    state = client.state_dict() if job.stateful else None
+    return Trained(job.name, update, state)
