@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmap_sparse import __version__, _command
 from fedmap_sparse._text import OutputClosed, printable, put, say
-from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed
+from fedmap_sparse.errors import ConfigError, DataError, FormatError, RoundFailed, WorkerDied
 
 if TYPE_CHECKING:
     from fedmap_sparse.experiments.folder import RunFolder
@@ -226,7 +226,7 @@ def _run_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fedmap_sparse.experiments import commands, config, progress, runner
+    from fedmap_sparse.experiments import commands, config, lean, progress, runner
     from fedmap_sparse.experiments.folder import RunFolder
 
     _need_safetensors()
@@ -252,11 +252,14 @@ def _run(args: argparse.Namespace) -> int:
         if args.show_partition:
             commands.show_partition(chosen)
         else:
+            lean.keep_memory()
             runner.run(chosen, resume=args.resume, overwrite=args.overwrite, observer=watch)
     except (ConfigError, DataError) as error:
         raise _Fault(str(error)) from error
     except RoundFailed as error:
         raise _Fault(f"{error}; draw it again with: {going_on()}", 1) from error
+    except WorkerDied as error:
+        raise _Fault(f"{error}; go on with: {going_on()}", 3) from error
     except KeyboardInterrupt:
         how = "go on" if watch.begun else "nothing was written; start again"
         raise _Fault(f"interrupted; {how} with: {going_on()}", 130) from None

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmap_sparse.experiments.data import DEBIAN_DIR, IDX_FILES, SUBSET_DIR, read_fashion_mnist
+from fedmap_sparse.experiments.data import DEBIAN_DIR, SUBSET_DIR
+from fedmap_sparse.experiments.idx import IDX_FILES, read_fashion_mnist
 
 TRAIN_PER_CLASS = 1_000
 TEST_PER_CLASS = 200

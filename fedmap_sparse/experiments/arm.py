@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from fedmap_sparse.codec import Coding
 from fedmap_sparse.codec.container import MAX_INTEGER
@@ -15,15 +14,10 @@ from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.experiments import hardening, measures, report
 from fedmap_sparse.experiments.config import Config
-from fedmap_sparse.experiments.data import Dataset, Split
 from fedmap_sparse.experiments.folder import Record
-from fedmap_sparse.experiments.partition import Index
-from fedmap_sparse.experiments.training import (
-    Evaluation,
-    evaluate,
-    make_optimizer,
-    share_out,
-)
+from fedmap_sparse.experiments.setting import Setting
+from fedmap_sparse.experiments.shares import placed
+from fedmap_sparse.experiments.training import Evaluation, evaluate, make_client
 from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
 from fedmap_sparse.flat import flatten
 from fedmap_sparse.schedule import Schedule
@@ -40,21 +34,13 @@ class Arm:
         name: str,
         config: Config,
         schedule: Schedule,
-        template: nn.Module,
-        dataset: Dataset,
-        parts: list[Index],
-        device: torch.device,
+        setting: Setting,
     ) -> None:
         self.name = name
         self.config = config
-        self._validation = _to(dataset.validation, device)
-        parts, held = measures.hold_out(
-            parts, dataset.train.labels.numpy(), config.holdout, config.seed
-        )
-        self._clients = measures.ClientAccuracy(dataset.train, parts, held, dataset.classes, device)
+        self._setting = setting
         self._survivors: tuple[int, dict[str, int]] = (-1, {})
-        self._test = dataset.test
-        self._device = device
+        template, device = setting.template, setting.device
         coding = cast(Coding, config.coding)
         self.server = FedMapServer(
             flatten(copy.deepcopy(template)),
@@ -70,22 +56,11 @@ class Arm:
             privacy=hardening.central(config),
         )
         local = flatten(copy.deepcopy(template))
-        make = make_optimizer(config)
         clients: dict[ClientId, FedMapClient] = {
-            i: FedMapClient(
-                local,
-                optimizer=make,
-                keep_optimizer=config.keep_optimizer,
-                dtype=config.uplink_dtype or config.dtype,
-                delta=config.delta,
-                coding=coding,
-                prox_mu=config.prox_mu,
-            )
-            for i in range(config.clients)
+            i: make_client(config, local) for i in range(config.clients)
         }
         phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
-        samples = share_out(dataset.train, parts, device)
-        train = hardening.training(config, samples, dataset.classes, phases)
+        train = hardening.training(config, setting.shares, setting.classes, phases)
         self.engine = InProcessEngine(
             self.server,
             clients,
@@ -95,6 +70,8 @@ class Arm:
             attempts=config.attempts,
             seed=config.seed,
             phases=phases,
+            workers=setting.workers,
+            sizes=setting.shares.sizes if config.sampling == "samples" else None,
         )
 
     @property
@@ -115,8 +92,9 @@ class Arm:
         done = self.engine.round()
         with phases("evaluate"):
             module = self.server.params.module
-            found = evaluate(module, self._validation)
-            clients = self._clients(module, self._validation, found.right)
+            setting = self._setting
+            found = evaluate(module, setting.validation, setting.at_once)
+            clients = setting.clients(module, setting.validation, found.right)
         seconds = {**phases, "save": saving}
         seconds["total"] = perf_counter() - start + saving
         return self._record(done, found, clients, seconds)
@@ -158,13 +136,15 @@ class Arm:
 
     def summary(self, records: list[Record]) -> dict[str, Any]:
         """The arm's result; this is where test data are looked at."""
-        found = evaluate(self.server.params.module, _to(self._test, self._device))
+        setting = self._setting
+        test = placed(setting.test, setting.device, setting.nhwc)
+        found = evaluate(self.server.params.module, test, setting.at_once)
         phases = report.totals([r["seconds"] for r in records])
         return {
             "accuracy": found.accuracy,
             "loss": found.loss,
             **measures.over_rounds([r["accuracy"] for r in records]),
-            "clients": {**records[-1]["clients"], "on": self._clients.on},
+            "clients": {**records[-1]["clients"], "on": setting.clients.on},
             "layers": records[-1]["layers"],
             "starving": list(records[-1]["starving"].values()),
             "density": self.server.params.density,
@@ -187,7 +167,3 @@ class Arm:
 
         state = {n: t.cpu().contiguous() for n, t in self.server.params.to_state_dict().items()}
         return bytes(save(state))
-
-
-def _to(split: Split, device: torch.device) -> Split:
-    return Split(split.images.to(device), split.labels.to(device))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmap_sparse import ops
 from fedmap_sparse.codec import Message
-from fedmap_sparse.engines.in_process import Train, generator
+from fedmap_sparse.engines.in_process import generator
+from fedmap_sparse.engines.workers import Train
 from fedmap_sparse.experiments.data import Split
 from fedmap_sparse.federated import ClientId, FedMapClient
 from fedmap_sparse.federated.arrays import clear_gaps

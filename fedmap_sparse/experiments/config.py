@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -44,6 +45,9 @@ class Config(Table):
         options.fill(self)
         if self.uplink_dtype is None:
             self._set("uplink_dtype", self.dtype)
+        for name in ("data_seed", "model_seed"):
+            if getattr(self, name) is None:
+                self._set(name, self.seed)
         if self.prune_start is None and self.schedule in PRUNED[1]:
             last = self.rounds - 1 if self.prune_end is None else self.prune_end
             self._set("prune_start", min(max(1, self.rounds // 10), last))
@@ -76,12 +80,14 @@ class Config(Table):
             raise ConfigError(
                 f"name: expected letters, digits, '.', '_' and '-', got {shown(self.name)}"
             )
-        for key in ("prune_start", "prune_end"):
+        for key in ("prune_start", "prune_end", "warmup"):
             value = getattr(self, key)
             if value is not None and value >= self.rounds:
                 raise ConfigError(
                     f"{key}: expected a round before rounds={self.rounds}, got {value}"
                 )
+        if self.lr_schedule == "cosine" and self.lr_decay != 1:
+            raise ConfigError(f"lr_decay: goes with lr_schedule=decay, got {self.lr_decay}")
         start, end = self.prune_start, self.prune_end
         if start is not None and end is not None and end < start:
             raise ConfigError(
@@ -136,6 +142,11 @@ class Config(Table):
     def learning_rate(self, round: int) -> float:
         """The clients' learning rate in a round."""
         assert self.lr is not None
+        if round < self.warmup:
+            return self.lr * (round + 1) / (self.warmup + 1)
+        if self.lr_schedule == "cosine":
+            done = (round - self.warmup) / (self.rounds - self.warmup)
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
         return self.lr * self.lr_decay**round
 
     def make_schedule(self) -> Schedule:

@@ -1,4 +1,4 @@
-"""Data sets for experiments: Fashion-MNIST, scikit-learn's digits, and .npz files.
+"""Data sets for experiments: Fashion-MNIST, CIFAR, scikit-learn's digits, and .npz files.
 
 Every data set has three splits. Training is what clients share out; validation is where schedules
 and rates are chosen; test is reported once, at the end. Where a source has no validation split, it
@@ -7,10 +7,7 @@ every machine has the same one. Fashion-MNIST's files are in a random order, so 
 tenth of each class.
 """
 
-import gzip
 import hashlib
-import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,30 +22,26 @@ from torch import Tensor
 from fedmap_sparse import _command
 from fedmap_sparse._text import shown
 from fedmap_sparse.errors import DataError
-from fedmap_sparse.experiments import npz
+from fedmap_sparse.experiments import cifar, npz
+from fedmap_sparse.experiments.idx import read_fashion_mnist
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
 Labelled = tuple[Array, Array]
 
-NAMES = ("fashion-mnist-subset", "fashion-mnist", "digits")
+NAMES = ("fashion-mnist-subset", "fashion-mnist", "digits", "cifar10", "cifar100")
+#: What the samples of an .npz can be, by the dimensions of x_train.
+KINDS = {"table": (2,), "sequence": (3,), "image": (3, 4)}
 SUBSET_DIR = Path(__file__).with_name("fashion_mnist")
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-HOW_TO_GET = (
-    "Debian and Ubuntu have it as the package dataset-fashion-mnist; its authors' copy is at "
-    "github.com/zalandoresearch/fashion-mnist. The data set fashion-mnist-subset needs no files."
-)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images: ``images`` float32 [n, channels, height, width], ``labels`` int64 [n]."""
+    """Labelled samples: ``images`` float32 [n, channels, height, width], ``labels`` int64 [n].
+
+    Tables are [n, features], sequences [n, length, channels].
+    """
 
     images: Tensor
     labels: Tensor
@@ -61,8 +54,10 @@ class Split:
 class Dataset:
     """A data set as it was loaded.
 
-    Images are normalised to mean 0 and standard deviation 1 per channel, by the statistics of the
-    training split. ``name`` and ``provenance`` say what was really loaded and from where.
+    Images and sequences are normalised to mean 0 and standard deviation 1 per channel, tables per
+    feature, by the statistics of the training split. ``name`` and ``provenance`` say what was
+    really loaded and from where. ``groups`` is whom each training sample comes from, a site or a
+    writer say: int64 [n], or None where that is not known.
     """
 
     name: str
@@ -71,12 +66,12 @@ class Dataset:
     validation: Split
     test: Split
     provenance: str
+    groups: NDArray[np.int64] | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample; channels, height and width of an image."""
+        return tuple(self.train.images.shape[1:])
 
     @cached_property
     def digest(self) -> str:
@@ -86,6 +81,8 @@ class Dataset:
             state.update(str(tuple(split.images.shape)).encode())
             state.update(split.images.numpy().data)
             state.update(split.labels.numpy().data)
+        if self.groups is not None:
+            state.update(self.groups.data)
         return state.hexdigest()
 
 
@@ -97,15 +94,21 @@ def load(name: str = "fashion-mnist-subset", data_dir: Path | str | None = None)
     - ``fashion-mnist``: all 54,000 + 6,000 + 10,000 images, from ``data_dir`` if given, else from
       where Debian's package puts them, else the shipped subset: ``name`` of the result tells.
     - ``digits``: scikit-learn's 1,797 images of 8×8, for quick checks.
+    - ``cifar10``, ``cifar100``: from their binary archives, or what those unpack to, in
+      ``data_dir``.
     - a path that ends in ``.npz``: ``x_train, y_train, x_test, y_test`` and, if present, ``x_val,
-      y_val``. Images are [n, height, width] or [n, channels, height, width], labels are integers
-      from 0.
+      y_val``, ``g_train`` (whom each training sample comes from: numbers or text) and ``kind``.
+      Images are [n, height, width] or [n, channels, height, width], tables [n, features]; with
+      ``kind="sequence"`` samples are [n, length, channels]. Labels are integers from 0.
 
     Raises:
         DataError: something is missing, damaged, or not of the form it should have.
     """
-    if data_dir is not None and name != "fashion-mnist":
-        raise DataError(f"a data folder ({data_dir}) goes with fashion-mnist, not with {name}")
+    if data_dir is not None and name not in ("fashion-mnist", *cifar.SOURCES):
+        wanted = ", ".join(("fashion-mnist", *cifar.SOURCES))
+        raise DataError(f"a data folder ({data_dir}) goes with {wanted}, not with {name}")
+    if name in cifar.SOURCES:
+        return _cifar(name, data_dir)
     if name == "fashion-mnist-subset":
         return _fashion_mnist(SUBSET_DIR, name, "the subset shipped with fedmap_sparse")
     if name == "fashion-mnist":
@@ -121,53 +124,6 @@ def load(name: str = "fashion-mnist-subset", data_dir: Path | str | None = None)
     raise DataError(
         f"no data set {shown(name)}: it is one of {', '.join(NAMES)}, or a path to an .npz"
     )
-
-
-def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes with ``rank`` dimensions, gzip-compressed if it ends so.
-
-    Format: two zero bytes, the type (8), the rank, then each dimension as a big-endian uint32, then
-    the bytes. Raises DataError for anything else, truncation and trailing bytes included.
-    """
-    try:
-        on_disk = path.stat().st_size
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            header = stream.read(4 + 4 * rank)
-            if len(header) < 4 + 4 * rank:
-                raise DataError(f"{path}: the header has {len(header)} of {4 + 4 * rank} bytes")
-            if header[:4] != bytes((0, 0, 8, rank)):
-                raise DataError(
-                    f"{path}: not an IDX file of bytes with {rank} dimensions: it starts with "
-                    f"{header[:4].hex()}, not {bytes((0, 0, 8, rank)).hex()}"
-                )
-            shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
-            size = math.prod(shape)
-            if size > 2**31:
-                raise DataError(f"{path}: claims {size} bytes, more than the 2 GiB allowed")
-            # Deflate makes a byte of 1,032 at most.
-            if size > on_disk * (1032 if path.suffix == ".gz" else 1):
-                raise DataError(f"{path}: shape {shape} needs {size} bytes, the file has less")
-            data = stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if len(data) != size:
-        found = "more" if len(data) > size else f"{len(data)}"
-        raise DataError(f"{path}: shape {shape} needs {size} bytes, the file has {found}")
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def read_fashion_mnist(folder: Path) -> tuple[Array, Array, Array, Array]:
-    """Training images [n, h, w] and labels [n], test images and labels, from four IDX files."""
-    paths = []
-    for name in IDX_FILES:
-        found = [p for p in (folder / name, folder / f"{name}.gz") if p.is_file()]
-        if not found:
-            raise DataError(f"no {name} or {name}.gz in {folder}. {HOW_TO_GET}")
-        paths.append(found[0])
-    images, labels, test_images, test_labels = (
-        read_idx(path, rank) for path, rank in zip(paths, (3, 1, 3, 1), strict=True)
-    )
-    return images, labels, test_images, test_labels
 
 
 def hold_out(labels: Array, share: int) -> tuple[Index, Index]:
@@ -224,39 +180,103 @@ def _digits() -> Dataset:
     return _dataset("digits", train, validation, test, "digits of scikit-learn", classes=10)
 
 
+def _cifar(name: str, data_dir: Path | str | None) -> Dataset:
+    if data_dir is None:
+        raise DataError(f"{name}: name the folder of its binary archive, by data= or --data")
+    images, labels, *test = cifar.read(name, Path(data_dir))
+    stay, held = _drawn(name, images, labels, 10)
+    return _dataset(
+        name,
+        (images[stay], labels[stay]),
+        (images[held], labels[held]),
+        (test[0], test[1]),
+        f"{name} (Krizhevsky, 2009): {data_dir}",
+        classes=cifar.SOURCES[name].classes,
+    )
+
+
 def _npz(path: Path) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
-    arrays, found = npz.read(path, (*wanted, "x_val", "y_val"))
+    arrays, found = npz.read(path, (*wanted, "x_val", "y_val", "g_train", "kind"))
     if missing := [key for key in wanted if key not in arrays]:
         raise DataError(
             f"{path}: no {', '.join(missing)}; it holds {', '.join(found[:20]) or 'nothing'}"
         )
     if ("x_val" in arrays) != ("y_val" in arrays):
         raise DataError(f"{path}: x_val and y_val go together, and only one of them is there")
+    origin = f"{path}"
+    kind = _kind(path, arrays)
+    if kind == "image" and _is_nhwc(arrays["x_train"]):
+        origin += " (channels came last, and were put first)"
+        for key in arrays.keys() & {"x_train", "x_val", "x_test"}:
+            if arrays[key].ndim == 4:
+                arrays[key] = np.ascontiguousarray(arrays[key].transpose(0, 3, 1, 2))
     x_train, y_train, x_test, y_test = (arrays[key] for key in wanted)
+    groups = _groups(path, arrays.get("g_train"), len(x_train))
+    train = x_train, y_train
     if "x_val" in arrays:
-        train, validation = (x_train, y_train), (arrays["x_val"], arrays["y_val"])
+        validation = arrays["x_val"], arrays["y_val"]
     else:
-        train, validation = _split(f"{path}: x_train", x_train, y_train, 10)
-    return _dataset(path.stem, train, validation, (x_test, y_test), f"{path}")
+        stay, held = _drawn(f"{path}: x_train", x_train, y_train, 10)
+        train, validation = (x_train[stay], y_train[stay]), (x_train[held], y_train[held])
+        groups = None if groups is None else groups[stay]
+    return _dataset(
+        path.stem, train, validation, (x_test, y_test), origin, groups=groups, kind=kind
+    )
+
+
+def _kind(path: Path, arrays: dict[str, Array]) -> str:
+    """What the samples are: said by the file, or by their dimensions."""
+    rank = arrays["x_train"].ndim
+    if "kind" not in arrays:
+        return "table" if rank == 2 else "image"
+    kind = str(arrays["kind"][()])[:50]
+    if rank not in KINDS.get(kind, ()):
+        raise DataError(
+            f"{path}: kind is one of table, sequence and image, with x_train of 2, 3, and 3 or 4 "
+            f"dimensions, not {shown(kind)} with {rank}"
+        )
+    return kind
+
+
+def _is_nhwc(images: Array) -> bool:
+    """Whether 4-D images have their channels last: 1, 3 or 4 there, and no such number first."""
+    return images.ndim == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] > 4
+
+
+def _groups(path: Path, given: Array | None, samples: int) -> Index | None:
+    """The group of each sample, numbered from 0 in order of their names."""
+    if given is None:
+        return None
+    if given.ndim != 1 or len(given) != samples or given.dtype.kind not in "uiUS":
+        raise DataError(
+            f"{path}: g_train names a group for each of the {samples} training samples, by a "
+            f"number or text, not {given.dtype} of shape {list(given.shape)}"
+        )
+    return np.unique(given, return_inverse=True)[1].astype(np.int64)
 
 
 def _split(what: str, images: Array, labels: Array, share: int) -> tuple[Labelled, Labelled]:
-    """What stays and what is held out: of each class 1/``share``, at least one, drawn by seed 0.
+    """What stays and what is held out; see `_drawn`."""
+    stay, held = _drawn(what, images, labels, share)
+    return (images[stay], labels[stay]), (images[held], labels[held])
+
+
+def _drawn(what: str, images: Array, labels: Array, share: int) -> tuple[Index, Index]:
+    """Which stay and which are held out: of each class 1/``share``, at least one, drawn by seed 0.
 
     Drawn, because a file may be sorted by site or time, and its tail would be another population.
     """
     _check_split(what, images, labels)
     rng = np.random.Generator(np.random.PCG64(0))
-    stay, held = draw_out(labels, lambda n: max(1, n // share), rng)
-    return (images[stay], labels[stay]), (images[held], labels[held])
+    return draw_out(labels, lambda n: max(1, n // share), rng)
 
 
 def _check_split(what: str, images: Array, labels: Array) -> None:
-    if images.ndim not in (3, 4) or images.dtype.kind not in "uif":
+    if images.ndim not in (2, 3, 4) or images.dtype.kind not in "uif":
         raise DataError(
-            f"{what}: images are numbers of shape [n, height, width] or [n, channels, height, "
-            f"width], not {images.dtype} of shape {list(images.shape)}"
+            f"{what}: samples are numbers of shape [n, features], [n, height, width] or [n, "
+            f"channels, height, width], not {images.dtype} of shape {list(images.shape)}"
         )
     if labels.ndim != 1 or labels.dtype.kind not in "ui" or len(labels) != len(images):
         raise DataError(
@@ -276,6 +296,8 @@ def _dataset(
     test: Labelled,
     provenance: str,
     classes: int | None = None,
+    groups: Index | None = None,
+    kind: str = "image",
 ) -> Dataset:
     """Check the three splits against each other and normalise them; classes from labels if None."""
     splits = dict(zip(("train", "validation", "test"), (train, validation, test), strict=True))
@@ -297,20 +319,25 @@ def _dataset(
     if len(present) < classes:
         absent = next(c for c in range(classes) if c not in present)
         raise DataError(f"{name}: no training image of class {absent}")
-    channels = _with_channels(train[0])
-    mean = channels.mean(axis=(0, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
-    std = channels.std(axis=(0, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
+    # Per channel; per feature of a table.
+    axes = {"image": (0, 2, 3), "sequence": (0, 1), "table": (0,)}[kind]
+    values = _with_channels(train[0], kind)
+    mean = values.mean(axis=axes, dtype=np.float64, keepdims=True).astype(np.float32)
+    std = values.std(axis=axes, dtype=np.float64, keepdims=True).astype(np.float32)
     std[std == 0] = 1  # a constant channel becomes zeros
-    parts = [_normalised(images, labels, mean, std) for images, labels in splits.values()]
-    return Dataset(name, classes, parts[0], parts[1], parts[2], provenance)
+    parts = [
+        _normalised(_with_channels(images, kind), labels, mean, std)
+        for images, labels in splits.values()
+    ]
+    return Dataset(name, classes, parts[0], parts[1], parts[2], provenance, groups)
 
 
-def _with_channels(images: Array) -> Array:
-    return images if images.ndim == 4 else images[:, None]
+def _with_channels(images: Array, kind: str) -> Array:
+    return images[:, None] if kind == "image" and images.ndim == 3 else images
 
 
 def _normalised(images: Array, labels: Array, mean: Array, std: Array) -> Split:
-    scaled = _with_channels(images).astype(np.float32)
+    scaled = images.astype(np.float32)
     scaled -= mean
     scaled /= std
     return Split(torch.from_numpy(scaled), torch.from_numpy(labels.astype(np.int64)))

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from fedmap_sparse.codec import Message
-from fedmap_sparse.engines.in_process import Train, generator
+from fedmap_sparse.engines.in_process import generator
 from fedmap_sparse.engines.phases import Phases
+from fedmap_sparse.engines.workers import Train
 from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments.attacks import Attack, flipped, hostile_clients
 from fedmap_sparse.experiments.config import Config

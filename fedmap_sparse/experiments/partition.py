@@ -66,6 +66,60 @@ def pathological(labels: ArrayLike, clients: int, *, shards: int = 2, seed: int 
     return _sorted([np.concatenate([pieces[i] for i in row]) for row in drawn])
 
 
+def by_groups(groups: ArrayLike, clients: int) -> Part:
+    """A client for each group, in the order of the groups' numbers (or names).
+
+    Args:
+        groups: of each sample.
+        clients: how many groups are expected.
+    """
+    names, of = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) != clients:
+        raise ValueError(f"the data have {len(names)} groups: clients={len(names)}, not {clients}")
+    return [np.flatnonzero(of == group) for group in range(len(names))]
+
+
+def given(parts: Sequence[ArrayLike], clients: int, samples: int) -> Part:
+    """Parts from outside, checked: for each client the indices of its samples."""
+    if len(parts) != clients:
+        raise ValueError(f"{len(parts)} parts were given: clients={len(parts)}, not {clients}")
+    found = []
+    for client, part in enumerate(parts):
+        array = np.asarray(part)
+        if array.ndim != 1 or array.dtype.kind not in "ui" or not len(array):
+            raise ValueError(
+                f"client {client}: expected integers in one dimension, at least one, got "
+                f"{array.dtype} of shape {list(array.shape)}"
+            )
+        if array.min() < 0 or array.max() >= samples:
+            raise ValueError(
+                f"client {client}: expected indices from 0 to {samples - 1}, got {array.min()} to "
+                f"{array.max()}"
+            )
+        if len(np.unique(array)) != len(array):
+            raise ValueError(f"client {client}: expected each sample once, got one twice")
+        found.append(array)
+    return _sorted(found)
+
+
+def noisy(
+    labels: NDArray[np.int64], parts: Sequence[Index], share: float, classes: int, seed: int
+) -> NDArray[np.int64]:
+    """Labels of which ``share`` of each part's, rounded, are another class, any with equal chance.
+
+    Drawn from (seed, 6, client).
+    """
+    found = labels.copy()
+    for client, part in enumerate(parts):
+        rng = np.random.default_rng(np.random.SeedSequence((seed, 6, client)))
+        chosen = rng.permutation(part)[: round(share * len(part))]
+        found[chosen] = (labels[chosen] + rng.integers(1, classes, len(chosen))) % classes
+    return found
+
+
+#: The partition by the groups that come with the data.
+GROUPS = "groups"
+
 PARTITIONS: dict[str, Callable[..., Part]] = {
     "iid": iid,
     "dirichlet": dirichlet,

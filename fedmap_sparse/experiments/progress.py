@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fedmap_sparse import _command
 from fedmap_sparse._text import printable, say
+from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments.folder import Record
 from fedmap_sparse.experiments.report import human_bytes
 
@@ -15,9 +20,14 @@ class Observer:
 
     Attributes:
         begun: set by the run once its folder is ready, so that it can be resumed.
+        module: set by the run before each `round`: the global model, to look at and not to change.
+        stop: set it to end the arm after the round that was told last; the other arms and the
+            summary follow. `resume` goes on with an arm that was stopped.
     """
 
     begun = False
+    module: nn.Module | None = None
+    stop = False
 
     def begin(self, lines: list[str]) -> None:
         """What will be run."""
@@ -117,6 +127,48 @@ class Bar(Lines):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class TensorBoard:
+    """Writes a run's records for TensorBoard, with its own writer; one folder for each arm.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            with _command.held():
+                from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard: not installed; pip install 'fedmap-sparse[tensorboard]'"
+            ) from error
+        self._make = SummaryWriter
+        self._folder = folder
+        self._writers: dict[str, Any] = {}
+
+    def add(self, record: Record) -> None:
+        """Write every number of a record; its rounds are the steps."""
+        arm = record["arm"]
+        if arm not in self._writers:
+            self._writers[arm] = self._make(str(self._folder / arm))
+        for name, value in _numbers(record).items():
+            self._writers[arm].add_scalar(name, value, record["round"])
+        self._writers[arm].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """The numbers of a record and of its dicts, by name."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        inside = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else None
+        flat |= inside or {name: value}
+    return {k: v for k, v in flat.items() if isinstance(v, int | float) and k != "round"}
 
 
 def observer() -> Observer:

@@ -28,19 +28,41 @@ class Table:
     seed: int = option(
         0,
         "run",
-        "of weights, partition, order of samples, cohorts and dropouts",
+        "of all that is random: weights, partition, order of samples, cohorts, dropouts",
         least=0,
         most=2**64 - 1,
+    )
+    data_seed: int | None = option(
+        None,
+        "run",
+        "of partition, hold-outs and label noise",
+        least=0,
+        most=2**64 - 1,
+        default_text="seed",
+    )
+    model_seed: int | None = option(
+        None, "run", "of the initial weights", least=0, most=2**64 - 1, default_text="seed"
     )
     threads: int | None = option(
         None,
         "run",
-        "threads of torch and of the kernels",
+        "threads of torch and of the kernels, in each process",
         least=1,
         most=1024,
-        default_text="torch's choice",
+        default_text="1; torch's choice on a GPU or with a model from Python",
+    )
+    processes: int | None = option(
+        None,
+        "run",
+        "clients that train at once, if the run is long enough to gain; results are the same",
+        least=1,
+        most=1024,
+        default_text="torch's threads / threads",
     )
     device: str = option("cpu", "run", "where to train: cpu, cuda, cuda:1, ...")
+    tensorboard: bool = option(
+        False, "run", "write OUT/tensorboard too; wants the extra of that name"
+    )
     baseline: bool = option(True, "run", "run dense FedAvg too, with the same seeds")
 
     dataset: str | None = option(
@@ -53,10 +75,18 @@ class Table:
     data: str | None = option(
         None,
         "data and model",
-        "folder with Fashion-MNIST's four IDX files; means dataset=fashion-mnist",
+        "folder with Fashion-MNIST's four IDX files, or with CIFAR's binary archive; without "
+        "dataset= it means fashion-mnist",
         default_text="Debian's folder, if there",
     )
     model: str = option("cnn", "data and model", "the network", choices=tuple(models.MODELS))
+    layout: str | None = option(
+        None,
+        "data and model",
+        "of images in memory, which changes speed and rounding",
+        choices=("nchw", "nhwc"),
+        default_text="what the model is faster on",
+    )
 
     clients: int = option(10, "federation", "number of clients", least=1)
     participation: float = option(
@@ -72,7 +102,10 @@ class Table:
         5, "federation", "draws of one round before the run fails", least=1, most=1000
     )
     partition: str = option(
-        "iid", "federation", "how clients share the data", choices=tuple(partition.PARTITIONS)
+        "iid",
+        "federation",
+        "how clients share the data; groups: a client for each group of the data",
+        choices=(*partition.PARTITIONS, partition.GROUPS),
     )
     alpha: float | None = option(
         None,
@@ -96,6 +129,29 @@ class Table:
         "share of its samples that each client holds out, to measure the global model on",
         least=0,
         most=0.5,
+    )
+    label_noise: float = option(
+        0.0,
+        "federation",
+        "share of each client's training samples whose label is another one, drawn at random",
+        least=0,
+        most=1,
+    )
+    sampling: str = option(
+        "uniform",
+        "federation",
+        "how a cohort is drawn; samples: in proportion to them, and updates then count alike",
+        choices=("uniform", "samples"),
+    )
+    stragglers: float = option(
+        0.0,
+        "federation",
+        "probability that a client does a part of its local steps only",
+        least=0,
+        most=1,
+    )
+    straggler_steps: float = option(
+        0.5, "federation", "the part that a straggler does; one step at least", above=0, most=1
     )
     server_optimizer: str = option(
         "fedavg",
@@ -160,6 +216,15 @@ class Table:
     )
     lr_decay: float = option(
         1.0, "training", "factor on the learning rate after each round", above=0, most=1
+    )
+    lr_schedule: str = option(
+        "decay",
+        "training",
+        "decay: by lr_decay a round; cosine: to 0 at the end",
+        choices=("decay", "cosine"),
+    )
+    warmup: int = option(
+        0, "training", "rounds over which the learning rate rises to lr first", least=0
     )
     momentum: float | None = option(
         None,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from torch import Tensor, nn
 
-from fedmap_sparse.codec import Message
+from fedmap_sparse.codec import Coding, Message
 from fedmap_sparse.engines.in_process import generator
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Split
-from fedmap_sparse.experiments.partition import Index
 from fedmap_sparse.federated import ClientId, FedMapClient, MakeOptimizer
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
@@ -39,7 +40,6 @@ class LocalTraining:
         self._config = config
         self._samples = samples
         self._phases = phases
-        self._order = {name: i for i, name in enumerate(sorted(samples))}
         self._device = next(iter(samples.values())).labels.device
 
     def __call__(
@@ -49,26 +49,44 @@ class LocalTraining:
         config, phases, samples = self._config, self._phases, self._samples[name]
         optimizer, module = client.optimizer, client.params.module
         assert optimizer is not None
-        rng = generator(config.seed, 1, message.round, self._order[name])
+        rng = generator(config.seed, 1, message.round, int(name))
         self._seed(int(rng.integers(2**63)))
         module.train()
         device = self._device
         total = torch.zeros((), dtype=torch.float64, device=device)
+        seen = 0
+        for chosen in self._batches(message.round, name, len(samples), rng):
+            with phases("batch"):
+                images, labels = _drawn(samples.images, chosen), samples.labels[chosen]
+            with phases("train"):
+                loss = F.cross_entropy(module(images), labels)
+                loss.backward()
+                total += loss.detach() * len(labels)
+                seen += len(labels)
+            with phases("step"):
+                optimizer.step()
+                optimizer.zero_grad()
+        return len(samples), total.item() / seen
+
+    def _batches(
+        self, at_round: int, name: ClientId, samples: int, rng: Generator
+    ) -> Iterator[Tensor]:
+        """Indices of each step's samples; a straggler's end early."""
+        config = self._config
+        # torch takes no batch of 2^63 samples, and none is larger than all of them.
+        size = min(config.batch_size, samples)
+        left = config.local_epochs * -(-samples // size)
+        if config.stragglers:
+            drawn = generator(config.seed, 7, at_round, int(name)).random()
+            if drawn < config.stragglers:
+                left = max(1, round(config.straggler_steps * left))
         for _ in range(config.local_epochs):
-            order = torch.from_numpy(rng.permutation(len(samples))).to(device)
-            # torch takes no batch of 2^63 samples, and none is larger than all of them.
-            for chosen in order.split(min(config.batch_size, len(samples))):
-                with phases("batch"):
-                    images, labels = samples.images[chosen], samples.labels[chosen]
-                with phases("train"):
-                    loss = F.cross_entropy(module(images), labels)
-                    loss.backward()
-                    total += loss.detach() * len(labels)
-                with phases("step"):
-                    optimizer.step()
-                    optimizer.zero_grad()
-        mean = total.item() / (config.local_epochs * len(samples))
-        return len(samples), mean
+            order = torch.from_numpy(rng.permutation(samples)).to(self._device)
+            for chosen in order.split(size):
+                if not left:
+                    return
+                left -= 1
+                yield chosen
 
     def _seed(self, seed: int) -> None:
         """Seed what the model may draw from: the generators of the CPU and of the device.
@@ -97,13 +115,17 @@ def make_optimizer(config: Config) -> MakeOptimizer:
     return make
 
 
-def share_out(split: Split, parts: list[Index], device: torch.device) -> dict[ClientId, Split]:
-    """Each client's own samples: clients are numbered from 0."""
-    chosen = [torch.from_numpy(part) for part in parts]
-    return {
-        i: Split(split.images[c].to(device), split.labels[c].to(device))
-        for i, c in enumerate(chosen)
-    }
+def make_client(config: Config, params: FlatParameters) -> FedMapClient:
+    """A client that the options describe, over a local model that others may share."""
+    return FedMapClient(
+        params,
+        optimizer=make_optimizer(config),
+        keep_optimizer=config.keep_optimizer,
+        dtype=config.uplink_dtype or config.dtype,
+        delta=config.delta,
+        coding=cast(Coding, config.coding),
+        prox_mu=config.prox_mu,
+    )
 
 
 class Evaluation(NamedTuple):
@@ -114,17 +136,44 @@ class Evaluation(NamedTuple):
     right: Tensor
 
 
-@torch.no_grad()
-def evaluate(module: nn.Module, split: Split) -> Evaluation:
-    """How a module does on held-out samples, in evaluation mode."""
+def evaluate(module: nn.Module, split: Split, at_once: int = 1) -> Evaluation:
+    """How a module does on held-out samples, in evaluation mode.
+
+    Args:
+        at_once: batches that are computed at a time, each in a thread of its own with as many
+            threads of torch as the caller has: the bits are the same. The module's forward must
+            allow it: one that keeps what it computes in itself does not.
+    """
     module.eval()
-    right, total = [], 0.0
-    for images, labels in zip(
-        split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
-    ):
-        logits: Tensor = module(images)
-        right.append(logits.argmax(1) == labels)
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-    found = torch.cat(right)
-    loss = total / len(split)
+    batches = list(
+        zip(
+            split.images.split(_EVALUATION_BATCH),
+            split.labels.split(_EVALUATION_BATCH),
+            strict=True,
+        )
+    )
+
+    @torch.no_grad()
+    def one(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+        logits: Tensor = module(batch[0])
+        loss = F.cross_entropy(logits, batch[1], reduction="sum").item()
+        return logits.argmax(1) == batch[1], loss
+
+    if at_once == 1 or len(batches) == 1:
+        results = list(map(one, batches))
+    else:
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(
+            at_once, initializer=torch.set_num_threads, initargs=(threads,)
+        ) as pool:
+            results = list(pool.map(one, batches))
+    found = torch.cat([right for right, _ in results])
+    loss = sum(part for _, part in results) / len(split)
     return Evaluation(int(found.sum()) / len(split), loss if math.isfinite(loss) else None, found)
+
+
+def _drawn(images: Tensor, chosen: Tensor) -> Tensor:
+    """Some of the samples, in the layout of all of them; indexing alone would make it NCHW."""
+    if images.dim() == 4 and images.stride(1) == 1:
+        return images.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
+    return images[chosen]

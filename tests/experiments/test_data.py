@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedmap_sparse.errors import DataError
-from fedmap_sparse.experiments import data
+from fedmap_sparse.experiments import data, idx
 
 ROOT = Path(__file__).parent.parent.parent
 # SHA-256 of the uncompressed files: what Zalando's bytes give, whatever wrote the gzip around them.
@@ -81,13 +81,13 @@ class TestSubset:
         assert [len(images) for images in seen] == [9_000, 1_000, 2_000]
         assert len(set.union(*seen)) == 12_000
 
-    @pytest.mark.parametrize("name", data.IDX_FILES)
+    @pytest.mark.parametrize("name", idx.IDX_FILES)
     def test_bytes_are_the_published_ones(self, name: str) -> None:
         content = gzip.decompress((data.SUBSET_DIR / f"{name}.gz").read_bytes())
         assert hashlib.sha256(content).hexdigest() == SUBSET_SHA256[name]
 
     def test_gzip_headers_hold_no_time_and_no_name(self) -> None:
-        for name in data.IDX_FILES:
+        for name in idx.IDX_FILES:
             header = (data.SUBSET_DIR / f"{name}.gz").read_bytes()[:8]
             assert header == b"\x1f\x8b\x08\x00\0\0\0\0"
 
@@ -104,7 +104,7 @@ class TestSubset:
         assert done.returncode == 0
 
     def test_takes_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"goes with fashion-mnist, not with fashion-mnist-sub"):
+        with pytest.raises(DataError, match=r"cifar100, not with fashion-mnist-sub"):
             data.load("fashion-mnist-subset", tmp_path)
 
 
@@ -122,7 +122,7 @@ class TestFull:
         assert loaded.shape == (1, 3, 2)
 
     def test_validation_is_the_last_tenth_of_each_class(self, idx_folder: Path) -> None:
-        raw = data.read_idx(idx_folder / "train-images-idx3-ubyte", 3)
+        raw = idx.read_idx(idx_folder / "train-images-idx3-ubyte", 3)
         loaded = data.load("fashion-mnist", str(idx_folder))
         train = np.concatenate([raw[20 * c : 20 * c + 18] for c in range(10)]).astype(np.float64)
         held = np.concatenate([raw[20 * c + 18 : 20 * c + 20] for c in range(10)])
@@ -184,7 +184,7 @@ class TestIdx:
         path = tmp_path / f"images{suffix}"
         content = to_idx(self.IMAGES)
         path.write_bytes(gzip.compress(content) if suffix else content)
-        np.testing.assert_array_equal(data.read_idx(path, 3), self.IMAGES)
+        np.testing.assert_array_equal(idx.read_idx(path, 3), self.IMAGES)
 
     def test_every_truncation_is_refused(self, tmp_path: Path) -> None:
         plain, packed = tmp_path / "images", tmp_path / "images.gz"
@@ -194,7 +194,7 @@ class TestIdx:
             for length in range(len(whole)):
                 path.write_bytes(whole[:length])
                 with pytest.raises(DataError, match=str(path)):
-                    data.read_idx(path, 3)
+                    idx.read_idx(path, 3)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -209,12 +209,12 @@ class TestIdx:
     def test_malformed(self, tmp_path: Path, content: bytes, message: str) -> None:
         (tmp_path / "images").write_bytes(content)
         with pytest.raises(DataError, match=message):
-            data.read_idx(tmp_path / "images", 3)
+            idx.read_idx(tmp_path / "images", 3)
 
     def test_not_gzip(self, tmp_path: Path) -> None:
         (tmp_path / "images.gz").write_bytes(to_idx(self.IMAGES))
         with pytest.raises(DataError, match="cannot be read"):
-            data.read_idx(tmp_path / "images.gz", 3)
+            idx.read_idx(tmp_path / "images.gz", 3)
 
 
 class TestNpz:
@@ -242,6 +242,51 @@ class TestNpz:
         grey = {k: a[:, 0] if k.startswith("x") else a for k, a in arrays.items()}
         assert load_npz(tmp_path, grey).shape == (1, 5, 4)
 
+    def test_channels_that_come_last_are_put_first_and_said(
+        self, tmp_path: Path, arrays: dict[str, np.ndarray]
+    ) -> None:
+        first = {k: a.repeat(4, 2)[:, [0, 1, 0]] if k[0] == "x" else a for k, a in arrays.items()}
+        last = {k: a.transpose(0, 2, 3, 1) if k[0] == "x" else a for k, a in first.items()}
+        one, other = load_npz(tmp_path, first), load_npz(tmp_path, last)
+        assert one.shape == (3, 20, 4)
+        assert one.digest == other.digest
+        assert other.provenance == one.provenance + " (channels came last, and were put first)"
+
+    def test_tables_are_normalised_by_feature(
+        self, tmp_path: Path, arrays: dict[str, np.ndarray]
+    ) -> None:
+        table = {k: a.reshape(len(a), -1) if k[0] == "x" else a for k, a in arrays.items()}
+        table["x_train"] = table["x_train"] * np.arange(1, 41)
+        loaded = load_npz(tmp_path, table)
+        assert loaded.shape == (40,)
+        images = loaded.train.images.double()
+        assert images.mean(0).abs().max() < 1e-6
+        assert (images.std(0, correction=0) - 1).abs().max() < 1e-5
+
+    def test_sequences_are_normalised_by_channel(
+        self, tmp_path: Path, arrays: dict[str, np.ndarray]
+    ) -> None:
+        series = {k: a[:, 0] * [1, 10, 100, 1000] if k[0] == "x" else a for k, a in arrays.items()}
+        loaded = load_npz(tmp_path, {**series, "kind": np.array("sequence")})
+        assert loaded.shape == (5, 4)  # length, channels
+        images = loaded.train.images.double()
+        assert images.mean((0, 1)).abs().max() < 1e-6
+        assert (images.std((0, 1), correction=0) - 1).abs().max() < 1e-5
+
+    def test_groups_follow_their_samples(
+        self, tmp_path: Path, arrays: dict[str, np.ndarray]
+    ) -> None:
+        sites = np.array(["b", "a", "c"])[np.arange(60) // 20]
+        arrays["x_train"][:, 0] = (np.arange(60) // 20)[:, None, None]  # tells the site
+        loaded = load_npz(tmp_path, {**arrays, "g_train": sites})
+        assert loaded.groups is not None
+        assert len(loaded.groups) == len(loaded.train) == 54
+        seen = loaded.train.images[:, 0, 0, 0]
+        for site, number in enumerate((1, 0, 2)):  # in order of their names
+            assert len(seen[loaded.groups == number].unique()) == 1, site
+        assert load_npz(tmp_path, arrays).groups is None
+        assert load_npz(tmp_path, arrays).digest != loaded.digest
+
     def test_digest_tells_data_apart(self, tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
         before = load_npz(tmp_path, arrays).digest
         assert load_npz(tmp_path, arrays).digest == before
@@ -251,8 +296,17 @@ class TestNpz:
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
-            ("x_train", np.zeros((60, 40)), r"images are numbers of shape .* not float64 of shape"),
-            ("x_train", np.full((60, 2, 5, 4), "a"), "images are numbers"),
+            ("x_train", np.zeros(60), r"samples are numbers of shape .* not float64 of shape"),
+            (
+                "x_train",
+                np.zeros((60, 40)),
+                r"images of test are \[2, 5, 4\], those of train \[40\]",
+            ),
+            ("x_train", np.full((60, 2, 5, 4), "a"), "samples are numbers"),
+            ("kind", np.array("sequence"), "kind is one of table, .* not 'sequence' with 4"),
+            ("kind", np.array("sound"), "not 'sound' with 4"),
+            ("g_train", np.zeros(9, int), "g_train names a group for each of the 60 training"),
+            ("g_train", np.zeros(60), "by a number or text, not float64"),
             ("x_train", np.full((60, 2, 5, 4), np.nan), "NaN, infinity or"),
             ("x_test", np.full((9, 2, 5, 4), 1e39), "too large for float32"),
             ("x_train", np.zeros((0, 2, 5, 4)), "0 images need as many"),

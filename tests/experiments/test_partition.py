@@ -145,3 +145,43 @@ def test_class_counts_and_their_table() -> None:
         "     1        1        1        0        0      2",
         " total        2        1        2        0      5",
     ]
+
+
+def test_groups_are_clients() -> None:
+    groups = np.array([7, 2, 7, 9, 2, 2])
+    parts = partition.by_groups(groups, 3)
+    assert [part.tolist() for part in parts] == [[1, 4, 5], [0, 2], [3]]
+    with pytest.raises(ValueError, match="the data have 3 groups: clients=3, not 10"):
+        partition.by_groups(groups, 10)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([[0]], "1 parts were given: clients=1, not 2"),
+        ([[0], []], "client 1: expected integers in one dimension, at least one"),
+        ([[0], [0.5]], "client 1: expected integers"),
+        ([[0], [3]], "client 1: expected indices from 0 to 2, got 3 to 3"),
+        ([[0], [-1]], "client 1: expected indices"),
+        ([[0, 0], [1]], "client 0: expected each sample once, got one twice"),
+    ],
+)
+def test_parts_from_outside_are_checked(parts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition.given(parts, 2, 3)
+
+
+def test_parts_from_outside_are_sorted() -> None:
+    assert [p.tolist() for p in partition.given([[2, 0], [1]], 2, 3)] == [[0, 2], [1]]
+
+
+def test_label_noise_changes_its_share_of_each_part_to_another_class() -> None:
+    labels = np.arange(1000) % 10
+    parts = [np.arange(0, 400), np.arange(400, 1000)]
+    found = partition.noisy(labels, parts, 0.25, 10, seed=3)
+    wrong = found != labels
+    assert [int(wrong[part].sum()) for part in parts] == [100, 150]
+    assert set(((found - labels) % 10)[wrong].tolist()) == set(range(1, 10))
+    assert (found == partition.noisy(labels, parts, 0.25, 10, seed=3)).all()
+    assert (found != partition.noisy(labels, parts, 0.25, 10, seed=4)).any()
+    assert (labels == np.arange(1000) % 10).all()

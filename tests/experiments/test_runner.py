@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -208,15 +209,23 @@ def test_dense_is_plain_fedavg(tmp_path: Path) -> None:
         assert torch.equal(found[name].view(torch.int32), t.view(torch.int32)), name
 
 
+def test_batches_evaluated_at_once_are_as_one_after_another() -> None:
+    split = load("digits").train
+    model = mlp((1, 8, 8), 10)
+    one, other = (training.evaluate(model, split, at_once) for at_once in (1, 3))
+    assert one[:2] == other[:2]
+    assert torch.equal(one.right, other.right)
+
+
 def test_validation_each_round_and_test_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     evaluate = training.evaluate
 
-    def spy(module: nn.Module, split: Split) -> training.Evaluation:
+    def spy(module: nn.Module, split: Split, at_once: int) -> training.Evaluation:
         seen.append(len(split))
-        return evaluate(module, split)
+        return evaluate(module, split, at_once)
 
     monkeypatch.setattr(arm_module, "evaluate", spy)
     runner.run(quick(tmp_path, rounds=3))
@@ -273,3 +282,70 @@ def test_impossible_options_are_found_before_the_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             runner.run(quick(tmp_path / "x", **options))
         assert not (tmp_path / "x").exists()
+
+
+class StopArm(Lines):
+    """Stops the first arm after two rounds, and looks at the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def round(self, record: dict[str, object]) -> None:
+        assert self.module is not None
+        self.seen.append(next(self.module.parameters()).detach().clone())
+        self.stop = record["arm"] == "fedmap" and record["round"] == 1
+
+
+def test_an_observer_sees_the_model_and_may_stop_an_arm(tmp_path: Path) -> None:
+    watch = StopArm()
+    summary = runner.run(quick(tmp_path), observer=watch)
+    assert (summary["fedmap"]["rounds"], summary["dense"]["rounds"]) == (2, 4)
+    assert len(watch.seen) == 6
+    assert not torch.equal(watch.seen[0], watch.seen[1])
+    assert runner.run(quick(tmp_path), resume=True)["fedmap"]["rounds"] == 4
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((self.folder, name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    runner.run(quick(tmp_path, tensorboard=True, rounds=2))
+    values = {(f, n, s): v for f, n, v, s in written}
+    for record in records(tmp_path):
+        place = str(tmp_path / "tensorboard" / record["arm"])
+        assert values[place, "accuracy", record["round"]] == record["accuracy"]
+        assert values[place, "layers/1.weight", record["round"]] == record["layers"]["1.weight"]
+
+
+def test_without_tensorboard_a_run_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedmap-sparse\[tensorboard\]'"):
+        runner.run(quick(tmp_path / "out", tensorboard=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_give_the_bits_of_one_after_another(tmp_path: Path) -> None:
+    options = {"model": "cnn", "batch_size": 200, "rounds": 3, "baseline": False, "dropout": 0.2}
+    options |= {"clients": 5, "participation": 0.8, "keep_optimizer": True, "uplink_dtype": "int8"}
+    alone, together = (quick(tmp_path / f"{n}", processes=n, **options) for n in (1, 2))
+    runner.run(alone)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(together, observer=StopAfter(2))
+    runner.run(quick(together.folder, processes=1, **options), resume=True)
+    same_results(alone.folder, together.folder)
+    assert "wait" in records(together.folder)[0]["seconds"]
