@@ -201,7 +201,7 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "mobilenetv2": mobilenetv2,
 }
 
-#: Models that a CPU computes faster on images that are NHWC in memory: those of convolutions. A step
-#: of 32 images took 0.74 (cnn), 0.89 (lenet), 0.90 (resnet8), 0.84 (resnet20) and 0.67 (mobilenetv2)
-#: of its CPU time in NCHW, evaluation of the cnn 0.44 (one thread of an EPYC, torch 2.13).
+#: Models that a CPU computes faster on images that are NHWC in memory: those of convolutions. A
+#: step took 0.74 (cnn), 0.89 (lenet), 0.90 (resnet8), 0.84 (resnet20) and 0.67 (mobilenetv2) of its
+#: CPU time in NCHW, evaluation of the cnn 0.44 (one thread of an EPYC, torch 2.13).
 NHWC = frozenset(MODELS) - {"mlp"}
