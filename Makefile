@@ -1,8 +1,9 @@
 # Each target makes .venv by itself. Variables, all optional:
 #   PYTHON      the interpreter that .venv is made from (3.11 or later)
 #   PIP_ARGS    passed on to pip install, as --extra-index-url for a CPU build of torch
-#   RUN_ARGS, TEST_ARGS, BENCH_ARGS, COUNT_ARGS, MEASURE_ARGS   passed on to fedmap-sparse run,
-#               pytest, fedmap-sparse bench, benchmarks/instructions.py, tools/measure_gpu.py
+#   RUN_ARGS, TEST_ARGS, BENCH_ARGS, COUNT_ARGS, MEASURE_ARGS, EXPERIMENTS_ARGS   passed on to
+#               fedmap-sparse run, pytest, fedmap-sparse bench, benchmarks/instructions.py,
+#               tools/measure_gpu.py, experiments/run.py
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON PIP_ARGS
@@ -16,6 +17,10 @@ help: ## list the targets
 
 run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on CPU
 	$(BIN)/fedmap-sparse run $(RUN_ARGS)
+
+.PHONY: experiments
+experiments: $(VENV)/run.stamp ## the set of experiments/, 3 hours on 2 cores; EXPERIMENTS_ARGS=--quick takes minutes
+	$(BIN)/python experiments/run.py $(EXPERIMENTS_ARGS)
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest --timeout 300 $(TEST_ARGS)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -59,6 +59,15 @@ class Round:
     uplink_bytes: int
     attempts: int = 1
     kinds: Mapping[str, int] = field(default_factory=dict)
+
+    def with_messages_of(self, other: Round) -> Round:
+        """This round with the bytes of another one added."""
+        return replace(
+            self,
+            downlink_bytes=self.downlink_bytes + other.downlink_bytes,
+            uplink_bytes=self.uplink_bytes + other.uplink_bytes,
+            kinds=dict(Counter(self.kinds) + Counter(other.kinds)),
+        )
 
 
 class InProcessEngine:

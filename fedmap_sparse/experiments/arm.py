@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from fedmap_sparse.codec import Coding
-from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.engines.in_process import InProcessEngine, Round
 from fedmap_sparse.engines.phases import Phases
-from fedmap_sparse.experiments import hardening, measures, report
+from fedmap_sparse.experiments import hardening, measures, methods, report, snip
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.folder import Record
 from fedmap_sparse.experiments.setting import Setting
 from fedmap_sparse.experiments.shares import placed
-from fedmap_sparse.experiments.training import Evaluation, evaluate, make_client
-from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
+from fedmap_sparse.experiments.training import Evaluation, evaluate
+from fedmap_sparse.federated import ClientId, FedMapClient
 from fedmap_sparse.flat import flatten
 from fedmap_sparse.schedule import Schedule
 
@@ -39,28 +37,26 @@ class Arm:
         self.name = name
         self.config = config
         self._setting = setting
-        self._survivors: tuple[int, dict[str, int]] = (-1, {})
+        self._survivors: tuple[bytes, dict[str, int]] = (b"", {})
         template, device = setting.template, setting.device
-        coding = cast(Coding, config.coding)
-        self.server = FedMapServer(
-            flatten(copy.deepcopy(template)),
+        # The dense arm beside another method is plain FedAvg.
+        method = config.method if name == config.arm else "fedavg"
+        asks = config.criterion == "snip" and name == config.arm
+        self._scores = snip.Scores() if asks else None
+        self.server = methods.make_server(
+            method,
+            config,
             schedule,
-            dtype=config.dtype,
-            lr=config.learning_rate,
-            min_updates=config.min_updates,
-            server_optimizer=config.make_server_optimizer(),
-            coding=coding,
-            max_samples=MAX_INTEGER,  # the clients are our own: a mean by their true samples
-            criterion=config.make_criterion(),
-            aggregator=config.make_aggregator(),
-            privacy=hardening.central(config),
+            flatten(copy.deepcopy(template)),
+            config.make_criterion(self._scores),
         )
         local = flatten(copy.deepcopy(template))
         clients: dict[ClientId, FedMapClient] = {
-            i: make_client(config, local) for i in range(config.clients)
+            i: methods.make_client(method, config, local) for i in range(config.clients)
         }
         phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
-        train = hardening.training(config, setting.shares, setting.classes, phases)
+        plain = hardening.training(config, setting.shares, setting.classes, phases)
+        train = methods.make_train(method, config, plain, setting.shares)
         self.engine = InProcessEngine(
             self.server,
             clients,
@@ -70,7 +66,7 @@ class Arm:
             attempts=config.attempts,
             seed=config.seed,
             phases=phases,
-            workers=setting.workers,
+            workers=None if method in methods.OF_THEIR_OWN else setting.workers,
             sizes=setting.shares.sizes if config.sampling == "samples" else None,
         )
 
@@ -89,7 +85,10 @@ class Arm:
         start = perf_counter()
         phases = self.engine.phases
         phases.clear()
+        asked = self._ask()
         done = self.engine.round()
+        if asked is not None:
+            done = done.with_messages_of(asked)
         with phases("evaluate"):
             module = self.server.params.module
             setting = self._setting
@@ -99,11 +98,22 @@ class Arm:
         seconds["total"] = perf_counter() - start + saving
         return self._record(done, found, clients, seconds)
 
+    def _ask(self) -> Round | None:
+        """Have the clients score the weights before the first round, where the method does."""
+        if self._scores is None or self.round:
+            return None
+        with self.engine.phases("select"):
+            self._scores.values, asked = snip.ask(
+                self._setting.template, self.config, self._setting.shares
+            )
+        return asked
+
     def layers(self) -> dict[str, int]:
         """Weights left in each prunable tensor; counted anew when the mask has changed."""
-        if self._survivors[0] != self.server.epoch:
+        mask = self.server.mask.digest()
+        if self._survivors[0] != mask:
             found = measures.layer_survivors(self.server.layout, self.server.mask)
-            self._survivors = self.server.epoch, found
+            self._survivors = mask, found
         return self._survivors[1]
 
     def _record(

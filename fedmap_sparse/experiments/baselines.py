@@ -1,4 +1,4 @@
-"""What FedMap is run beside: arms of an experiment that share everything but the schedule."""
+"""The arms of an experiment, which share everything but the method."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ def arms(config: Config) -> dict[str, Schedule]:
     dropouts, the same messages without a mask, and nothing pruned. A run that is dense itself has
     no other arm.
     """
-    if config.schedule == Dense.kind:
-        return {"dense": Dense()}
-    found: dict[str, Schedule] = {"fedmap": config.make_schedule()}
+    found = {config.arm: config.make_schedule()}
     if config.has_dense_arm:
-        found["dense"] = Dense()
+        found[Dense.kind] = Dense()
     return found

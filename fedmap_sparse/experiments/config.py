@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fedmap_sparse import schedule
 from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
-from fedmap_sparse.experiments import criteria, options
+from fedmap_sparse.experiments import criteria, options, presets
 from fedmap_sparse.experiments.options import Value
 from fedmap_sparse.experiments.table import BOUNDED, GRADUAL, PRUNED, Table
 from fedmap_sparse.federated import Aggregator, Criterion, robust, server_optim
@@ -42,6 +42,7 @@ class Config(Table):
         open_ = [f.name for f in fields(self) if getattr(self, f.name) is None]
         if self.dataset is None:
             self._set("dataset", "fashion-mnist-subset" if self.data is None else "fashion-mnist")
+        preset = self._follow_method()
         options.fill(self)
         if self.uplink_dtype is None:
             self._set("uplink_dtype", self.dtype)
@@ -63,7 +64,20 @@ class Config(Table):
         self._check_together()
         self._check_private()
         derived = frozenset(name for name in open_ if getattr(self, name) is not None)
-        object.__setattr__(self, "_derived", derived)
+        object.__setattr__(self, "_derived", derived | preset)
+
+    def _follow_method(self) -> frozenset[str]:
+        """Set what the method sets; the names of what was not given as that."""
+        followed = set()
+        defaults = {f.name: f.default for f in fields(self)}
+        for key, value in presets.preset(self.method, self.rounds).items():
+            given = getattr(self, key)
+            if given == defaults[key]:
+                self._set(key, value)
+                followed.add(key)
+            elif key in presets.OWN and given != value:
+                raise ConfigError(f"{key}: method={self.method} has {value}, got {given}")
+        return frozenset(followed)
 
     def with_threads(self, threads: int) -> Config:
         """The same options with the number of threads settled."""
@@ -100,6 +114,15 @@ class Config(Table):
                     f"min_layer_density: expected at most {most:g}, the model's own density, got "
                     f"{self.min_layer_density}"
                 )
+        if self.criterion == "snip" and (self.schedule, self.prune_start) != ("oneshot", 0):
+            raise ConfigError(
+                "criterion: snip ranks before any training; it goes with schedule=oneshot and "
+                f"prune_start=0, not with schedule={self.schedule} and prune_start={start}"
+            )
+        for key, value in presets.alone(self.method, self.criterion).items():
+            if getattr(self, key) != value:
+                word = "nothing" if value is None else options.toml(value)
+                raise ConfigError(f"{key}: method={self.method} goes with {word} alone")
         if self.min_updates > self.cohort:
             raise ConfigError(
                 f"min_updates: expected at most the {self.cohort} clients of a cohort, got "
@@ -135,9 +158,15 @@ class Config(Table):
         return max(1, round(self.participation * self.clients))
 
     @property
+    def arm(self) -> str:
+        """The name of the arm that these options are about; "dense" for FedAvg."""
+        dense = self.schedule == Dense.kind and self.method != "stc"
+        return Dense.kind if dense else self.method
+
+    @property
     def has_dense_arm(self) -> bool:
-        """Whether dense FedAvg runs beside what is pruned."""
-        return self.baseline and self.schedule != Dense.kind
+        """Whether dense FedAvg runs beside another method."""
+        return self.baseline and self.arm != Dense.kind
 
     def learning_rate(self, round: int) -> float:
         """The clients' learning rate in a round."""
@@ -161,11 +190,15 @@ class Config(Table):
         kind = schedule.KINDS[self.schedule]
         return kind(**{f.name: given[f.name] for f in fields(kind)})
 
-    def make_criterion(self) -> Criterion | None:
-        """What these options rank weights by; None is magnitude alone."""
+    def make_criterion(self, asked: Criterion | None = None) -> Criterion | None:
+        """What these options rank weights by; None is magnitude alone.
+
+        Args:
+            asked: criterion=snip: what gives the clients' scores.
+        """
         if self.criterion is None:
             return None
-        chosen = criteria.CRITERIA[self.criterion]
+        chosen = asked if self.criterion == "snip" else criteria.CRITERIA[self.criterion]
         least = self.min_layer_density
         return criteria.at_least(least, chosen) if least else chosen
 
@@ -220,7 +253,8 @@ class Config(Table):
 
 def is_complete(values: Mapping[str, Any]) -> bool:
     """Whether options read from a file are all that a run writes (`Config.to_toml`)."""
-    return all(f.name in values for f in fields(Config) if f.default is not None)
+    needed = (f.name for f in fields(Config) if f.default is not None)
+    return all(name in values for name in needed if name not in presets.OWN)
 
 
 def build(values: Mapping[str, Any]) -> Config:

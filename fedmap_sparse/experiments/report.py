@@ -19,8 +19,17 @@ from fedmap_sparse.experiments.folder import Record
 
 Summary = dict[str, dict[str, Any]]
 
-ARM_NAMES = {"fedmap": "FedMap", "dense": "dense FedAvg"}
-_COLOURS = {"fedmap": "#0b6e99", "dense": "#d1701a"}
+ARM_NAMES = {
+    "fedmap": "FedMap",
+    "dense": "dense FedAvg",
+    "fedsparsify": "FedSparsify",
+    "oneshot": "one-shot",
+    "random": "random",
+    "snip": "SNIP at start",
+    "feddst": "FedDST-like",
+    "stc": "STC-like",
+}
+_DENSE, _OTHER = "#d1701a", "#0b6e99"
 
 
 def human_bytes(count: int) -> str:
@@ -49,16 +58,16 @@ def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> li
         "schedule": f"{config.make_schedule()}",
         **hardening.opening(config),
     }
-    notes = [*_cautions(config), *hardening.cautions(config, model)]
+    notes = [*cautions(config), *hardening.cautions(config, model)]
     return [*(f"{key:<9} {text}" for key, text in rows.items()), *notes]
 
 
-def _cautions(config: Config) -> list[str]:
+def cautions(config: Config) -> list[str]:
     """Notes on a schedule that may surprise."""
     if config.prune_start is None or not config.target:
         return []
     lines = []
-    if config.prune_start == 0:
+    if config.prune_start == 0 and config.method not in ("snip", "feddst"):
         lines.append("note: pruning starts before any training, so it ranks random initial weights")
     if config.prune_end is not None and config.prune_end == config.prune_start:
         lines.append(
@@ -135,15 +144,15 @@ def _starving(summary: Summary) -> list[str]:
 
 
 def _comparison(summary: Summary) -> list[str]:
-    if not {"fedmap", "dense"} <= summary.keys():
+    if len(summary) < 2:
         return []
-    sparse, dense = summary["fedmap"], summary["dense"]
+    (name, sparse), (_, dense) = summary.items()
     points = 100 * (sparse["accuracy"] - dense["accuracy"])
     up, down = (f"{sparse[k] / dense[k]:.1%}" for k in ("uplink_bytes", "downlink_bytes"))
     line = (
         f"{points:+.2f} points of test accuracy with {up} of the uplink and {down} of the downlink"
     )
-    return ["", f"FedMap against dense FedAvg: {line}"]
+    return ["", f"{ARM_NAMES[name]} against dense FedAvg: {line}"]
 
 
 def _where(summary: Summary) -> list[str]:
@@ -177,7 +186,11 @@ def curves(records: list[Record]) -> bytes:
     for name in dict.fromkeys(r["arm"] for r in records):
         own = [r for r in records if r["arm"] == name]
         rounds = [r["round"] + 1 for r in own]
-        style: dict[str, Any] = {"color": _COLOURS[name], "label": ARM_NAMES[name], "linewidth": 2}
+        style: dict[str, Any] = {
+            "color": _DENSE if name == "dense" else _OTHER,
+            "label": ARM_NAMES[name],
+            "linewidth": 2,
+        }
         marker = "o" if len(own) == 1 else None
         accuracy.plot(rounds, [100 * r["accuracy"] for r in own], marker=marker, **style)
         worst = [100 * r["clients"]["worst"] for r in own if r["clients"]["worst"] is not None]

@@ -17,6 +17,7 @@ from fedmap_sparse._text import shown
 from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import compare, options, pool, results
 from fedmap_sparse.experiments.config import Config, build, folder_of
+from fedmap_sparse.experiments.report import cautions
 
 #: Options that say where a run goes: the sweep says it.
 _OURS = ("name", "out", "seed", "seeds")
@@ -149,7 +150,7 @@ def _sharing(jobs: list[Job], folder: Path) -> list[Job]:
     """The jobs with each dense arm that several of them have as a job of its own, at the front."""
     keys = {job.name: _dense_key(build(job.values)) for job in jobs}
     counts = Counter(keys[job.name] for job in jobs if build(job.values).has_dense_arm)
-    own = {keys[job.name] for job in jobs if build(job.values).schedule == "dense"}
+    own = {keys[job.name] for job in jobs if build(job.values).arm == "dense"}
     dense: dict[str, Job] = {}
     found = []
     for job in jobs:
@@ -209,6 +210,9 @@ def run(
         f"{made.folder}: {len(made.jobs)} runs{known}; {processes} at a time with {threads} "
         f"{'thread' if threads == 1 else 'threads'} each"
     )
+    notes = Counter(note for job in waiting for note in cautions(build(job.values)))
+    for note, runs in notes.items():
+        tell(f"{note} ({runs} {'run' if runs == 1 else 'runs'})")
     failed = dict(made.bad)
     for name, reason in failed.items():
         tell(f"{name}: not run: {reason}")
@@ -220,12 +224,12 @@ def run(
         rounds=rounds,
         tell=tell,
     )
-    found, notes = results.find([made.folder]) if made.folder.is_dir() else ([], [])
+    found, left_out = results.find([made.folder]) if made.folder.is_dir() else ([], [])
     if found:
         tables = compare.compared(results.together(found))
-        text = json.dumps(compare.to_dict(tables, notes), indent=2) + "\n"
+        text = json.dumps(compare.to_dict(tables, left_out), indent=2) + "\n"
         write_atomically(made.folder / "comparison.json", text.encode())
-        for line in compare.lines(tables, notes):
+        for line in compare.lines(tables, left_out):
             tell(line)
     return failed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmap_sparse import codec, schedule
-from fedmap_sparse.experiments import attacks, criteria, data, models, partition
+from fedmap_sparse.experiments import attacks, criteria, data, models, partition, presets
 from fedmap_sparse.experiments.options import option
 from fedmap_sparse.federated import robust, server_optim
 
@@ -241,6 +241,12 @@ class Table:
         False, "training", "clients keep the optimizer's state from round to round"
     )
 
+    method: str = option(
+        "fedmap",
+        "pruning",
+        "options that go together, for FedMap and what it is compared with (docs: baselines)",
+        choices=tuple(presets.METHODS),
+    )
     schedule: str = option(
         "iterative", "pruning", "how sparsity grows to its target", choices=tuple(schedule.KINDS)
     )
@@ -276,7 +282,7 @@ class Table:
         None,
         "pruning",
         "what weights are ranked by; fan_in is magnitude × sqrt(inputs of an output)",
-        choices=tuple(criteria.CRITERIA),
+        choices=(*criteria.CRITERIA, "snip"),
         needs=PRUNED,
         fill="magnitude",
     )
@@ -288,6 +294,32 @@ class Table:
         most=1,
         needs=PRUNED,
         fill=0.0,
+    )
+    regrow: float | None = option(
+        None,
+        "pruning",
+        "share of each layer's weights that a client exchanges; falls to 0 at half of the rounds",
+        least=0,
+        most=1,
+        needs=("method", ("feddst",)),
+        fill=0.2,
+    )
+    regrow_every: int | None = option(
+        None,
+        "pruning",
+        "rounds from one exchange to the next",
+        least=1,
+        needs=("method", ("feddst",)),
+        fill=2,
+    )
+    update_density: float | None = option(
+        None,
+        "pruning",
+        "share of the weights that travel in a message",
+        above=0,
+        most=1,
+        needs=("method", ("stc",)),
+        fill=0.01,
     )
 
     aggregator: str = option(
