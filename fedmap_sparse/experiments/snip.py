@@ -81,7 +81,7 @@ class _Saliency:
         self, name: ClientId, client: FedMapClient, message: Message
     ) -> tuple[int, float | None]:
         module, samples = client.params.module, self._samples[name]
-        torch.manual_seed(int(generator(self._seed, 4, self._order[name]).integers(2**63)))
+        torch.manual_seed(int(generator(self._seed, 6, self._order[name]).integers(2**63)))
         module.train()
         module.zero_grad()
         for images, labels in zip(
