@@ -173,6 +173,22 @@ class FlatLayout:
         return self.numel - self.prunable_numel
 
     @cached_property
+    def tail_padding(self) -> Tensor:
+        """The places in the tail that are no parameter's: int64, on the CPU."""
+        ends = [e.offset + e.numel - self.prunable_numel for e in self.tail_entries]
+        places = [i for end in ends for i in range(end, -(-end // TAIL_ALIGN) * TAIL_ALIGN)]
+        with torch.inference_mode(False):
+            return torch.tensor(places, dtype=torch.int64, device="cpu")
+
+    def clean_tail(self, tail: Tensor) -> Tensor:
+        """`tail` with zeros in its padding: itself, or a copy if someone wrote there."""
+        places = self.tail_padding.to(tail.device)
+        word = torch.int32 if tail.element_size() == 4 else torch.int16  # -0.0 is none either
+        if not places.numel() or not bool(tail[places].view(word).any()):
+            return tail
+        return tail.index_fill(0, places, 0.0)
+
+    @cached_property
     def eligible(self) -> int:
         """Prunable elements without padding: what density and schedules count."""
         return sum(e.numel for e in self.prunable_entries)

@@ -180,7 +180,7 @@ def compose(
                 raise ValueError("base: expected a message of the same mask, got another")
             wire = wire.float() - base.packed.to(wire.device).float()
         wire = _narrow("values", wire, dtype, block, residual)
-    rest = _narrow_tail(tail.detach(), dtype)
+    rest = _narrow_tail(layout.clean_tail(tail.detach()), dtype)
     header = _header(layout, mask, NO_DIGEST if base is None else base.broadcast_digest, stamp)
     return message.assemble(
         layout, mask, wire, rest, buffers, header, stamp.get("meta"), coding, base

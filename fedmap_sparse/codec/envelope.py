@@ -10,6 +10,7 @@ import hmac
 import struct
 from typing import Literal
 
+from fedmap_sparse import _checks
 from fedmap_sparse.codec.container import MAX_INTEGER, Buffer, as_bytes
 from fedmap_sparse.errors import AuthenticationError
 
@@ -44,6 +45,29 @@ def check_key(key: object) -> bytes:
     if len(key) < KEY_BYTES:
         raise ValueError(f"key: expected at least {KEY_BYTES} bytes, got {len(key)}")
     return key
+
+
+def check_client(client: object) -> int | str:
+    """Raise unless `client` is an id that an envelope can carry.
+
+    Args:
+        client: an int of 0 to 2^64 - 1, or text of at most 65535 bytes in UTF-8.
+
+    Returns:
+        The id, as Python's int or str.
+
+    Raises:
+        TypeError: neither an int nor text.
+        ValueError: out of range.
+    """
+    client = _checks.number(client)
+    if isinstance(client, bool) or not isinstance(client, int | str):
+        raise TypeError(f"client: expected an int or text, got {type(client).__name__}")
+    if isinstance(client, int) and not 0 <= client < 1 << 64:
+        raise ValueError(f"client: expected 0 to 2^64 - 1, got {client}")
+    if isinstance(client, str) and len(client.encode()) > 65535:
+        raise ValueError(f"client: expected at most 65535 bytes, got {len(client.encode())}")
+    return client
 
 
 def seal(
@@ -125,16 +149,9 @@ def _head(message: Buffer, client: int | str, at_round: int, direction: Directio
         raise TypeError(f"at_round: expected an int, got {type(at_round).__name__}")
     if not 0 <= at_round <= MAX_INTEGER:
         raise ValueError(f"at_round: expected 0 to 2^53, got {at_round}")
-    if isinstance(client, bool) or not isinstance(client, int | str):
-        raise TypeError(f"client: expected an int or text, got {type(client).__name__}")
-    if isinstance(client, int):
-        if not 0 <= client < 1 << 64:
-            raise ValueError(f"client: expected 0 to 2^64 - 1, got {client}")
-        name, kind = client.to_bytes(8, "little"), 0
-    else:
-        name, kind = client.encode(), 1
-        if len(name) > 65535:
-            raise ValueError(f"client: expected at most 65535 bytes, got {len(name)}")
+    client = check_client(client)
+    name = client.to_bytes(8, "little") if isinstance(client, int) else client.encode()
+    kind = int(isinstance(client, str))
     size = memoryview(message).nbytes
     head = _HEAD.pack(MAGIC, VERSION, _DIRECTIONS[direction], kind, len(name), 0, at_round, size)
     return head + name

@@ -23,7 +23,7 @@ from fedmap_sparse.codec.container import (
     to_host,
 )
 from fedmap_sparse.errors import FormatError, PayloadError
-from fedmap_sparse.layout import TAIL_ALIGN, BufferEntry, FlatLayout
+from fedmap_sparse.layout import BufferEntry, FlatLayout
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.accumulate import add_int8_
 from fedmap_sparse.ops.quantize import num_blocks
@@ -260,20 +260,14 @@ def _refusal(section: Section, error: PayloadError) -> FormatError:
 
 def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
     """Raise FormatError unless the gaps between the tail's tensors are zero."""
-    gaps = [
-        (entry, range(start, -(-start // TAIL_ALIGN) * TAIL_ALIGN))
-        for entry in layout.tail_entries
-        for start in [entry.offset + entry.numel - layout.prunable_numel]
-    ]
-    places = torch.tensor([i for _, gap in gaps for i in gap], dtype=torch.int64, device="cpu")
+    places = layout.tail_padding
     bits = tail.view(torch.int32 if tail.element_size() == 4 else torch.int16)
-    wrong = set(places[bits[places.to(tail.device)].cpu() != 0].tolist())
-    for entry, gap in gaps:
-        if not wrong.isdisjoint(gap):
-            at = section.offset + (
-                gap.start * tail.element_size() if section.encoding == RAW else 0
-            )
-            raise FormatError(f"TAIL: expected zeros after {entry.name}", at)
+    wrong = places[bits[places.to(tail.device)].cpu() != 0][:1].tolist()
+    for place in wrong:
+        before = [e for e in layout.tail_entries if e.offset - layout.prunable_numel <= place][-1]
+        gap = before.offset + before.numel - layout.prunable_numel
+        at = section.offset + (gap * tail.element_size() if section.encoding == RAW else 0)
+        raise FormatError(f"TAIL: expected zeros after {before.name}", at)
 
 
 def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Section]:

@@ -124,7 +124,12 @@ class Landing:
 
     def _step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         state = {name: t.clone() for name, t in self.model.state.items()}
-        return self.optimizer.step(self.model.vector, mean, state), state
+        stepped = self.optimizer.step(self.model.vector, mean, state)
+        if state.keys() != self.model.state.keys():
+            wanted, got = list(self.model.state), list(state)
+            raise ValueError(f"server_optimizer: expected the state {wanted}, got {got}")
+        own = {n: arrays.sound(f"server_optimizer.{n}", t, mean) for n, t in state.items()}
+        return arrays.sound("server_optimizer", stepped, mean), own
 
     def step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The new model and optimizer state, all finite.
@@ -133,7 +138,7 @@ class Landing:
         it, the weight stops at the edge.
 
         Raises:
-            ValueError: the optimizer gave NaN.
+            ValueError: the optimizer gave NaN, or what is no vector of the model's size.
         """
         stepped, state = self._step(mean)
         largest = torch.finfo(torch.float32).max
@@ -319,9 +324,13 @@ class Aggregation:
             self._privacy.add_noise_(mean, sent.layout, self.num_samples, sent.round)
             return mean, dict(sent.buffers)
         start = arrays.join(sent.packed, sent.tail, sent.buffers)
-        found = self._aggregator(self._vectors, self._weights, start)
-        if found.shape != start.shape or found.dtype != torch.float32:
-            raise ValueError(f"aggregator: expected float32{tuple(start.shape)}, got another")
+        made = self._aggregator(self._vectors, self._weights, start)
+        found = arrays.sound("aggregator", made, start)
+        for section in arrays.array_sections(sent.layout, sent.mask):
+            if not ops.all_finite(found[section.start : section.stop]):
+                raise ValueError(
+                    f"aggregator: expected finite numbers in {section.name}, got others"
+                )
         vector, floats = arrays.split(found, sent.layout, sent.mask)
         return vector, self._buffers.result(floats)
 
@@ -362,6 +371,8 @@ def from_outside(
     _checks.check_tensor("array", array, (torch.float32,))
     assert isinstance(array, Tensor)
     wanted = arrays.array_sections(broadcast.layout, broadcast.mask)[-1].stop
+    if array.is_meta:
+        raise ValueError("array: expected elements in memory, got a meta tensor")
     if array.shape != (wanted,):
         raise ValueError(f"array: expected shape ({wanted},), got {tuple(array.shape)}")
     placed = array.detach().to(broadcast.mask.device)

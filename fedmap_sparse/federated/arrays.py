@@ -66,11 +66,7 @@ def join(packed: Tensor, tail: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
 
 def clear_gaps(tail: Tensor, layout: FlatLayout) -> None:
     """Write 0 where no parameter lies in the tail, as messages and models have it."""
-    end = layout.prunable_numel
-    for e in layout.tail_entries:
-        tail[end - layout.prunable_numel : e.offset - layout.prunable_numel] = 0
-        end = e.offset + e.numel
-    tail[end - layout.prunable_numel :] = 0
+    tail.index_fill_(0, layout.tail_padding.to(tail.device), 0.0)
 
 
 def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,3 +79,18 @@ def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[s
         if s.kind == "buffer"
     }
     return array[: sections[1].stop], buffers
+
+
+def sound(name: str, vector: object, like: Tensor) -> Tensor:
+    """What the caller's aggregator or server optimizer gave, contiguous and without autograd.
+
+    Raises:
+        ValueError: it is no dense tensor of the shape, dtype and device of `like`.
+    """
+    wanted = f"{like.dtype} of shape {tuple(like.shape)} on {like.device}"
+    if not isinstance(vector, Tensor) or vector.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, {wanted}, got {type(vector).__name__}")
+    if (vector.shape, vector.dtype, vector.device) != (like.shape, like.dtype, like.device):
+        got = f"{vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
+    return vector.detach().contiguous()

@@ -134,7 +134,8 @@ class BufferMeans:
         for name, sent in self._sent.items():
             if sent.is_floating_point():
                 constant = self._constant(name)
-                mean = floats[name]
+                limit = largest(self._dtypes[name])  # an aggregator's may lie beyond it
+                mean = floats[name].clamp(-limit, limit)
                 found[name] = torch.where(constant, sent.to(mean.dtype), mean)
             elif sent.dtype == torch.bool:
                 found[name] = sent ^ (2 * self._flips[name] > self._clients)

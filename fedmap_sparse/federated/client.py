@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmap_sparse import codec, ops
 from fedmap_sparse.codec import Coding, Message
 from fedmap_sparse.codec.container import NO_DIGEST
-from fedmap_sparse.codec.envelope import round_of
+from fedmap_sparse.codec.envelope import check_client, round_of
 from fedmap_sparse.errors import AuthenticationError, FormatError, StateError
 from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated import state as saved
@@ -24,7 +24,7 @@ from fedmap_sparse.federated.global_model import (
     write_buffers,
     write_model,
 )
-from fedmap_sparse.federated.updates import Bytes, ClientId
+from fedmap_sparse.federated.updates import Bytes, ClientId, check_least, reported
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.optim import MaskedOptimizer
@@ -91,6 +91,7 @@ class FedMapClient(saved.BytesState):
             raise ValueError("key, client_id: expected both or none, got one")
         if key is not None:
             codec.check_key(key)
+            client_id = check_client(client_id)
         params.check_bound()
         self.params = params
         self._key, self.client_id = key, client_id
@@ -268,14 +269,14 @@ class FedMapClient(saved.BytesState):
 
         Raises:
             RuntimeError: no broadcast was received yet, or the parameters are no longer views.
+            TypeError: `num_samples` is no int, or `loss` no number.
             ValueError: `num_samples` below 1, or values beyond the wire dtype's range.
         """
         mask, answers = self._answering("update")
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        check_least("num_samples", num_samples)
+        loss = reported(loss)
         at_round, epoch = self._seen
         residual = None if self._residual is None else self._residual.clone()
-        reported = loss is not None and math.isfinite(loss)
         data = codec.encode(
             self.params,
             mask,
@@ -287,7 +288,7 @@ class FedMapClient(saved.BytesState):
             epoch=epoch,
             num_samples=num_samples,
             answers=answers,
-            meta={"loss": float(loss)} if loss is not None and reported else None,
+            meta=None if loss is None else {"loss": loss},
         )
         self._spent = None if residual is None else (at_round, residual)
         if self._key is None or self.client_id is None:
@@ -388,7 +389,9 @@ class FedMapClient(saved.BytesState):
                 raise ValueError("expected a state of finite numbers, got others")
             if not mask <= optimizer.mask:
                 raise ValueError("expected a state under the client's mask, got another")
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except (
+            ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+        ) as error:  # fmt: skip
             self.params.mask = before
             raise StateError(f"optimizer: {error}") from error
         return optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class GlobalModel:
         """With only the `keep` best survivors; selection and packing cost O(survivors)."""
         if criterion is None:
             return self._kept(ops.magnitude_mask(self.values, keep))
-        scores = criterion(self.values.clone(), self.mask, layout)
+        # Copies: what a criterion writes is its own affair.
+        scores = criterion(self.values.clone(), copy.deepcopy(self.mask), layout)
         return self._kept(_best(scores, keep, self.values))
 
     def restricted(self, mask: Mask) -> GlobalModel:
@@ -187,15 +189,22 @@ def _best(scores: Tensor, keep: int, values: Tensor) -> Mask:
     """The `keep` largest of a criterion's scores; ties keep the lowest index."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"criterion: expected a tensor of scores, got {type(scores).__name__}")
+    if scores.layout is not torch.strided or scores.is_complex() or scores.is_quantized:
+        raise TypeError(
+            f"criterion: expected a dense tensor of real scores, got {scores.dtype} "
+            f"({scores.layout})"
+        )
     if scores.shape != values.shape or scores.device != values.device:
         raise ValueError(
             f"criterion: expected {values.numel()} scores on {values.device}, got shape "
             f"{tuple(scores.shape)} on {scores.device}"
         )
-    scores = scores.detach().to(torch.float32)
+    scores = scores.detach()
+    if scores.dtype not in (torch.float64, torch.int32, torch.int64):  # float32 holds the others
+        scores = scores.to(torch.float64 if scores.dtype in _WIDE_UNSIGNED else torch.float32)
     if bool(scores.isnan().any()):
         raise ValueError("criterion: expected scores that are numbers, got NaN")
-    if not scores.numel() or bool((scores >= 0).all()):
+    if scores.dtype == torch.float32 and bool((scores >= 0).all()):
         return ops.magnitude_mask(scores.contiguous(), keep)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[scores.sort(descending=True, stable=True).indices[:keep]] = True
@@ -203,11 +212,11 @@ def _best(scores: Tensor, keep: int, values: Tensor) -> Mask:
 
 
 def write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor) -> None:
+    params.mark_written()  # first: it is what torch refuses, for parameters made in inference mode
     params.mask = mask
     ops.unpack(values, mask, out=params.prunable)
     with torch.no_grad():
         ops.cast(tail, params.values.dtype, out=params.tail)
-    params.mark_written()
 
 
 def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
@@ -229,6 +238,11 @@ def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None
             (b.dtype == torch.bool) is not (held.dtype == torch.bool)
         ):
             raise ValueError(f"{name}: expected a buffer like {held.dtype}, got {b.dtype}")
+        if held.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name}: expected a buffer that may be written, got one that was made in "
+                "inference mode; clone it in the module"
+            )
         if _overlaps(held) and not torch.equal(held, b.view(held.shape).to(held)):
             raise ValueError(
                 f"{name}: expected a buffer that can take other values, got an expanded one of "
@@ -255,7 +269,7 @@ def _are_ordinary(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> b
         b = buffers.get(name)
         if not isinstance(b, Tensor) or b.shape != held.shape or b.device.type != "cpu":
             return False
-        if _overlaps(held) or b.dtype in _WIDE_UNSIGNED:
+        if _overlaps(held) or held.is_inference() or b.dtype in _WIDE_UNSIGNED:
             return False
         if b.is_floating_point() is not held.is_floating_point() or (
             (b.dtype == torch.bool) is not (held.dtype == torch.bool)

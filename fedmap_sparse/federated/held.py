@@ -27,6 +27,9 @@ from fedmap_sparse.federated.server_optim import ServerOptimizer, fresh_state
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 
+#: Of a state from outside: half of what messages can count, so that rounds can follow.
+_LAST_ROUND = MAX_INTEGER >> 1
+
 
 class HeldModel:
     """A GlobalModel whose weights a FlatParameters shows after each commit.
@@ -64,6 +67,7 @@ class HeldModel:
         out = torch.empty(mask.nnz, dtype=torch.float32, device=params.values.device)
         values = ops.pack(params.prunable.detach(), mask, out=out)
         tail = params.tail.detach().to(torch.float32, copy=True)
+        tail = params.layout.clean_tail(tail)
         if max(peak(values), peak(tail)) > self.limit:
             for e, p in zip(params.layout.entries, params.parameters, strict=True):
                 if peak(p) > self.limit:
@@ -95,8 +99,8 @@ class HeldModel:
         return replace(model, values=values, tail=tail)
 
     def commit(self, model: GlobalModel) -> None:
-        self.model = model
         write_model(self.params, model.mask, model.values, model.tail)
+        self.model = model
 
     def state_dict(self, model: GlobalModel) -> dict[str, Any]:
         return {
@@ -185,6 +189,7 @@ class ModelServer(saved.BytesState):
         """
         with self._lock:
             if self._open is not None:
+                self._open.end()
                 if self._open.before is not self._held.model:
                     self._held.commit(self._open.before)
                 self._open = None
@@ -210,8 +215,12 @@ class ModelServer(saved.BytesState):
         """
         with self._lock:
             at_round = saved.count(state, "round")
+            if at_round > _LAST_ROUND:
+                raise StateError(f"round: expected 0 to 2^52, got {at_round}")
             typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
             if typical is not None and not 1 <= typical <= MAX_INTEGER:
                 raise StateError(f"samples: expected 1 to 2^53, got {typical}")
             self._held.load_state_dict(state)
+            if self._open is not None:
+                self._open.end()
             self.round, self._typical, self._open = at_round, typical, None

@@ -30,6 +30,11 @@ class OpenRound:
     aggregation: Aggregation | None = None
     _sent: OrderedDict[bytes | None, bytes] = field(default_factory=OrderedDict)
 
+    def end(self) -> None:
+        """Let a thread that still checks an update of the stream hear that it came too late."""
+        if self.aggregation is not None:
+            self.aggregation.close()
+
     def broadcast(self, have: bytes | None, model: GlobalModel) -> bytes:
         """The broadcast's bytes for a receiver; the last few are kept."""
         known = have if isinstance(have, bytes) and have in model.digests else None

@@ -13,15 +13,15 @@ no files, no clock: engines and experiments bring these.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from fedmap_sparse import codec
+from fedmap_sparse import _checks, codec
 from fedmap_sparse.codec import Coding, Message, meta
+from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated import updates as arrived
 from fedmap_sparse.federated.aggregation import (
@@ -121,7 +121,7 @@ class FedMapServer(ModelServer):
         self.privacy = privacy
         self.record = arrived.checked_record(record or {})
         self.max_samples = max_samples
-        self.keys = None if keys is None else {c: codec.check_key(k) for c, k in keys.items()}
+        self.keys = None if keys is None else arrived.checked_keys(keys)
         super().__init__(params, dtype, self.server_optimizer)
 
     def __repr__(self) -> str:
@@ -146,13 +146,14 @@ class FedMapServer(ModelServer):
             if self._open is not None:
                 return
             before = model = self._held.current()
-            keep = self.schedule.keep(self.round, self.layout.eligible)
+            keep = _checks.number(self.schedule.keep(self.round, self.layout.eligible))
+            if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+                raise ValueError(f"schedule: expected an int of at least 0 to keep, got {keep!r}")
             if keep < model.mask.nnz:
                 model = model.pruned(keep, self.criterion, self.layout)
             lr = self.lr(self.round) if callable(self.lr) else self.lr
-            if lr is not None and not 0 <= lr < math.inf:
-                raise ValueError(f"lr: expected a finite number of at least 0, got {lr}")
-            message = self._composed(model, self.record | ({} if lr is None else {"lr": float(lr)}))
+            entries = self.record | ({} if lr is None else {"lr": _checks.finite("lr", lr)})
+            message = self._composed(model, entries)
             if self.dtype != "float32":  # the model is what the receivers decode
                 model = replace(model, values=message.packed.float(), tail=message.tail.float())
             landing = Landing.of(model, self.server_optimizer, self._held.limit)
@@ -189,7 +190,7 @@ class FedMapServer(ModelServer):
         """
         with self._lock:
             data = self._require("broadcast").broadcast(have, self._held.model)
-            return self._sealed(data, client)
+            return self._sealed(data, _checks.number(client))
 
     def _sealed(self, data: bytes, client: ClientId | None) -> bytes:
         if self.keys is None:
@@ -212,7 +213,7 @@ class FedMapServer(ModelServer):
         with self._lock:
             model = self._held.model if self._open is not None else self._held.current()
             message = self._composed(model, {"snapshot": True})
-            return self._sealed(encoded(message, have, model), client)
+            return self._sealed(encoded(message, have, model), _checks.number(client))
 
     def _require(self, what: str) -> OpenRound:
         if self._open is None:
@@ -295,6 +296,7 @@ class FedMapServer(ModelServer):
         """
         if weight is not None:
             weight = (arrived.trusted([client], {client: weight}) or {})[client]
+        client = _checks.number(client)
         with self._lock:
             aggregation = self._streaming("add")
             aggregation.uplink_bytes += arrived.size(data)
@@ -365,12 +367,12 @@ class FedMapServer(ModelServer):
         Raises:
             RuntimeError: before `begin_round`, or while a stream (`add`) is under way.
             RoundFailed: fewer clients than `min_updates`.
-            TypeError, ValueError: another dtype or length, counts below 1, a value that is not
-                finite or that the model cannot hold, named by its tensor. Nothing is changed.
+            TypeError, ValueError: another dtype or length, counts below 1 or beyond 2^53, a client
+                twice, a value that is not finite or that the model cannot hold, named by its
+                tensor. Nothing is changed.
         """
-        arrived.check_least("num_samples", num_samples)
-        accepted = tuple(range(clients)) if isinstance(clients, int) else tuple(clients)
-        arrived.check_least("clients", len(accepted))
+        arrived.check_least("num_samples", num_samples, MAX_INTEGER)
+        accepted = arrived.participants(clients)
         with self._lock:
             self.params.check_bound()
             under_way = self._idle("apply_mean")

@@ -10,7 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedmap_sparse import _checks
+
 _LARGEST = torch.finfo(torch.float32).max
+_LEAST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class FedAvgM(ServerOptimizer):
     state_names: ClassVar[tuple[str, ...]] = ("velocity",)
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
+        _check_positive("lr", self.lr)
         _check("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1")
 
     def step(self, model: Tensor, mean: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -96,8 +99,8 @@ class FedAdam(ServerOptimizer):
     state_names: ClassVar[tuple[str, ...]] = ("first", "second")
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, 0 < self.lr < math.inf, "a finite number above 0")
-        _check("tau", self.tau, 0 < self.tau < math.inf, "a finite number above 0")
+        _check_positive("lr", self.lr)
+        _check_positive("tau", self.tau)
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             _check(name, beta, 0 <= beta < 1, f"0 <= {name} < 1")
 
@@ -129,6 +132,13 @@ def fresh_state(optimizer: ServerOptimizer, size: int, device: torch.device) -> 
         name: torch.zeros(size, dtype=torch.float32, device=device)
         for name in optimizer.state_names
     }
+
+
+def _check_positive(name: str, value: object) -> None:
+    """Raise unless a number is above 0 and finite in float32 too, as the steps are."""
+    found = _checks.finite(name, value, "a number above 0 in float32")
+    if not _LEAST <= found <= _LARGEST:
+        raise ValueError(f"{name}: expected {_LEAST:.5g} to {_LARGEST:.5g}, got {found}")
 
 
 def _check(name: str, value: float, good: bool, wanted: str) -> None:

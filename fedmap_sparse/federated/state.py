@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,8 +107,12 @@ def load(kind: str, data: Buffer) -> Any:
         got = bytes(view[start:text_at]).decode(errors="replace")
         raise StateError(f"state: expected one of a {kind}, got one of a {got!r}")
     try:
-        tree = json.loads(bytes(view[text_at : text_at + text_size]))
-        return _restored(tree, _reader(view, text_at + text_size))
+        text = bytes(view[text_at : text_at + text_size])
+        tree = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        read = _Reader(view, text_at + text_size)
+        restored = _restored(tree, read)
+        read.check_end()
+        return restored
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise StateError(f"state: expected a sound description, got {error}") from error
 
@@ -149,15 +153,25 @@ def _plain(value: Any, tensors: list[Tensor], where: str) -> Any:
     raise TypeError(f"{where}: expected plain values and tensors, got {type(value).__name__}")
 
 
-Read = Callable[[str, list[int]], Tensor]
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
 
 
-def _reader(view: memoryview, start: int) -> Read:
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text}, which is no JSON")
+
+
+class _Reader:
     """Takes tensors off the bytes, in the order of the tree."""
-    at = start
 
-    def read(name: str, shape: list[int]) -> Tensor:
-        nonlocal at
+    def __init__(self, view: memoryview, start: int) -> None:
+        self._view, self._at = view, start
+
+    def __call__(self, name: str, shape: list[int]) -> Tensor:
+        view, at = self._view, self._at
         dtype = _DTYPES[name]
         numel = 1
         for size in shape:
@@ -168,7 +182,7 @@ def _reader(view: memoryview, start: int) -> Read:
         if numel > MAX_INTEGER or at + numel * dtype.itemsize > len(view):
             raise ValueError(f"a tensor of shape {shape} beyond the end")
         part = bytearray(view[at : at + numel * dtype.itemsize])
-        at += len(part)
+        self._at = at + len(part)
         if dtype == torch.bool and part and max(part) > 1:
             raise ValueError("a Boolean that is not 0 or 1")
         flat = (
@@ -178,10 +192,13 @@ def _reader(view: memoryview, start: int) -> Read:
         )
         return flat.view(shape)
 
-    return read
+    def check_end(self) -> None:
+        """Raise ValueError unless the last tensor ends with the bytes."""
+        if self._at != len(self._view):
+            raise ValueError(f"{len(self._view) - self._at} bytes after the last tensor")
 
 
-def _restored(value: Any, read: Read) -> Any:
+def _restored(value: Any, read: _Reader) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             return read(*value[_TENSOR])

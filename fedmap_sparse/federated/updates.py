@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmap_sparse import _checks
 from fedmap_sparse.codec import meta
 from fedmap_sparse.codec.container import MAX_INTEGER, NO_DIGEST, as_bytes, parse_header
-from fedmap_sparse.codec.envelope import unseal
+from fedmap_sparse.codec.envelope import check_client, check_key, unseal
 from fedmap_sparse.errors import AuthenticationError
 
 ClientId = int | str
 Bytes = bytes | bytearray | memoryview
 
+#: A count of clients names each in a round's result, so it is no larger than that may be.
+_MOST_CLIENTS = 1 << 20
 #: Without `max_samples` a claim counts at most this many times the median claim.
 TIMES_MEDIAN = 10
 
@@ -40,7 +43,8 @@ def collected(
     found: dict[ClientId, list[object]] = {}
     unproved: dict[ClientId, str] = {}
     total = 0
-    for client, sealed in updates:
+    for named, sealed in updates:
+        client = _checks.number(named)  # NumPy's 7 is 7
         total += size(sealed)
         try:
             data = opened(client, sealed)
@@ -127,12 +131,40 @@ def ordered(clients: Iterable[ClientId], order: Sequence[ClientId] | None) -> li
                 "updates: expected client ids that are all ints or all strings, got both"
             )
         return sorted(ids)
-    places = {client: place for place, client in enumerate(order)}
-    if len(places) != len(order):
+    wanted = [_checks.number(client) for client in order]
+    places = {client: place for place, client in enumerate(wanted)}
+    if len(places) != len(wanted):
         raise ValueError("order: expected each client once, got one twice")
     if missing := [c for c in ids if c not in places]:
         raise ValueError(f"order: expected client {missing[0]!r} in it, got none")
     return sorted(ids, key=places.__getitem__)
+
+
+def participants(clients: int | Iterable[ClientId]) -> tuple[ClientId, ...]:
+    """Who took part in a mean that was made elsewhere: ids, or as many numbers from 0.
+
+    Raises:
+        TypeError: neither a count nor several ids.
+        ValueError: none, a client twice, or a count beyond 2^20.
+    """
+    clients = _checks.number(clients)
+    if isinstance(clients, int) and not isinstance(clients, bool):
+        if not 1 <= clients <= _MOST_CLIENTS:
+            raise ValueError(f"clients: expected 1 to {_MOST_CLIENTS}, got {clients}")
+        return tuple(range(clients))
+    if isinstance(clients, bool | str | bytes) or not isinstance(clients, Iterable):
+        raise TypeError(f"clients: expected a count or ids, got {type(clients).__name__}")
+    ids = tuple(_checks.number(c) for c in clients)
+    if len(set(ids)) != len(ids) or not ids:
+        raise ValueError(f"clients: expected at least one id, each once, got {len(ids)}")
+    return ids
+
+
+def checked_keys(keys: Mapping[ClientId, bytes]) -> dict[ClientId, bytes]:
+    """A server's keys by client. Raises TypeError or ValueError for what is no id or key."""
+    if not isinstance(keys, Mapping):
+        raise TypeError(f"keys: expected a dict of client to key, got {type(keys).__name__}")
+    return {check_client(c): check_key(k) for c, k in keys.items()}
 
 
 def trusted(
@@ -141,6 +173,8 @@ def trusted(
     """The caller's weights of these clients, checked."""
     if weights is None:
         return None
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a dict of client to int, got {type(weights).__name__}")
     found = {}
     for client in clients:
         weight = _checks.number(weights.get(client))
@@ -152,13 +186,26 @@ def trusted(
     return found
 
 
-def check_least(name: str, value: object) -> None:
-    """Raise unless `value` is an int of at least 1."""
+def reported(loss: object) -> float | None:
+    """A loss as a message carries it: None unless it is finite. Raises TypeError for no number."""
+    try:
+        value = math.nan if loss is None else float(loss)  # type: ignore[arg-type]  # as said
+    except OverflowError:  # an int of 400 digits
+        return None
+    except (TypeError, ValueError):
+        raise TypeError(f"loss: expected a number, got {type(loss).__name__}") from None
+    return value if math.isfinite(value) else None
+
+
+def check_least(name: str, value: object, most: int | None = None) -> None:
+    """Raise unless `value` is an int of at least 1, and of `most` at most."""
     value = _checks.number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 def checked_record(record: Mapping[str, meta.Value]) -> dict[str, meta.Value]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
+import struct
 from typing import Any
 
 import pytest
@@ -91,6 +93,7 @@ SERVER_STATES = {
     "round below 0": ("round", -1),
     "round that is a float": ("round", 1.0),
     "round that is True": ("round", True),
+    "a round after which none can follow": ("round", 2**53),
     "layout": ("layout", "00" * 16),
     "NaN in values": ("values", nan),
     "float64 values": ("values", lambda t: t.double()),
@@ -189,6 +192,7 @@ CLIENT_STATES = {
     "a momentum without memory": ("optimizer", momentum(lambda t: t.to("meta"))),
     "a complex momentum": ("optimizer", momentum(lambda t: t.to(torch.complex64))),
     "a momentum as a list": ("optimizer", momentum(lambda t: t.tolist())),
+    "a learning rate of 400 digits": ("optimizer", group(lr=10**400)),
     "a learning rate of NaN": ("optimizer", group(lr=float("nan"))),
     "a momentum's factor below 0": ("optimizer", group(momentum=-1.0)),
     "a momentum's factor of text": ("optimizer", group(momentum="much")),
@@ -239,6 +243,17 @@ def test_state_bytes_are_refused_when_damaged() -> None:
     for size in (0, 3, 63, len(data) - 1):
         with pytest.raises(StateError):
             server.from_bytes(data[:size])
+    size = int.from_bytes(data[16:24], "little")
+    for rest, text, says in (
+        (b'{"round":7,"round":0}', 21, "a name that stands twice"),
+        (b'{"round":NaN}', 13, "NaN, which is no JSON"),
+        (data[70:] + b"x", size, "1 bytes after the last tensor"),
+        (b"[" * 5000, 5000, "recursion"),
+    ):
+        head = data[:16] + struct.pack("<QQ", text, 70 + len(rest))
+        digest = hashlib.blake2b(head + b"server" + rest, digest_size=32).digest()
+        with pytest.raises(StateError, match=says):
+            server.from_bytes(head + digest + b"server" + rest)
     with pytest.raises(StateError, match="one of a server, got one of a 'client'"):
         server.from_bytes(client_of().to_bytes())
     server.from_bytes(data)
