@@ -18,13 +18,17 @@ ATTACKS = ("sign", "noise", "constant", "labels", "little", "copy")
 RULES = ("mean", "norm", "median", "trimmed", "geometric", "krum")
 DENSITIES = (1.0, 0.1)
 SEEDS = (0, 1, 2)
-ROUNDS = 12
+ROUNDS = 8
+#: The stronger attack first, for a run that is stopped.
+ATTACKERS = (3, 2)
 
 
 def cells(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    pairs = [("none", 0), *itertools.product(ATTACKS, (2, 3))]
+    groups = [[("none", 0), *((attack, ATTACKERS[0]) for attack in ATTACKS)]]
+    groups += [[(attack, count) for attack in ATTACKS] for count in ATTACKERS[1:]]
     return [
         {"attack": attack, "attackers": count, "rule": rule, "density": density, "seed": seed}
+        for pairs in groups
         for seed in seeds
         for (attack, count), density, rule in itertools.product(pairs, DENSITIES, RULES)
     ]
@@ -37,6 +41,7 @@ def options(cell: dict[str, Any]) -> dict[str, Any]:
         "clients": 10,
         "rounds": ROUNDS,
         "local_epochs": 2,
+        "lr": 0.1,
         "threads": 1,
         "seed": cell["seed"],
         "aggregator": cell["rule"],
@@ -44,7 +49,7 @@ def options(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["density"] == 1:
         found["schedule"] = "dense"
     else:
-        found["target"] = 1 - cell["density"]
+        found |= {"target": 1 - cell["density"], "prune_end": ROUNDS // 2}
     if cell["attack"] != "none":
         found |= {"attack": cell["attack"], "attackers": cell["attackers"]}
     if cell["rule"] in ("trimmed", "krum"):
@@ -66,7 +71,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
             f"| attack | {' | '.join(RULES)} |",
             f"|---|{'---|' * len(RULES)}",
         ]
-        for attack, count in [("none", 0), *itertools.product(ATTACKS, (2, 3))]:
+        for attack, count in [("none", 0), *itertools.product(ATTACKS, sorted(ATTACKERS))]:
             texts = []
             for rule in RULES:
                 where = {"attack": attack, "attackers": count, "rule": rule, "density": density}

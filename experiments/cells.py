@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from fedmap_sparse.schedule import Dense
 RESULTS = Path(__file__).parent / "results"
 
 
+_load = functools.cache(data.load)
+
+
 def play(options: Mapping[str, Any]) -> dict[str, Any]:
     """One arm without a folder; its summary, as in summary.json.
 
@@ -28,7 +32,7 @@ def play(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = build(options)
     torch.set_num_threads(config.threads or 1)
-    dataset = data.load(config.dataset or "")
+    dataset = _load(config.dataset or "")
     torch.manual_seed(config.seed)
     template = models.build(config.model, dataset.shape, dataset.classes)
     name = "dense" if config.schedule == Dense.kind else "fedmap"

@@ -15,8 +15,8 @@ constexpr uint64_t kLow = 0xffffffff, kMantissa = (uint64_t{1} << 52) - 1,
                    kSign = uint64_t{1} << 63;
 constexpr uint64_t kOne = uint64_t{0x3ff} << 52;   // the exponent of 1.0
 constexpr uint64_t kMagic = uint64_t{0x433} << 52; // 2^52, whose mantissa counts ones
-constexpr double kSqrt2 = 1.4142135623730951, kLn4 = 1.3862943611198906;
-constexpr double kQuarter = 1.5707963267948966;
+constexpr uint64_t kSqrt2 = 0x6A09E667F3BCD;       // its mantissa
+constexpr double kLn4 = 1.3862943611198906, kQuarter = 1.5707963267948966;
 constexpr double kAtanh[] = {1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11,
                              1.0 / 9,  1.0 / 7,  1.0 / 5,  1.0 / 3,  1.0};
 constexpr double kSin[] = {-1.0 / 1307674368000, 1.0 / 6227020800, -1.0 / 39916800, 1.0 / 362880,
@@ -44,8 +44,13 @@ inline double double_of(uint64_t bits) {
 
 } // namespace
 
-// `roots` by hand: std::sqrt has to set errno, so compilers do not vectorise it.
+// By hand are products of 32 bits, which compilers take for those of 64, and roots: std::sqrt has
+// to set errno, so they do not vectorise it.
 namespace scalar {
+using Words = uint64_t;
+inline Words times(Words a, Words b) {
+  return a * b;
+}
 static void roots(double* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     x[i] = std::sqrt(x[i]);
@@ -56,6 +61,11 @@ static void roots(double* x, int64_t n) {
 #if FEDMAP_X86
 FEDMAP_TARGET_AVX2
 namespace avx2 {
+using Words = uint64_t __attribute__((vector_size(32)));
+inline Words times(Words a, Words b) {
+  return reinterpret_cast<Words>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
 static void roots(double* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 4)
     _mm256_storeu_pd(x + i, _mm256_sqrt_pd(_mm256_loadu_pd(x + i)));
@@ -66,6 +76,11 @@ FEDMAP_TARGET_END
 
 FEDMAP_TARGET_AVX512
 namespace avx512 {
+using Words = uint64_t __attribute__((vector_size(64)));
+inline Words times(Words a, Words b) {
+  return reinterpret_cast<Words>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
 static void roots(double* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 8)
     _mm512_storeu_pd(x + i, _mm512_sqrt_pd(_mm512_loadu_pd(x + i)));
@@ -76,6 +91,10 @@ FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64
 namespace neon {
+using Words = uint64x2_t;
+inline Words times(Words a, Words b) {
+  return vmull_u32(vmovn_u64(a), vmovn_u64(b));
+}
 static void roots(double* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 2)
     vst1q_f64(x + i, vsqrtq_f64(vld1q_f64(x + i)));

@@ -1,20 +1,30 @@
-// Each level's form: noise.cpp includes this once in each one's target region, after its `roots`.
-// One loop over pairs, of 64-bit numbers alone, for the compiler to vectorise.
+// Each level's form: noise.cpp includes this once in each one's target region, after its `Words`,
+// `times` and `roots`. The loops over doubles are for the compiler to vectorise.
 
-// Philox4x32-10 of (pair, stream): the first and the second 64 bits.
-inline void philox(uint64_t pair, uint64_t stream, const uint64_t (&keys)[10][2], uint64_t& first,
-                   uint64_t& second) {
-  uint64_t a = pair & kLow, b = pair >> 32, c = stream & kLow, d = stream >> 32;
-#pragma GCC unroll 10
-  for (int i = 0; i < 10; ++i) {
-    const uint64_t x = a * 0xD2511F53u, y = c * 0xCD9E8D57u;
-    a = (y >> 32) ^ b ^ keys[i][0];
-    c = (x >> 32) ^ d ^ keys[i][1];
-    b = y & kLow;
-    d = x & kLow;
+// Philox4x32-10 of (pair, stream) for kPairs pairs: the first and the second 64 bits of each.
+static void words(uint64_t pair, uint64_t stream, const uint64_t (&keys)[10][2], uint64_t* first,
+                  uint64_t* second) {
+  constexpr int64_t kLanes = sizeof(Words) / sizeof(uint64_t);
+  for (int64_t i = 0; i < kPairs; i += kLanes) {
+    uint64_t places[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k)
+      places[k] = pair + static_cast<uint64_t>(i + k);
+    Words a;
+    std::memcpy(&a, places, sizeof a);
+    Words b = a >> 32, c = Words{} + (stream & kLow), d = Words{} + (stream >> 32);
+    a = a & kLow;
+    for (const auto& key : keys) {
+      const Words x = times(a, Words{} + 0xD2511F53u), y = times(c, Words{} + 0xCD9E8D57u);
+      a = (y >> 32) ^ b ^ key[0];
+      c = (x >> 32) ^ d ^ key[1];
+      b = y & kLow;
+      d = x & kLow;
+    }
+    a = a | b << 32;
+    c = c | d << 32;
+    std::memcpy(first + i, &a, sizeof a);
+    std::memcpy(second + i, &c, sizeof c);
   }
-  first = a | b << 32;
-  second = c | d << 32;
 }
 
 template <int kTerms>
@@ -34,16 +44,16 @@ static void normals(uint64_t pair, uint64_t seed, uint64_t stream, double* out) 
     keys[i][1] = ((seed >> 32) + i * 0xBB67AE85u) & kLow;
   }
   double radius[kPairs], cosine[kPairs], sine[kPairs];
-  uint64_t seconds[kPairs];
+  uint64_t firsts[kPairs], seconds[kPairs];
+  words(pair, stream, keys, firsts, seconds);
   for (int64_t i = 0; i < kPairs; ++i) {
-    uint64_t first, second;
-    philox(pair + static_cast<uint64_t>(i), stream, keys, first, second);
-    seconds[i] = second;
-    const uint64_t bits = bits_of(2.0 - double_of(first >> 12 | kOne));
-    double m = double_of((bits & kMantissa) | kOne);
-    double k = double_of(bits >> 52 | kMagic) - (0x1p52 + 1023);
-    k = m > kSqrt2 ? k + 1.0 : k;
-    m = m > kSqrt2 ? m * 0.5 : m;
+    const uint64_t second = seconds[i];
+    const uint64_t bits = bits_of(2.0 - double_of(firsts[i] >> 12 | kOne));
+    // 1 where the mantissa is above that of sqrt(2). Not by comparing doubles: a sum or product
+    // that may not happen cannot be vectorised.
+    const uint64_t upper = (kSqrt2 - (bits & kMantissa)) >> 63;
+    const double m = double_of((bits & kMantissa) | (kOne - (upper << 52)));
+    const double k = double_of(((bits >> 52) + upper) | kMagic) - (0x1p52 + 1023);
     const double s = (m - 1.0) / (m + 1.0);
     radius[i] = -(k * kLn4) - 4.0 * s * polynomial(s * s, kAtanh);
     const double angle = (double_of((second >> 10 & kMantissa) | kOne) - 1.5) * kQuarter;
