@@ -147,8 +147,10 @@ def _rule(s: Setting, clients: int, rule: Any) -> Trial:
     )
 
 
-def _register(op: str, build: Callable[[Setting], Trial], group: str) -> None:
-    case(op, densities=(0.1,), dtypes=(torch.float32,), group=group)(build)
+def _register(
+    op: str, build: Callable[[Setting], Trial], group: str, peers_from: tuple[str, ...] = ()
+) -> None:
+    case(op, densities=(0.1,), dtypes=(torch.float32,), group=group, peers_from=peers_from)(build)
 
 
 for _count in (10, 50):
@@ -162,6 +164,7 @@ for _count in (10, 50):
         f"trimmed_{_count}",
         partial(_ranks, clients=_count, trim=_tenth, peers=_trimmed_peers),
         "robust",
+        ("scipy",),
     )
     _register(f"distances_{_count}", partial(_distances, clients=_count), "robust")
     for _name, _made in {
