@@ -7,8 +7,8 @@
 //
 // Runs of up to 32 rows are sorted in registers by code compiled for their number. Merges of runs,
 // less what the wanted ranks do not need, go over rows in L1, several steps to each load: Zen 4
-// stores half a vector a cycle, and by single steps the mean of 40 of 50 rows took an eighth longer,
-// of 160 of 200 half as long again.
+// stores half a vector a cycle, and by single steps the mean of 40 of 50 rows took an eighth
+// longer, of 160 of 200 half as long again.
 #include "trimmed/trimmed.h"
 
 #include <algorithm>
