@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+_inside = 0
+_lock = threading.Lock()
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    """The default is the whole process's: of threads the first one in sets it, the last one out
+    puts it back."""
+    global _inside
+    with _lock:
+        _inside += 1
+        torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.set_default_dtype(torch.float32)
 
 
 @contextmanager
