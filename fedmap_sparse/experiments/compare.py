@@ -89,7 +89,7 @@ def lines(tables: Sequence[Table], notes: Sequence[str]) -> list[str]:
         for row, line in zip(one.rows, drawn[1:], strict=True):
             found.append(line)
             found += [
-                f"    {name}: {row.differences[key].shown()} points"
+                f"    {name}: {row.differences[key].shown('points')}"
                 for key, name in ACCURACIES.items()
                 if key in row.differences
             ]

@@ -39,12 +39,12 @@ class Interval:
         variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
         return Interval(n, mean, t_quantile(n - 1) * math.sqrt(variance / n))
 
-    def shown(self, digits: int = 2) -> str:
-        """ "+0.10 [-0.35, +0.55], n=3": the mean, the interval, and of how many."""
+    def shown(self, unit: str) -> str:
+        """ "+0.10 points [-0.35, +0.55], n=3": the mean, the interval, and of how many."""
         if self.half is None:
-            return f"{self.mean:+.{digits}f}, n=1: no interval"
+            return f"{self.mean:+.2f} {unit}, n=1: no interval"
         low, high = self.mean - self.half, self.mean + self.half
-        return f"{self.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], n={self.n}"
+        return f"{self.mean:+.2f} {unit} [{low:+.2f}, {high:+.2f}], n={self.n}"
 
     def to_dict(self) -> dict[str, Any]:
         """n, mean, low and high, for JSON."""

@@ -20,8 +20,8 @@ from fedmap_sparse.experiments.options import Value
 _PLACE = frozenset(
     {"name", "out", "threads", "processes", "device", "layout", "tensorboard", "baseline", "seed"}
 )
-#: Seeds of a part, which are `seed` unless given.
-_SEEDS = ("data_seed", "model_seed")
+#: Options that are as another one unless given.
+_FOLLOWING = {"data_seed": "seed", "model_seed": "seed", "uplink_dtype": "dtype"}
 #: Options that a seed's randomness hangs on: runs that differ in one have no common draws.
 _SETTING = frozenset(
     f.name for f in fields(Config) if f.metadata["group"] in ("data and model", "federation")
@@ -195,7 +195,7 @@ def _telling(run: Run) -> Options:
     chosen = {
         k: v
         for k, v in given.items()
-        if k not in _PLACE and not (k in _SEEDS and v == given["seed"])
+        if k not in _PLACE and not (k in _FOLLOWING and v == given[_FOLLOWING[k]])
     }
     return {**chosen, "python": run.python} if run.python else chosen
 

@@ -43,13 +43,13 @@ def test_arms_of_a_run_are_paired_over_seeds(tmp_path: Path) -> None:
     # Differences of -1, -3 and 0 points: standard deviation 1.5275, t of 2 degrees 4.3027.
     assert points["mean"] == pytest.approx(-4 / 3)
     assert points["high"] == pytest.approx(-4 / 3 + 4.3027 * 1.5275 / 3**0.5, rel=1e-4)
-    assert "accuracy: -1.33 [-5.13, +2.46], n=3 points" in text
+    assert "accuracy: -1.33 points [-5.13, +2.46], n=3" in text
     assert "not paired" not in text
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     run(tmp_path / "a", {"fedmap": arm(0.8, 0.1), "dense": arm(0.81)})
-    assert "accuracy: -1.00, n=1: no interval" in compared(tmp_path)[0]
+    assert "accuracy: -1.00 points, n=1: no interval" in compared(tmp_path)[0]
 
 
 def test_a_dense_run_of_its_own_serves_every_method(tmp_path: Path) -> None:

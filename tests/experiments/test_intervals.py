@@ -27,14 +27,14 @@ def test_an_interval_says_of_how_many() -> None:
     found = Interval.of([1.0, 2.0, 4.0])
     assert (found.n, found.mean) == (3, pytest.approx(7 / 3))
     assert found.half == pytest.approx(4.302653 * math.sqrt(7 / 3 / 3), rel=1e-6)
-    assert found.shown(1) == "+2.3 [-1.5, +6.1], n=3"
+    assert found.shown("points") == "+2.33 points [-1.46, +6.13], n=3"
     assert found.to_dict()["low"] == pytest.approx(7 / 3 - (found.half or 0))
 
 
 def test_one_value_has_no_interval() -> None:
     found = Interval.of([0.5])
     assert found.half is None
-    assert found.shown() == "+0.50, n=1: no interval"
+    assert found.shown("points") == "+0.50 points, n=1: no interval"
     assert found.to_dict() == {"n": 1, "mean": 0.5, "low": None, "high": None}
 
 

@@ -224,7 +224,7 @@ def test_several_seeds_of_one_experiment(
     assert cli.main(["run", *words, "seeds=0,1", "--out", str(tmp_path / "r")]) == 0
     out = capsys.readouterr().out
     assert "seed=0: fedmap    1/2 rounds" in out
-    assert "n=2 points" in out
+    assert ", n=2" in out
     assert {p.name for p in (tmp_path / "r").iterdir()} == {"seed=0", "seed=1", "comparison.json"}
     assert cli.main(["run", *words, "seeds=1,x"]) == 2
     assert "seeds: expected integers as in 0,1,2" in capsys.readouterr().err
