@@ -42,7 +42,6 @@ def options(cell: dict[str, Any]) -> dict[str, Any]:
         "rounds": ROUNDS,
         "local_epochs": 2,
         "lr": 0.1,
-        "threads": 1,
         "seed": cell["seed"],
         "aggregator": cell["rule"],
     }

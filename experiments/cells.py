@@ -16,6 +16,7 @@ from fedmap_sparse.experiments import data, models
 from fedmap_sparse.experiments.arm import Arm
 from fedmap_sparse.experiments.config import build
 from fedmap_sparse.experiments.runner import partition
+from fedmap_sparse.experiments.setting import prepared
 from fedmap_sparse.schedule import Dense
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,30 +31,32 @@ def play(options: Mapping[str, Any]) -> dict[str, Any]:
     A run whose model diverged, so that no client's update is finite any more, ends there: it counts
     as it stands then.
     """
-    config = build(options)
-    torch.set_num_threads(config.threads or 1)
+    config = build({"threads": 1, "processes": 1, **options})
+    torch.set_num_threads(1)
     dataset = _load(config.dataset or "")
     torch.manual_seed(config.seed)
     template = models.build(config.model, dataset.shape, dataset.classes)
     name = "dense" if config.schedule == Dense.kind else "fedmap"
-    arm = Arm(
-        name,
+    with prepared(
         config,
-        config.make_schedule(),
         template,
         dataset,
-        partition(config, dataset),
+        partition(config, dataset, None),
         torch.device("cpu"),
-    )
-    records = []
-    while arm.round < config.rounds:
-        try:
-            records.append(arm.play(0.0))
-        except RoundFailed:
-            if not records:
-                raise
-            break
-    summary = arm.summary(records)
+        own_model=False,
+        rounds=config.rounds,
+        budget=1,
+    ) as setting:
+        arm = Arm(name, config, config.make_schedule(), setting)
+        records = []
+        while arm.round < config.rounds:
+            try:
+                records.append(arm.play(0.0))
+            except RoundFailed:
+                if not records:
+                    raise
+                break
+        summary = arm.summary(records)
     return {**summary, "refused": sum(len(r["refused"]) for r in records)}
 
 
@@ -68,7 +71,7 @@ def fill(
         columns: of the summary, beside the cell's own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     for cell in cells:
         key = {k: str(v) for k, v in cell.items()}
         if any(key.items() <= row.items() for row in rows):

@@ -25,6 +25,13 @@ CLIENTS = 300
 DELTA = 1e-3
 
 
+def cells(seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [
+        {"noise": noise, "density": density, "seed": seed}
+        for seed, noise, density in itertools.product(seeds, NOISES, DENSITIES)
+    ]
+
+
 def options(cell: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "dataset": "digits",
@@ -33,7 +40,6 @@ def options(cell: dict[str, Any]) -> dict[str, Any]:
         "rounds": ROUNDS,
         "local_epochs": 2,
         "batch_size": 4,
-        "threads": 1,
         "lr": 0.1,
         "momentum": 0.0,
         "seed": cell["seed"],
@@ -66,11 +72,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there, play nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     args = parser.parse_args()
-    wanted = [
-        {"noise": noise, "density": density, "seed": seed}
-        for seed, noise, density in itertools.product(args.seeds, NOISES, DENSITIES)
-    ]
-    rows = fill(PATH, [] if args.table else wanted, options, ("accuracy", "validation_accuracy"))
+    wanted = [] if args.table else cells(tuple(args.seeds))
+    rows = fill(PATH, wanted, options, ("accuracy", "validation_accuracy"))
     print(*table(rows), sep="\n")
 
 
