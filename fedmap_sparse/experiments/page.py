@@ -14,7 +14,7 @@ from fedmap_sparse.experiments.results import Method
 from fedmap_sparse.page import Cell, Picture, Section, Table, clean, text
 
 #: Methods that a picture has at most; the tables have all.
-MOST = 8
+MOST = 9
 
 
 def write(folder: Path, out: Path) -> list[str]:

@@ -191,6 +191,8 @@ def _curve(
 ) -> None:
     colour, marker = _style(method)
     style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "label": short(method.label)}
+    if method.place >= len(LINES):
+        style["linestyle"] = "--"
     every = max(1, len(x) // 8)
     axes.plot(x, means, marker=marker, markersize=4.5, markevery=every, **style)
     if len(method.runs) > 1:
@@ -198,7 +200,9 @@ def _curve(
 
 
 def _style(method: Method) -> tuple[str, str]:
-    return LINES[method.place % len(LINES)], MARKERS[method.place % len(MARKERS)]
+    """Colour and mark; beyond as many methods as there are colours the marks are others."""
+    again, place = divmod(method.place, len(LINES))
+    return LINES[place], MARKERS[(place + again) % len(MARKERS)]
 
 
 def _logarithmic(axes: Axes) -> None:

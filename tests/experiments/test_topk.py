@@ -91,7 +91,16 @@ def test_what_the_server_leaves_out_comes_later() -> None:
     server.aggregate([(0, data)])
     moved = server.params.prunable.detach() - start
     assert int((moved != 0).sum()) == 22
-    assert torch.allclose(server._residual + moved, came, atol=1e-6)
+    left = server._residual.clone()
+    assert torch.allclose(left + moved, came, atol=1e-6)
+    server.begin_round()
+    client.receive(server.broadcast(client.have))
+    client._left_out.zero_()  # nothing new comes, so that the step is of what was left out
+    before = server.params.prunable.detach().clone()
+    server.aggregate([(0, client.update(10))])
+    chosen = server.params.prunable.detach() != before
+    assert int(chosen.sum()) == 22
+    assert left[chosen].abs().min() >= left[~chosen].abs().max()
 
 
 def test_a_step_from_another_model_is_refused() -> None:
