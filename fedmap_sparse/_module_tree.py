@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import copyreg
 import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fedmap_sparse import _checks
 from fedmap_sparse._backends import native
-from fedmap_sparse._tensor_kinds import Extra
+from fedmap_sparse._tensor_kinds import Extra, ties
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,11 @@ class BufferPlaces:
         return found
 
 
-# Parameters that are views of a flat buffer, and tied by no memory but their own.
+# Parameters that are views of a flat buffer, and tied by no memory but their own: the buffer.
 _views = WeakIdKeyDictionary()
 
 
-def save_tensors_alone(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+def save_tensors_alone(module: nn.Module, parameters: Iterable[Tensor], values: Tensor) -> None:
     """Let state dicts and pickles hold tensors with storages of their own size, on this memory.
 
     A view of the flat buffer has the whole buffer as its storage, and that is what pickle and
@@ -121,10 +124,12 @@ def save_tensors_alone(module: nn.Module, parameters: Iterable[Tensor]) -> None:
     Args:
         module: whose state dicts.
         parameters: what `pickle` and `torch.save` meet in the module.
+        values: the flat buffer, which other processes get as it is, once.
     """
     copyreg.pickle(nn.Parameter, _reduced)
+    ForkingPickler.register(nn.Parameter, _sent)
     for p in parameters:
-        _views[p] = True
+        _views[p] = values
     for owner in module.modules():
         if owner._parameters and _alone not in owner._state_dict_hooks.values():
             owner.register_state_dict_post_hook(_alone)
@@ -144,6 +149,24 @@ def _reduced(p: nn.Parameter) -> Any:
     alone = nn.Parameter(own_storage(p.detach()), p.requires_grad)
     vars(alone).update(vars(p))
     return alone.__reduce_ex__(2)
+
+
+def _sent(p: nn.Parameter) -> Any:
+    """What another process gets of any Parameter: of a flat one its place in the shared buffer.
+
+    By torch's own way each view shares the storage anew, and `Process(args=(model,))` fails, as it
+    cannot pass one file twice.
+    """
+    values = _views.get(p)
+    if values is None or p.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return reduce_tensor(p)
+    return _received, (values, p.storage_offset(), p.shape, p.stride(), p.requires_grad)
+
+
+def _received(
+    values: Tensor, offset: int, shape: torch.Size, stride: tuple[int, ...], requires_grad: bool
+) -> nn.Parameter:
+    return nn.Parameter(values.as_strided(shape, stride, offset), requires_grad)
 
 
 # By address, size and so on: what is in here lives, so no other object has its address. Tied
@@ -205,6 +228,52 @@ def check_apart(parameters: Mapping[str, Tensor]) -> None:
                 f"{other}: expected memory of its own, or all of another parameter's, got a part "
                 f"of {name}'s; clone it, or tie them by assigning one Parameter to both names"
             )
+
+
+def check_views(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where something is a view of a parameter and would keep its old memory.
+
+    Looks at the parameters, which are apart when a module is first flattened, at buffers, and at
+    attributes of modules without a forward hook, which may make them anew.
+    """
+    for name, (of, _) in ties(parameters).items():
+        raise ValueError(
+            f"{name}: expected memory of its own as when the module was flattened, got {of}'s; "
+            "flatten the module again, fs.flatten(model)"
+        )
+    spans = sorted((*_span(p), name) for name, p in parameters.items() if _has_memory(p))
+    for prefix, owner in module.named_modules():
+        held = {**owner._buffers, **({} if owner._forward_pre_hooks else vars(owner))}
+        for key, t in held.items():
+            if not isinstance(t, Tensor) or not _has_memory(t):
+                continue
+            start, stop = _span(t)
+            at = bisect.bisect_left(spans, stop, key=operator.itemgetter(0)) - 1
+            if at >= 0 and start < spans[at][1]:
+                raise ValueError(
+                    f"{prefix}{'.' * bool(prefix)}{key}: expected memory of its own, got a view of "
+                    f"{spans[at][2]}, which moves into the flat buffer; clone it, or make it from "
+                    "the parameter in forward"
+                )
+
+
+def _has_memory(t: Tensor) -> bool:
+    return t.layout is torch.strided and t.device.type in ("cpu", "cuda") and t.numel() > 0
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first element and after its last one."""
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + reach * t.element_size()
+
+
+def room_for(parameters: Mapping[str, Tensor], numel: int) -> Tensor:
+    """Zeros of the parameters' dtype and device; between processes where all of them are."""
+    dtype, device = common(parameters)
+    values = torch.zeros(numel, dtype=dtype, device=device)
+    if device.type == "cpu" and all(p.is_shared() for p in parameters.values()):
+        values.share_memory_()
+    return values
 
 
 def common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:

@@ -76,9 +76,9 @@ class FlatParameters(Writes):
         if problem := self._misfit(found):
             raise ValueError(problem)
         current = {e.name: found[e.name].value for e in self.layout.entries}
-        dtype, device = _module_tree.common(current)
+        _module_tree.check_views(self.module, current)
         with torch.inference_mode(False), torch.no_grad():
-            values = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+            values = _module_tree.room_for(current, self.layout.numel)
             views = [
                 values[e.offset : e.offset + e.numel].view(e.shape) for e in self.layout.entries
             ]
@@ -120,7 +120,7 @@ class FlatParameters(Writes):
         self._clean = None, [-1] * len(self.parameters), -1
         tied = {i for _, i, _ in self._tied}
         alone = [p for i, p in enumerate(self.parameters) if i not in tied]
-        _module_tree.save_tensors_alone(self.module, alone)
+        _module_tree.save_tensors_alone(self.module, alone, values)
 
     @property
     def buffers(self) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def flatten(model: nn.Module, *, prunable: Prunable | None = None) -> FlatParame
 
     Raises:
         ValueError: no parameters, mixed dtypes or devices, an uninitialised lazy parameter, or
-            parameters that share a part of their memory.
+            parameters that share a part of their memory, or a buffer that shares a parameter's.
         TypeError: a dtype that the kernels do not serve, or a parameter that is no ordinary tensor.
 
     O(parameters): one copy.

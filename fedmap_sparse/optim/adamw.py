@@ -67,6 +67,11 @@ class MaskedAdamW(MaskedOptimizer):
         at_least("lr", group["lr"], 0)
         at_least("eps", group["eps"], 0)
         at_least("weight_decay", group["weight_decay"], 0)
+        if group["weight_decay"] and group.get("decoupled_weight_decay") is False:
+            raise ValueError(
+                "decoupled_weight_decay: expected AdamW's, got Adam's False, whose weight decay is "
+                "another; set it to 0"
+            )
         for beta in group["betas"]:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: expected 0 <= beta < 1, got {group['betas']}")

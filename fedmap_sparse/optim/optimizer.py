@@ -23,6 +23,7 @@ from fedmap_sparse.optim.state import (
     check_groups,
     numbered,
     own_entries,
+    same_parameters,
     saved_mask,
 )
 
@@ -73,7 +74,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._parts: list[Part] = []
         self._written: list[Numbers] = []
         self._bound: list[Tensor] = []  # flat.parameters, as the parts are about
-        self._seen: tuple[Any, ...] = ()  # the groups' lists, likewise
+        self._seen: list[list[Tensor]] = []  # the groups' lists, likewise
         self._turn = 0
         self._pending: dict[str, Any] | None = None  # what a copy takes up at its first use
         self._shown: Shown | None = None  # once a user has looked at `state`
@@ -208,8 +209,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             self._load(pending)
         if packed.packing is not None and self._bound is not flat.parameters:
             self._follow_rebind(packed.packing)
-        seen = tuple([(id(g["params"]), len(g["params"])) for g in self.param_groups])
-        if packed.packing is None or seen != self._seen:
+        if packed.packing is None or not same_parameters(self.param_groups, self._seen):
             chosen = [i for group in self.param_groups for i in self._indices_of(group)]
             packed.use(Packing.of(flat.layout, self.mask, chosen))
             self._lay_out()
@@ -224,7 +224,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         assert packing is not None
         self._parts = parts_of(flat, packing, self._packed.array)
         self._written, self._bound = [], flat.parameters
-        self._seen = tuple([(id(g["params"]), len(g["params"])) for g in self.param_groups])
+        self._seen = [list(g["params"]) for g in self.param_groups]
         if self._shown is not None:
             self._shown.refresh(self._packed, flat)
 
@@ -332,7 +332,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         flat, groups = self.flat, saved["param_groups"]
-        check_groups(self.param_groups, groups, self._check_group)
+        check_groups(self.param_groups, groups, self.defaults, self._check_group)
         known = flat.index_of()
         index = dict(
             zip(numbered(groups), (known[id(p)] for p in numbered(self.param_groups)), strict=True)

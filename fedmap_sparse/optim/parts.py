@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,14 @@ def stepped(parts: Iterable[Part]) -> list[int]:
 
 
 def at_least(name: str, value: Any, least: float) -> None:
-    """Raise ValueError unless `value` is a number of at least `least`."""
-    if not float(value) >= least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    """Raise TypeError or ValueError unless `value` is a finite number of at least `least`."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except OverflowError:  # an int of 400 digits
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if number == math.inf or (isinstance(value, float | int) and not number >= least):
+        raise ValueError(f"{name}: expected at least {least}, and finite, got {number}")
+    if not number >= least:
+        raise TypeError(f"{name}: expected a number of at least {least}, got {value!r:.60}")

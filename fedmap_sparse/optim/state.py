@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,10 @@ CountOf = Callable[[Mapping[str, Any]], float]
 
 
 # What the optimizers call their state: no entry of a user's.
-_NAMES = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+_NAMES = {
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    *("exp_inf", "mu_product", "square_avg", "grad_avg", "acc_delta", "row_var", "col_var"),
+}  # the second line: of Adamax, NAdam, RMSprop, Adadelta and Adafactor
 _MOST_STEPS = 2.0**53
 
 
@@ -218,13 +222,22 @@ def numbered(groups: list[dict[str, Any]]) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
+def same_parameters(groups: list[dict[str, Any]], seen: list[list[Tensor]]) -> bool:
+    """Whether the groups hold the very parameters that were seen, in that order; 1 us for 60."""
+    now = [group["params"] for group in groups]
+    return [*map(len, now)] == [*map(len, seen)] and all(
+        all(map(operator.is_, a, b)) for a, b in zip(now, seen, strict=True)
+    )
+
+
 def check_groups(
     groups: list[dict[str, Any]],
     saved: list[dict[str, Any]],
+    defaults: Mapping[str, Any],
     check: Callable[[dict[str, Any]], None],
 ) -> None:
     """Raise ValueError unless as many parameters were saved, in as many groups that `check` lets
-    pass."""
+    pass. What is not in `defaults` is another optimizer's option."""
     ours, theirs = ([len(g["params"]) for g in each] for each in (groups, saved))
     if ours != theirs:
         raise ValueError(
@@ -233,7 +246,7 @@ def check_groups(
         )
     for own, new in zip(groups, saved, strict=True):
         for name, value in new.items():
-            if isinstance(own.get(name), bool) is not isinstance(value, bool) and name in own:
+            if name in defaults and isinstance(own[name], bool) is not isinstance(value, bool):
                 wanted = type(own[name]).__name__
                 raise ValueError(f"{name}: expected {wanted}, got {type(value).__name__}")
             if isinstance(value, float) and not math.isfinite(value):

@@ -50,12 +50,20 @@ def test_a_users_entries_are_kept_saved_copied_and_loaded(ours, kw):
     same(m, twin, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("theirs", [torch.optim.Adagrad, torch.optim.RMSprop])
-@pytest.mark.parametrize("ours", [MaskedSGD, MaskedAdamW])
-def test_the_state_of_another_optimizer_is_refused(ours, theirs):
+T = torch.optim
+OTHERS = [
+    *((ours, theirs, {}) for ours in (MaskedSGD, MaskedAdamW) for theirs in (T.Adagrad, T.RMSprop)),
+    (MaskedSGD, T.RMSprop, {"momentum": 0.9}),
+    (MaskedAdamW, T.Adamax, {}),
+    (MaskedAdamW, T.NAdam, {}),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "kw"), OTHERS)
+def test_the_state_of_another_optimizer_is_refused(ours, theirs, kw):
     m = net()
     twin = copy.deepcopy(m)
-    other = theirs(twin.parameters(), lr=0.1)
+    other = theirs(twin.parameters(), lr=0.1, **kw)
     train(twin, other, 0)
     with pytest.raises(ValueError, match=r"state\[0\]: expected the state"):
         ours(fs.flatten(m), lr=0.1).load_state_dict(other.state_dict())
@@ -121,3 +129,34 @@ def test_a_step_in_a_cuda_graph_is_refused(ours, monkeypatch):
     o.flat.values = types.SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match=r"CUDA graph.*step outside"):
         o.step()
+
+
+def test_adams_weight_decay_is_not_adamws():
+    m = net()
+    o = MaskedAdamW(fs.flatten(m), lr=0.1)
+    other = T.Adam(net().parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="decoupled_weight_decay: expected AdamW's"):
+        o.load_state_dict(other.state_dict())
+    assert o.param_groups[0]["weight_decay"] == MaskedAdamW(o.flat).param_groups[0]["weight_decay"]
+
+
+def test_states_of_torch_load_one_after_another():
+    o = MaskedAdamW(fs.flatten(net()), lr=0.1)
+    for options in ({"foreach": True}, {}, {"fused": True}, {"amsgrad": True}):
+        o.load_state_dict(T.AdamW(net().parameters(), lr=0.1, **options).state_dict())
+
+
+@pytest.mark.parametrize("lr", ["0.1", None, 1j, torch.ones(2), 10**400, float("inf"), -1.0])
+@pytest.mark.parametrize("ours", [MaskedSGD, MaskedAdamW])
+def test_a_learning_rate_is_a_finite_number(ours, lr):
+    flat = fs.flatten(net())
+    with pytest.raises((TypeError, ValueError), match="lr: expected"):
+        ours(flat, lr=lr)
+    o = ours(flat, lr=0.1)
+    with pytest.raises((TypeError, ValueError), match="lr: expected"):
+        o.add_param_group({"params": [], "lr": lr})
+    saved = o.state_dict()
+    saved["param_groups"][0]["lr"] = lr
+    with pytest.raises((TypeError, ValueError), match="lr: expected"):
+        o.load_state_dict(saved)
+    assert o.param_groups[0]["lr"] == 0.1

@@ -298,6 +298,25 @@ def test_groups_may_be_edited_in_place():
     assert not torch.equal(m[2].weight, before)
 
 
+def test_a_parameter_may_take_the_place_of_another_in_its_group():
+    m = net()
+    first, second = m[0].weight, m[2].weight
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.0}]
+    o = MaskedSGD(fs.flatten(m), lr=0.1, momentum=0.9, groups=groups)
+    train(m, o, 0)
+    one, two = (group["params"] for group in o.param_groups)
+    one[0], two[0] = two[0], one[0]
+    before = first.detach().clone(), second.detach().clone()
+    train(m, o, 1)
+    assert torch.equal(first, before[0])
+    assert not torch.equal(second, before[1])
+    one[0] = m[0].bias
+    before = m[0].bias.detach().clone(), second.detach().clone()
+    train(m, o, 2)
+    assert torch.equal(second, before[1])
+    assert not torch.equal(m[0].bias, before[0])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -125,3 +126,22 @@ def test_what_was_decoded_costs_itself():
     state = fs.decode(fs.encode(flat, flat.mask), flat.layout).to_state_dict()
     assert pickled(state) < 1.1 * pickled(m.state_dict())
     assert torch.equal(state["3.weight"], m[3].weight)
+
+
+def test_another_process_gets_the_buffer_once():
+    """torch's own way passes a view's file each time, which `Process(args=(model,))` refuses."""
+    m = net()
+    m[1].weight = m[0].weight
+    fs.flatten(m)
+    twin = pickle.loads(ForkingPickler.dumps(m))
+    assert twin[1].weight is twin[0].weight
+    assert len({p.untyped_storage().data_ptr() for p in twin.parameters()}) == 1
+    with torch.no_grad():
+        m[3].bias.fill_(7.0)  # shared, as parameters that are sent are
+    for p, q in zip(m.parameters(), twin.parameters(), strict=True):
+        assert type(q) is nn.Parameter
+        assert torch.equal(p, q)
+    m[0].weight = nn.Parameter(torch.ones(64, 64))
+    m[2].weight.data = torch.ones(64, 64)
+    twin = pickle.loads(ForkingPickler.dumps(m))
+    assert torch.equal(twin[0].weight, twin[2].weight)

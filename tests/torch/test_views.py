@@ -220,3 +220,55 @@ def test_a_renamed_layer_is_named_by_both_names():
     m["b"] = m.pop("a")
     with pytest.raises(RuntimeError, match=r"a\.weight: .*none, but b\.weight"):
         step()
+
+
+class Viewing(nn.Linear):
+    """Keeps a view of its weight: as an attribute, a buffer, or a buffer of a part of it."""
+
+    def __init__(self, how):
+        super().__init__(8, 4)
+        if how == "attribute":
+            self.seen = self.weight.t()
+        else:
+            part = self.weight.data if how == "buffer" else self.weight.data[2:]
+            self.register_buffer("seen", part, persistent=how == "buffer")
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer", "part"])
+def test_a_view_that_would_keep_the_old_memory_is_refused_by_name(how):
+    m = nn.Sequential(nn.Linear(8, 8), Viewing(how))
+    with pytest.raises(ValueError, match=r"1\.seen: expected memory of its own.* 1\.weight"):
+        fs.flatten(m)
+    m[1].seen = m[1].seen.detach().clone()
+    fs.flatten(m).check_bound()
+
+
+def test_a_view_that_a_hook_makes_anew_is_none_to_refuse():
+    m = nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 4))
+    flat = fs.flatten(m)
+    m(torch.ones(2, 8)).sum().backward()
+    MaskedSGD(flat, lr=0.1).step()
+
+
+@pytest.mark.parametrize("how", ["one Parameter", "one memory"])
+def test_a_tie_that_is_made_after_flatten_is_refused_by_name(how):
+    m = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    flat = fs.flatten(m)
+    step = step_of(flat)
+    if how == "one Parameter":
+        m[1].weight = m[0].weight
+    else:
+        m[1].weight.data = m[0].weight.data
+    with pytest.raises(RuntimeError, match=r"1\.weight .*rebind\(\)"):
+        step()
+    with pytest.raises(ValueError, match=rf"1\.weight: .* 0\.weight's.*{REFLATTEN}"):
+        flat.rebind()
+    assert len(fs.flatten(m).layout.aliases) == 1
+
+
+def test_memory_that_processes_share_stays_shared():
+    m = net()
+    m.share_memory()
+    fs.flatten(m)
+    assert all(p.is_shared() for p in m.parameters())
+    assert not any(p.is_shared() for p in fs.flatten(net()).parameters)
