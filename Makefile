@@ -19,7 +19,7 @@ run: $(VENV)/run.stamp ## the default experiment: FedMap beside dense FedAvg, on
 	$(BIN)/fedmap-sparse run $(RUN_ARGS)
 
 .PHONY: experiments
-experiments: $(VENV)/run.stamp ## the set of experiments/, 3 hours on 2 cores; EXPERIMENTS_ARGS=--quick takes minutes
+experiments: $(VENV)/run.stamp ## the set of experiments/, an hour on 2 cores; EXPERIMENTS_ARGS=--quick takes minutes
 	$(BIN)/python experiments/run.py $(EXPERIMENTS_ARGS)
 
 test: lint ## lint, types and every test

@@ -95,6 +95,13 @@ def test_what_is_no_sweep(values: dict[str, Any], message: str) -> None:
         sweep.plan({**TINY, **values})
 
 
+@pytest.mark.parametrize(("name", "runs"), [("claim", 24), ("baselines", 27)])
+def test_the_committed_sweeps_can_be_run(name: str, runs: int) -> None:
+    made = sweep.plan(sweep.read_file(ROOT / "experiments" / f"{name}.toml"))
+    assert made.bad == {}
+    assert len(made.jobs) == runs
+
+
 def test_processes_and_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "available_cores", lambda: 8)
     jobs = [sweep.Job(str(k), {}) for k in range(3)]
