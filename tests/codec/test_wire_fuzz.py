@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,13 @@ def test_damaged_messages_are_refused_or_read_as_the_second_reader_does(wire: Mo
 def test_joined_parts_are_the_message(wire: ModuleType) -> None:
     for seed in wire.Checker(0, 0).mutator.seeds:
         assert wire.Parts.of(seed.data).join() == seed.data
+
+
+def test_the_second_reader_has_infinities(wire: ModuleType) -> None:
+    """An int8 scale may be such that a product is beyond float32; sound, and refused elsewhere."""
+    payload = struct.pack("<f", 3e38) + bytes([127, 129, 1, *[0] * 61])
+    found = wire.load("reader_coding").int8_values(payload, 64, 64)
+    assert struct.unpack("<3f", found[:12]) == (math.inf, -math.inf, pytest.approx(3e38))
 
 
 FAULTS: dict[str, Any] = {

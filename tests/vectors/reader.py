@@ -29,6 +29,7 @@ from reader_coding import (  # lies beside this file
     coded_values,
     int8_values,
     refuse_unless,
+    single,
     to_bits,
 )
 
@@ -287,7 +288,7 @@ def read(data, layout, have=None, base=None):
         refuse_unless(base["header"]["mask"] == header["mask"], "mask of the base")
         a, b = as_floats(base["dtype"], base["values"]), as_floats(dtype, values)
         # A double holds the sum of two float32 closely enough that rounding it once more is right.
-        values = b"".join(struct.pack("<f", x + y) for x, y in zip(a, b, strict=True))
+        values = b"".join(single(x + y) for x, y in zip(a, b, strict=True))
         dtype = FLOAT32
     return {
         "header": header,

@@ -6,6 +6,7 @@ apart.
 
 from __future__ import annotations
 
+import math
 import struct
 
 
@@ -159,6 +160,14 @@ def coded_values(dtype, payload, n):
     return b"".join(v.to_bytes(SIZES[dtype], "little") for v in out)
 
 
+def single(x):
+    """float32 bytes of a number, rounded; what is beyond the largest one is infinite."""
+    try:
+        return struct.pack("<f", x)
+    except OverflowError:
+        return struct.pack("<f", math.copysign(math.inf, x))
+
+
 def int8_values(payload, n, block):
     """float32 bytes of int8 blocks."""
     refuse_unless(block in range(64, 1025, 64), "block")
@@ -173,5 +182,5 @@ def int8_values(payload, n, block):
         refuse_unless(bits < 0x7F800000, "scale")
         refuse_unless(code != -128 and (scale or not code), "code")
         # A product with an integer of 8 bits is exact in a double, so it is rounded once.
-        out += struct.pack("<f", code * scale)
+        out += single(code * scale)
     return out
