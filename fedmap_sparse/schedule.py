@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from decimal import ROUND_HALF_EVEN, Decimal
 from operator import index
@@ -178,7 +180,88 @@ class Cubic(Schedule):
         return keep_count(eligible, Decimal(str(self.target)) * (1 - left**3))
 
 
-KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (Dense, OneShot, Iterative, Cubic)}
+#: A round that ended: the clients' mean training loss, if they told it, and its survivors.
+Past = tuple[float | None, int]
+
+
+@dataclass(frozen=True)
+class Adaptive(Schedule):
+    """Prunes when the clients' training loss says that the model can bear it; not of the paper.
+
+    The first pruning waits until the loss is `settled` of the first round's: before that, weights
+    rank by their initial scale. Each further one waits until the loss is within `margin` of the
+    lowest before the last pruning. A pruning takes an equal share of what is left for each of the
+    rounds up to `end`, so that waiting makes the next ones larger, but never more than `most` of
+    the survivors. What has not recovered by `end` is pruned no further: the sparsity then stays
+    below the target.
+
+    A server gives it the rounds so far and keeps them in its state. Rounds without a loss prune
+    nothing.
+
+    Args:
+        target: final sparsity at most, from 0 to 1.
+        start, end: first and last round in which to prune, counted from 0.
+        settled: share of the first round's loss, above 0 and at most 1.
+        margin: at least 0: 0.1 is a tenth above the loss before.
+        most: share of the survivors that one pruning takes at most, above 0 and at most 1.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+
+    >>> schedule = Adaptive(target=0.75, start=1, end=3)
+    >>> schedule.follow([(2.0, 1000)], 1, 1000)  # nothing is known of how it goes down
+    1000
+    >>> schedule.follow([(2.0, 1000), (0.9, 1000)], 2, 1000)
+    500
+    >>> schedule.follow([(2.0, 1000), (0.9, 1000), (1.5, 500)], 3, 1000)  # not recovered
+    500
+    """
+
+    target: float
+    start: int
+    end: int
+    settled: float = 0.6
+    margin: float = 0.1
+    most: float = 0.5
+    kind: ClassVar[str] = "adaptive"
+
+    def __post_init__(self) -> None:
+        _take_numpy(self)
+        _check_target(self.target)
+        _check_span(self.start, self.end)
+        for name, low in (("settled", 0.0), ("most", 0.0), ("margin", -1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+            if not (low < value <= 1 if name != "margin" else 0 <= value < math.inf):
+                wanted = "at least 0" if name == "margin" else "above 0 and at most 1"
+                raise ValueError(f"{name}: expected a number {wanted}, got {value}")
+
+    def keep(self, at_round: int, eligible: int) -> int:
+        raise TypeError("Adaptive: expected a server that calls follow(past, round, eligible)")
+
+    def follow(self, past: Sequence[Past], at_round: int, eligible: int) -> int:
+        """Survivors of round `at_round`, after the rounds `past`."""
+        left = past[-1][1] if past else eligible
+        goal = keep_count(eligible, self.target)
+        if left <= goal or not self.start <= at_round <= self.end or not self._is_ready(past):
+            return left
+        share = (Decimal(goal) / left) ** (1 / Decimal(self.end - at_round + 1))
+        equal = int((left * share).to_integral_value(rounding=ROUND_HALF_EVEN))
+        return max(goal, equal, keep_count(left, self.most))
+
+    def _is_ready(self, past: Sequence[Past]) -> bool:
+        losses = [loss for loss, _ in past]
+        if not losses or losses[0] is None or losses[-1] is None:
+            return False
+        pruned = [i for i in range(1, len(past)) if past[i][1] < past[i - 1][1]]
+        if not pruned:
+            return losses[-1] <= self.settled * losses[0]
+        before = [loss for loss in losses[: pruned[-1]] if loss is not None]
+        return bool(before) and losses[-1] <= (1 + self.margin) * min(before)
+
+
+KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (Dense, OneShot, Iterative, Cubic, Adaptive)}
 
 
 def _take_numpy(schedule: Schedule) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmap_sparse.schedule import (
+    Adaptive,
     Cubic,
     Dense,
     Iterative,
@@ -106,3 +107,66 @@ def test_oneshot_and_dense():
 def test_bad_values(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def losses(*given):
+    return [(loss, 1000) for loss in given]
+
+
+def test_adaptive_waits_until_the_loss_has_come_down():
+    schedule = Adaptive(0.9, start=1, end=9, settled=0.5)
+    assert schedule.follow([], 0, 1000) == 1000
+    assert schedule.follow(losses(2.0), 1, 1000) == 1000
+    assert schedule.follow(losses(2.0, 1.1), 2, 1000) == 1000
+    ready = losses(2.0, 1.1, 1.0)
+    assert schedule.follow(ready, 3, 1000) == keep_count(1000, 1 - 0.1 ** (1 / 7))
+    assert Adaptive(0.9, start=4, end=9, settled=0.5).follow(ready, 3, 1000) == 1000
+    for unknown in ([None, 1100], [2.0, None]):  # of the first or the last round
+        assert schedule.follow([(loss, 1000) for loss in unknown], 2, 1000) == 1000
+
+
+def test_adaptive_prunes_on_once_the_loss_is_back_within_the_margin():
+    schedule = Adaptive(0.9, start=1, end=9, margin=0.1)
+    past = [(2.0, 1000), (1.0, 1000), (0.8, 1000), (1.2, 700)]
+    assert schedule.follow(past, 4, 1000) == 700
+    past += [(0.875, 700)]
+    assert schedule.follow(past, 5, 1000) == 474  # 700 * (100 / 700) ** (1 / 5)
+    past[-1] = (0.881, 700)  # 0.8 * 1.1 = 0.88
+    assert schedule.follow(past, 5, 1000) == 700
+
+
+def test_adaptive_takes_no_more_than_its_share_and_ends_where_it_may():
+    schedule = Adaptive(0.99, start=0, end=3, settled=1.0, most=0.5)
+    assert schedule.follow(losses(1.0), 3, 1000) == 500  # 10 would be the target
+    assert schedule.follow([(1.0, 1000), (0.9, 500)], 4, 1000) == 500  # after the end
+    assert Adaptive(0.9, start=0, end=3, settled=1.0, most=1.0).follow(losses(1.0), 3, 1000) == 100
+
+
+def test_adaptive_reaches_its_target_where_the_loss_always_recovers():
+    schedule = Adaptive(0.9, start=1, end=8)
+    past = losses(2.0)
+    while len(past) < 12:
+        keep = schedule.follow(past, len(past), 1003)
+        assert keep <= past[-1][1] or len(past) == 1
+        past.append((1.0 / len(past), keep))
+    assert past[8][1] == past[-1][1] == keep_count(1003, 0.9)
+
+
+def test_adaptive_wants_what_a_server_knows():
+    with pytest.raises(TypeError, match="follow"):
+        Adaptive(0.9, 1, 2).keep(1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"settled": 0}, ValueError, "settled: expected a number above 0 and at most 1, got 0"),
+        ({"most": 1.5}, ValueError, "most: expected a number above 0 and at most 1, got 1.5"),
+        ({"margin": -0.1}, ValueError, "margin: expected a number at least 0, got -0.1"),
+        ({"margin": "much"}, TypeError, "margin: expected a number, got str"),
+        ({"end": 0}, ValueError, "end: expected a round not before start=1, got 0"),
+    ],
+)
+def test_adaptive_arguments(given, error, says):
+    with pytest.raises(error, match=says):
+        Adaptive(**{"target": 0.9, "start": 1, "end": 5, **given})

@@ -18,7 +18,7 @@ from fedmap_sparse.experiments.shares import placed
 from fedmap_sparse.experiments.training import Evaluation, evaluate
 from fedmap_sparse.federated import ClientId, FedMapClient
 from fedmap_sparse.flat import flatten
-from fedmap_sparse.schedule import Schedule
+from fedmap_sparse.schedule import Adaptive, Schedule, keep_count
 
 
 class Arm:
@@ -157,6 +157,7 @@ class Arm:
             "clients": {**records[-1]["clients"], "on": setting.clients.on},
             "layers": records[-1]["layers"],
             "starving": list(records[-1]["starving"].values()),
+            "short": self._short(),
             "density": self.server.params.density,
             "survivors": self.server.mask.nnz,
             "prunable": self.server.layout.eligible,
@@ -170,6 +171,17 @@ class Arm:
             "phases": phases,
             "overhead": 1 - (phases["train"] + phases["evaluate"]) / phases["total"],
         }
+
+    def _short(self) -> str | None:
+        """What an adaptive schedule left undone, in words."""
+        schedule, left = self.server.schedule, self.server.mask.nnz
+        eligible = self.server.layout.eligible
+        if not isinstance(schedule, Adaptive) or left <= keep_count(eligible, schedule.target):
+            return None
+        return (
+            f"pruned {1 - left / eligible:.1%} instead of {schedule.target:.1%}: the training loss "
+            f"had not recovered often enough by round {schedule.end}"
+        )
 
     def model(self) -> bytes:
         """The global model as a safetensors state dict, dense, with zeros where it is pruned."""

@@ -54,7 +54,8 @@ class Config(Table):
             self._set("prune_start", min(max(1, self.rounds // 10), last))
         if self.prune_end is None and self.schedule in GRADUAL[1]:
             assert self.prune_start is not None
-            self._set("prune_end", max(self.rounds * 6 // 10, self.prune_start))
+            tenths = 8 if self.schedule == "adaptive" else 6
+            self._set("prune_end", max(self.rounds * tenths // 10, self.prune_start))
         if self.hostile is None and self.aggregator in BOUNDED[1]:
             self._set("hostile", max(1, self.cohort // 5))
         if self.norm_times is None and self.aggregator == "norm" and self.max_norm is None:
@@ -186,9 +187,11 @@ class Config(Table):
             "at": self.prune_start,
             "end": self.prune_end,
             "every": self.prune_every,
+            "settled": self.settled,
+            "margin": self.margin,
         }
         kind = schedule.KINDS[self.schedule]
-        return kind(**{f.name: given[f.name] for f in fields(kind)})
+        return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
 
     def make_criterion(self, asked: Criterion | None = None) -> Criterion | None:
         """What these options rank weights by; None is magnitude alone.

@@ -119,7 +119,7 @@ def closing(summary: Summary) -> list[str]:
             *(f"{arm['overhead']:.1%}" for arm in summary.values()),
         ],
     ]
-    return ["", *table(rows), *_comparison(summary), *_starving(summary), *_where(summary), ""]
+    return ["", *table(rows), *_comparison(summary), *_warnings(summary), *_where(summary), ""]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -136,9 +136,11 @@ def _client(arm: dict[str, Any], key: str) -> str:
     return "unknown" if value is None else f"{value:.2%}"
 
 
-def _starving(summary: Summary) -> list[str]:
+def _warnings(summary: Summary) -> list[str]:
     lines = [
-        f"warning: {ARM_NAMES[n]}: {line}" for n, arm in summary.items() for line in arm["starving"]
+        f"warning: {ARM_NAMES[name]}: {line}"
+        for name, arm in summary.items()
+        for line in [*arm["starving"], *([arm["short"]] if arm["short"] else [])]
     ]
     return ["", *lines] if lines else []
 

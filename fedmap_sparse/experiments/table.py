@@ -14,7 +14,8 @@ from fedmap_sparse.federated import robust, server_optim
 
 WIRE = (*codec.DTYPES, "int8")
 PRUNED = ("schedule", tuple(kind for kind in schedule.KINDS if kind != "dense"))
-GRADUAL = ("schedule", ("iterative", "cubic"))
+GRADUAL = ("schedule", ("iterative", "cubic", "adaptive"))
+REGULAR = ("schedule", ("iterative", "cubic"))
 BOUNDED = ("aggregator", ("trimmed", "krum"))
 SERVER_STEP = ("server_optimizer", ("fedavgm", "fedadam"))
 
@@ -270,13 +271,30 @@ class Table:
     prune_end: int | None = option(
         None,
         "pruning",
-        "round from which sparsity is at its target",
+        "last round that prunes; adaptive may end below the target",
         least=0,
         needs=GRADUAL,
-        default_text="six tenths of the rounds",
+        default_text="six tenths of the rounds; eight with schedule=adaptive",
     )
     prune_every: int | None = option(
-        None, "pruning", "rounds from one pruning to the next", least=1, needs=GRADUAL, fill=1
+        None, "pruning", "rounds from one pruning to the next", least=1, needs=REGULAR, fill=1
+    )
+    settled: float | None = option(
+        None,
+        "pruning",
+        "share of the first round's training loss that it must come down to before any pruning",
+        above=0,
+        most=1,
+        needs=("schedule", ("adaptive",)),
+        fill=0.6,
+    )
+    margin: float | None = option(
+        None,
+        "pruning",
+        "how far above its lowest before a pruning the training loss may be for the next one",
+        least=0,
+        needs=("schedule", ("adaptive",)),
+        fill=0.1,
     )
     criterion: str | None = option(
         None,

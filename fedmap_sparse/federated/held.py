@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.errors import StateError
 from fedmap_sparse.federated import state as saved
+from fedmap_sparse.federated.aggregation import RoundResult
 from fedmap_sparse.federated.global_model import (
     GlobalModel,
     check_buffers,
@@ -26,6 +28,7 @@ from fedmap_sparse.federated.rounds import OpenRound
 from fedmap_sparse.federated.server_optim import ServerOptimizer, fresh_state
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
+from fedmap_sparse.schedule import Adaptive, Past, Schedule
 
 #: Of a state from outside: half of what messages can count, so that rounds can follow.
 _LAST_ROUND = MAX_INTEGER >> 1
@@ -143,12 +146,14 @@ class ModelServer(saved.BytesState):
     """
 
     _kind = "server"
+    schedule: Schedule
 
     def __init__(self, params: FlatParameters, dtype: str, optimizer: ServerOptimizer) -> None:
         self.params = params
         self.layout = params.layout
         self.round = 0
         self._held = HeldModel(params, dtype, optimizer)
+        self._past: list[Past] = []
         self._typical: int | None = None  # the median claim of the last round
         self._open: OpenRound | None = None
         self._lock = Lock()
@@ -203,8 +208,23 @@ class ModelServer(saved.BytesState):
         """
         with self._lock:
             model = self._held.model if self._open is None else self._open.before
-            state = {"round": self.round, "samples": self._typical}
+            state: dict[str, Any] = {"round": self.round, "samples": self._typical}
+            if isinstance(self.schedule, Adaptive):
+                state["past"] = [list(ended) for ended in self._past]
             return {**state, **self._held.state_dict(model)}
+
+    def _scheduled(self) -> object:
+        """How many weights the schedule leaves in this round."""
+        eligible = self.layout.eligible
+        if isinstance(self.schedule, Adaptive):
+            return self.schedule.follow(self._past, self.round, eligible)
+        return self.schedule.keep(self.round, eligible)
+
+    def _noted(self, result: RoundResult) -> RoundResult:
+        """The result of a round that ended, noted for a schedule that looks back."""
+        if isinstance(self.schedule, Adaptive):
+            self._past.append((result.loss, self.mask.nnz))
+        return result
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; schedule and options are the constructor's.
@@ -220,7 +240,23 @@ class ModelServer(saved.BytesState):
             typical = saved.field({"samples": None, **state}, "samples", (int, type(None)))
             if typical is not None and not 1 <= typical <= MAX_INTEGER:
                 raise StateError(f"samples: expected 1 to 2^53, got {typical}")
+            past = _read_past(state)
             self._held.load_state_dict(state)
+            self._past = past
             if self._open is not None:
                 self._open.end()
             self.round, self._typical, self._open = at_round, typical, None
+
+
+def _read_past(state: Mapping[str, Any]) -> list[Past]:
+    """The rounds that a state tells an adaptive schedule of; none in another schedule's state."""
+    found: list[Past] = []
+    for ended in saved.field({"past": [], **state}, "past", list):
+        if not isinstance(ended, list | tuple) or len(ended) != 2:
+            raise StateError(f"past: expected pairs of loss and survivors, got {ended!r:.50}")
+        loss, survivors = ended
+        finite = loss is None or (isinstance(loss, float) and math.isfinite(loss))
+        if not finite or isinstance(survivors, bool) or not isinstance(survivors, int):
+            raise StateError(f"past: expected a finite loss and a count, got {ended!r:.50}")
+        found.append((loss, survivors))
+    return found

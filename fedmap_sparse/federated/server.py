@@ -146,7 +146,7 @@ class FedMapServer(ModelServer):
             if self._open is not None:
                 return
             before = model = self._held.current()
-            keep = _checks.number(self.schedule.keep(self.round, self.layout.eligible))
+            keep = _checks.number(self._scheduled())
             if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
                 raise ValueError(f"schedule: expected an int of at least 0 to keep, got {keep!r}")
             if keep < model.mask.nnz:
@@ -348,7 +348,7 @@ class FedMapServer(ModelServer):
             if aggregation.claims:
                 self._typical = median(aggregation.claims)
             self._end(stepped, state, buffers)
-            return result
+            return self._noted(result)
 
     def apply_mean(
         self, array: Tensor, num_samples: int, clients: int | Sequence[ClientId]
@@ -385,7 +385,7 @@ class FedMapServer(ModelServer):
             stepped, state = under_way.landing.step(mean)
             result = RoundResult(self.round, self.epoch, accepted, {}, num_samples, None, 0)
             self._end(stepped, state, buffers)
-            return result
+            return self._noted(result)
 
     def _end(
         self, stepped: Tensor, state: dict[str, Tensor], buffers: Mapping[str, Tensor]

@@ -118,7 +118,7 @@ def test_cohort(clients: int, share: float, cohort: int) -> None:
         ({"alpha": 0.5}, "alpha: goes with partition=dirichlet, not with partition=iid"),
         (
             {"schedule": "oneshot", "prune_end": 3},
-            "prune_end: goes with schedule=iterative or cubic, not with schedule=oneshot",
+            "prune_end: goes with schedule=iterative or cubic or adaptive, not with schedule=",
         ),
         ({"rounds": 5, "prune_end": 5}, "prune_end: expected a round before rounds=5, got 5"),
         ({"prune_start": 4, "prune_end": 3}, "prune_end: expected a round not before prune_start"),

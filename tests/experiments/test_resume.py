@@ -35,7 +35,12 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, STATEFUL, {"model": "resnet8", "optimizer": "adamw"}])
+ADAPTIVE = {"schedule": "adaptive", "settled": 1.0, "margin": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [ADAPTIVE, STATEFUL, {"model": "resnet8", "optimizer": "adamw"}]
+)
 @pytest.mark.parametrize("stop", [(1,), (3, 2)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     options: dict[str, Any],

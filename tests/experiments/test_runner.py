@@ -349,3 +349,12 @@ def test_processes_give_the_bits_of_one_after_another(tmp_path: Path) -> None:
     runner.run(quick(together.folder, processes=1, **options), resume=True)
     same_results(alone.folder, together.folder)
     assert "wait" in records(together.folder)[0]["seconds"]
+
+
+def test_an_adaptive_run_that_ends_short_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = quick(tmp_path, schedule="adaptive", settled=0.001, baseline=False)
+    summary = runner.run(config, observer=Lines())
+    assert summary["fedmap"]["density"] == 1.0
+    assert "warning: FedMap: pruned 0.0% instead of 90.0%" in capsys.readouterr().out
