@@ -18,6 +18,7 @@ ATTACKS = ("sign", "noise", "constant", "labels", "little", "copy")
 RULES = ("mean", "norm", "median", "trimmed", "geometric", "krum")
 DENSITIES = (1.0, 0.1)
 SEEDS = (0, 1, 2)
+COLUMNS = ("accuracy", "validation_accuracy", "refused", "aggregate_ms")
 ROUNDS = 8
 #: The stronger attack first, for a run that is stopped.
 ATTACKERS = (3, 2)
@@ -57,34 +58,46 @@ def options(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """Markdown: mean test accuracy, and points lost against the honest mean; a rule per column."""
+    """Markdown: points of mean test accuracy against honest clients and the mean, by rule."""
     lines = []
     for density in DENSITIES:
-        honest = mean(rows, "accuracy", attack="none", rule="mean", density=density)
-        if honest is None:
+        honest = {
+            seed: mean(rows, "accuracy", attack="none", rule="mean", density=density, seed=seed)
+            for seed in SEEDS
+        }
+        known = [a for a in honest.values() if a is not None]
+        if not known:
             continue
         lines += [
             "",
-            f"Density {density:g}. Honest clients and the mean: {honest:.1%}.",
+            f"Density {density:g}. Honest clients, the mean: {sum(known) / len(known):.1%} on test.",
             "",
-            f"| attack | {' | '.join(RULES)} |",
-            f"|---|{'---|' * len(RULES)}",
+            f"| attack | seeds | {' | '.join(RULES)} |",
+            f"|---|---|{'---|' * len(RULES)}",
         ]
         for attack, count in [("none", 0), *itertools.product(ATTACKS, sorted(ATTACKERS))]:
-            texts = []
-            for rule in RULES:
-                where = {"attack": attack, "attackers": count, "rule": rule, "density": density}
-                found = mean(rows, "accuracy", **where)
-                lost = None if found is None else 100 * (honest - found)
-                texts.append("not run" if lost is None else f"{-lost:+.1f}")
-            name = "none" if attack == "none" else f"{attack}, {count} of 10"
-            lines.append(f"| {name} | {' | '.join(texts)} |")
-    costs = []
-    for rule in RULES:
-        cost = mean(rows, "aggregate_ms", rule=rule, density=1.0)
-        costs.append("not run" if cost is None else f"{cost:.1f} ms")
-    lines += ["", f"Aggregating one dense round: {dict(zip(RULES, costs, strict=True))}"]
+            lost = [
+                _lost(rows, honest, attack=attack, attackers=count, rule=rule, density=density)
+                for rule in RULES
+            ]
+            seeds = min(map(len, lost))
+            if seeds:
+                texts = [f"{100 * sum(each[:seeds]) / seeds:+.1f}" for each in lost]
+                name = "none" if attack == "none" else f"{attack}, {count} of 10"
+                lines.append(f"| {name} | {seeds} | {' | '.join(texts)} |")
     return lines
+
+
+def _lost(
+    rows: list[dict[str, str]], honest: dict[int, float | None], **where: object
+) -> list[float]:
+    """Differences of accuracy from the honest run of the same seed, by seed."""
+    found = []
+    for seed, reference in honest.items():
+        accuracy = mean(rows, "accuracy", **where, seed=seed)
+        if accuracy is not None and reference is not None:
+            found.append(accuracy - reference)
+    return found
 
 
 def main() -> None:
@@ -93,9 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     args = parser.parse_args()
     wanted = [] if args.table else cells(tuple(args.seeds))
-    rows = fill(
-        PATH, wanted, options, ("accuracy", "validation_accuracy", "refused", "aggregate_ms")
-    )
+    rows = fill(PATH, wanted, options, COLUMNS)
     print(*table(rows), sep="\n")
 
 
