@@ -70,7 +70,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
             continue
         lines += [
             "",
-            f"Density {density:g}. Honest clients, the mean: {sum(known) / len(known):.1%} on test.",
+            f"Density {density:g}. Honest, the mean: {sum(known) / len(known):.1%} on test.",
             "",
             f"| attack | seeds | {' | '.join(RULES)} |",
             f"|---|---|{'---|' * len(RULES)}",
