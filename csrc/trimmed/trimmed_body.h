@@ -83,6 +83,8 @@ static int64_t trimmed(const Middle& middle, int64_t begin, int64_t end, float* 
   const CleanHeld* const cleans = cleans_held(sizes);
   int64_t i = begin, bad = 0;
   for (; i + kAtOnce <= end; i += kAtOnce) {
+    for (int row = 0; row < middle.count; ++row)
+      fetch_lines(middle.rows[row] + i + kFetchAhead, kAtOnce * int64_t(sizeof(float)));
     for (int row = 0; row < middle.count; row += kHeldRows) {
       const SortHeld sort = sorts[std::min(kHeldRows, middle.count - row) - 1];
       for (int k = 0; k < kAcross; ++k)
