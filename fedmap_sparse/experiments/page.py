@@ -92,7 +92,7 @@ def _draw(made: Section, methods: Sequence[Method]) -> None:
         "seeds or more.",
         pictures.against_density(name("density"), shown),
     )
-    pruned = [m for m in shown if min(m.of("density")) < 1]
+    pruned = [m for m in shown if _is_pruned(m)]
     if pruned:
         layers = len(pictures.layer_density(pruned[0]))
         most = pictures.MOST_LAYERS
@@ -155,10 +155,15 @@ def _layers(methods: Sequence[Method]) -> Table:
     rows = [
         [text(method.label), text(layer), Cell(f"{density:.3%}", density)]
         for method in methods
-        if min(method.of("density")) < 1
+        if _is_pruned(method)
         for layer, density in layer_density(method).items()
     ]
     return Table("Layers", ["method", "layer", "density"], rows)
+
+
+def _is_pruned(method: Method) -> bool:
+    """Whether it has layers that are not whole."""
+    return method.has("layers") and min(method.of("density")) < 1
 
 
 def _runs(methods: Sequence[Method]) -> Table:

@@ -32,7 +32,7 @@ PHASES = {
     "select": ("select",),
     "encode, decode": ("encode", "decode"),
     "aggregate": ("aggregate",),
-    "evaluate, save": ("evaluate", "save"),
+    "evaluate, save, wait": ("evaluate", "save", "wait"),
 }
 
 

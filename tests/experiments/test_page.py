@@ -103,14 +103,14 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_what_runs_lack_is_left_out(tmp_path: Path) -> None:
-    """Runs of an earlier version have no bytes by kind and no quartiles."""
+    """Runs of an earlier version have no layers, no bytes by kind and no quartiles."""
     for path in runs(tmp_path).rglob("summary.json"):
         summary = json.loads(path.read_text())
         for arm in summary.values():
-            del arm["bytes"], arm["clients"]["q25"]
+            del arm["bytes"], arm["layers"], arm["clients"]["q25"]
         path.write_text(json.dumps(summary))
     found = Reader(drawn(tmp_path))
-    assert found.elements.count("svg") == len(PICTURES) - 2
+    assert found.elements.count("svg") == len(PICTURES) - 3
 
 
 def test_nothing_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
