@@ -24,6 +24,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """The default is the whole process's: of threads the first one in sets it, the last one out
     puts it back."""
     global _inside
+    before = torch.get_default_dtype()
+    if torch.compiler.is_compiling():  # Dynamo takes no lock; of threads there is one
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+        return
     with _lock:
         _inside += 1
         torch.set_default_dtype(dtype)

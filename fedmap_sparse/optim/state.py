@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,7 +165,7 @@ class Shown:
     def __init__(self, state: defaultdict[Tensor, Any]) -> None:
         self.state = state
         self._views: dict[int, dict[str, Tensor]] = {}
-        self._counts = torch.empty(0).numpy()
+        self._counts = np.empty(0)
 
     def refresh(self, packed: PackedState, flat: FlatParameters) -> None:
         """Show the state as it is now."""

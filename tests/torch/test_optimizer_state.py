@@ -29,6 +29,19 @@ def pruned(m):
 
 
 @pytest.mark.parametrize(("ours", "kw"), PAIRS)
+def test_state_is_shown_under_a_default_dtype_that_numpy_lacks(ours, kw):
+    m = net()
+    o = ours(pruned(m), **kw)
+    train(m, o, 0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = o.state
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(found) == set(m.parameters())
+
+
+@pytest.mark.parametrize(("ours", "kw"), PAIRS)
 def test_a_users_entries_are_kept_saved_copied_and_loaded(ours, kw):
     m = net()
     o = ours(pruned(m), **kw)
