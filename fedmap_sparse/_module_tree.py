@@ -7,7 +7,7 @@ import copyreg
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -27,15 +27,22 @@ from fedmap_sparse._tensor_kinds import Extra, ties
 class Registered:
     """One name of a parameter: `holder[key] is value`."""
 
-    holder: dict[str, Tensor | None]
+    holder: dict[str, Any]  # of Tensor or None
     key: str
     value: Tensor
+
+
+def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name, as a state dict has it: activation checkpointing's wrapper
+    (`torch.distributed.algorithms`) leaves its own name out there."""
+    for name, owner in module.named_modules(remove_duplicate=False):
+        yield ".".join(n for n in name.split(".") if n != "_checkpoint_wrapped_module"), owner
 
 
 def registered(module: nn.Module) -> dict[str, Registered]:
     """Every name of every parameter, tied ones under each."""
     found = {}
-    for prefix, owner in module.named_modules(remove_duplicate=False):
+    for prefix, owner in named_owners(module):
         for key, p in owner._parameters.items():
             if p is not None:
                 name = f"{prefix}.{key}" if prefix else key
@@ -73,7 +80,7 @@ class BufferPlaces:
     def __init__(self, module: nn.Module) -> None:
         of = {
             f"{prefix}.{key}" if prefix else key: (owner._buffers, key)
-            for prefix, owner in module.named_modules(remove_duplicate=False)
+            for prefix, owner in named_owners(module)
             for key in owner._buffers
         }
         self._names = list(buffers(module))
@@ -242,7 +249,7 @@ def check_views(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             "flatten the module again, fs.flatten(model)"
         )
     spans = sorted((*_span(p), name) for name, p in parameters.items() if _has_memory(p))
-    for prefix, owner in module.named_modules():
+    for prefix, owner in named_owners(module):
         held = {**owner._buffers, **({} if owner._forward_pre_hooks else vars(owner))}
         for key, t in held.items():
             if not isinstance(t, Tensor) or not _has_memory(t):
@@ -296,7 +303,12 @@ def common(parameters: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]
 def buffers(module: nn.Module) -> dict[str, Any]:
     """What a state dict holds beside parameters: buffers under every name, then extra state."""
     parameters = registered(module)
-    live = dict(module.named_buffers(remove_duplicate=False))
+    live = {
+        f"{prefix}.{key}" if prefix else key: b
+        for prefix, owner in named_owners(module)
+        for key, b in owner._buffers.items()
+        if b is not None
+    }
     return {
         name: live.get(name, Extra(value))
         for name, value in module.state_dict(keep_vars=True).items()

@@ -35,6 +35,13 @@ class Writes:
         """The rest: biases, normalisation, whatever `prunable` refused. Never pruned."""
         return self.values[self.layout.prunable_numel :]
 
+    def _mask_here(self) -> Mask:
+        """The mask where the values are; of a model that had no memory, the dense one."""
+        device = self.values.device
+        if self._mask.device.type == "meta" != device.type:
+            return self.layout.initial_mask(device)
+        return self._mask.to(device)
+
     def zero_pruned(self) -> None:
         """Write +0.0 to what the current mask does not keep, e.g. after `load_state_dict`."""
         self._zero(range(len(self.layout.prunable_entries)))

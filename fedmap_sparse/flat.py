@@ -67,7 +67,7 @@ class FlatParameters(Writes):
         if name not in _BOUND or "_mask" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self._adopt()
-        self._mask = self._mask.to(self.values.device)
+        self._mask = self._mask_here()
         return self.__dict__[name]
 
     def _adopt(self) -> None:
@@ -322,7 +322,7 @@ class FlatParameters(Writes):
                 are mixed; nothing is changed.
         """
         self._adopt()
-        self._mask = self._mask.to(self.values.device)
+        self._mask = self._mask_here()
         self.zero_pruned()
 
     def __repr__(self) -> str:

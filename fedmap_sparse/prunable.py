@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fedmap_sparse._module_tree import named_owners
+
 #: `(name, parameter) -> bool`, or the names themselves.
 Prunable = Callable[[str, Any], bool] | Collection[str]
 #: Whether a parameter is pruned, and the reason.
@@ -52,7 +54,7 @@ def from_name(name: str, tensor: Any) -> Verdict:
 def from_module(module: nn.Module) -> Callable[[str, Any], Verdict]:
     """The default rule for the parameters of `module`: by the type of the module that owns each."""
     owners: dict[str, tuple[nn.Module, str]] = {}
-    modules: Mapping[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
+    modules: Mapping[str, nn.Module] = dict(named_owners(module))
     for prefix, owner in modules.items():
         for key in owner._parameters:
             owners[f"{prefix}.{key}" if prefix else key] = owner, prefix

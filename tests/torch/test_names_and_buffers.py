@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fedmap_sparse as fs
 from fedmap_sparse import FlatLayout
@@ -252,3 +253,38 @@ def test_buffers_that_share_memory_stay_one():
     server, _ = a_round(make, lambda m: m.table.add_(1))
     assert torch.equal(server.table, torch.arange(6.0) + 1)
     assert torch.equal(server[0].part, server.table[:3])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_activation_checkpointing_is_no_difference(whole):
+    def make(wrapped):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 4))
+        if wrapped:
+            m[0] = checkpoint_wrapper(m[0])
+        return checkpoint_wrapper(m) if wrapped and whole else m
+
+    plain, wrapped = fs.flatten(make(False)), fs.flatten(make(True))
+    assert wrapped.layout == plain.layout
+    assert wrapped.layout.reasons == plain.layout.reasons
+    assert list(wrapped.to_state_dict()) == list(make(True).state_dict())
+    server = fs.FedMapServer(plain, fs.schedule.OneShot(0.5, 0))
+    server.begin_round()
+    client = fs.FedMapClient(wrapped)
+    client.receive(server.broadcast())
+    wrapped.module(torch.ones(3, 8)).sum().backward()
+    fs.optim.MaskedSGD(wrapped, lr=0.1).step()
+    assert server.aggregate([(0, client.update(1))]).accepted == (0,)
+
+
+def test_a_model_flattened_without_memory_gets_some():
+    with torch.device("meta"):
+        m = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    flat = fs.flatten(m)
+    m.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"rebind\(\)"):
+        flat.check_bound()
+    flat.rebind()
+    assert flat.mask == flat.layout.initial_mask()
+    m(torch.ones(2, 8)).sum().backward()
+    fs.optim.MaskedSGD(flat, lr=0.1).step()
