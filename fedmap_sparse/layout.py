@@ -104,8 +104,12 @@ class FlatLayout:
                 memory and shape are tied; what crossed a wire shares nothing: pass them then.
 
         Raises:
+            TypeError: no dict, or a name that is no text.
             ValueError: a name in `buffers` or `aliases` that the state dict does not hold.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            odd = [n for n in state if not isinstance(n, str)] if state else state
+            raise TypeError(f"state: expected a dict of names to tensors, got {odd!r:.60}")
         named = [*(buffers or ()), *(aliases or ()), *(aliases or {}).values()]
         for name in named:
             if name not in state:

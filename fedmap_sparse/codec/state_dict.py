@@ -166,7 +166,11 @@ def _flat(state: Mapping[str, Any], layout: FlatLayout) -> tuple[Tensor, dict[st
 def _torch(name: str, value: Any) -> Tensor:
     """A CPU tensor of a tensor, array or NumPy scalar, in this machine's byte order."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ValueError(f"{name}: expected elements in memory, got a meta tensor")
         return value.detach().cpu()
+    if np.ma.is_masked(value):
+        raise TypeError(f"{name}: expected an array without masked elements, got some; fill them")
     array = np.asarray(value)
     if any(stride < 0 for stride in array.strides):  # torch has no such tensors
         array = np.ascontiguousarray(array)

@@ -128,3 +128,18 @@ def test_weights_and_samples():
 def test_an_array_where_a_tensor_is_wanted():
     with pytest.raises(TypeError, match=r"values: expected a torch\.Tensor, got ndarray"):
         fs.ops.magnitude_mask(W.reshape(-1), 3)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({1: np.ones(3)}, "state: expected a dict of names to tensors, got .1."),
+        ([np.ones(3)], "state: expected a dict"),
+        (None, "state: expected a dict of names to tensors, got None"),
+        ({"w": torch.ones(4, 4, device="meta")}, "w: expected elements in memory"),
+        ({"w": np.ma.masked_equal(np.eye(4), 1)}, "w: expected an array without masked elements"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused_by_name(state, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        fs.encode_state_dict(state)
