@@ -33,8 +33,6 @@ def trims(count: int) -> list[int]:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_kernel_is_reference(isa: str, count: int) -> None:
-    if isa == "scalar" and count > 65:
-        pytest.skip("compiles as it does for fewer")
     for n in SIZES if count < 20 else (33, 1025):
         given = vectors(count, n, ties=n == 33)
         for trim in trims(count):
