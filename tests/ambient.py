@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 _inside = 0
@@ -66,6 +68,17 @@ AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "deterministic": deterministic,
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
 }
+
+
+def not_under(*names: str, reason: str) -> pytest.MarkDecorator:
+    """Skip a test in these states, whose subject they change; what the package gives is not."""
+    return pytest.mark.skipif(os.environ.get("FEDMAP_SPARSE_AMBIENT") in names, reason=reason)
+
+
+#: Why tests of the way that a call takes do not run under a default device.
+MODE = "a default device is a mode of torch, and under a mode every op is torch's to dispatch"
+#: Why tests with a caller's own function do not run there.
+OWN = "the caller's own function runs inside the call, and its tensors are on the default device"
 
 
 def install(name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ambient import OWN, not_under
 from torch import Tensor
 
 import fedmap_sparse as fs
@@ -36,6 +37,7 @@ def test_magnitude_as_a_criterion_changes_nothing() -> None:
     assert [a == b for a, b, _ in seen] == [True] * 3
 
 
+@not_under("meta", reason=OWN)
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_criterion_ranks_as_it_likes(signed: bool) -> None:
     def last(values: Tensor, mask: fs.Mask, layout: fs.FlatLayout) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ambient import OWN, not_under
 from torch import Tensor
 
 import fedmap_sparse as fs
@@ -60,6 +61,7 @@ UNSOUND_STATES = {
 }
 
 
+@not_under("meta", reason=OWN)
 @pytest.mark.parametrize("case", UNSOUND_MEANS)
 def test_an_aggregators_unsound_vector_fails_the_round_alone(case: str) -> None:
     server = server_of(aggregator=Own(UNSOUND_MEANS[case]))
@@ -73,6 +75,7 @@ def test_an_aggregators_unsound_vector_fails_the_round_alone(case: str) -> None:
     server.begin_round()
 
 
+@not_under("meta", reason=OWN)
 @pytest.mark.parametrize("case", UNSOUND_STATES)
 def test_a_server_optimizers_unsound_step_fails_the_round_alone(case: str) -> None:
     server = server_of(server_optimizer=Own(UNSOUND_STATES[case]))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from ambient import MODE, not_under
 from op_calls import NAMES, N, make, mask, normal, outcome, same, segments
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,6 +63,7 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(_library, "_bypass", False)
 
 
+@not_under("meta", reason=MODE)
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_tensors_go_direct(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **how: Any) -> None:
@@ -300,6 +302,7 @@ def test_other_transforms_are_refused_as_by_the_op(
     assert torch.equal(argument, kept)
 
 
+@not_under("meta", reason="Dynamo enters no default device")
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_compile_sees_the_op(name: str) -> None:
     graphs = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ambient import MODE, not_under
 from op_calls import NAMES, Call, make, mask, normal, outcome, same, segments
 from torch import Tensor
 
@@ -182,6 +183,7 @@ def test_both_refuse_what_breaks_a_rule(
     assert unchanged(call, kept)
 
 
+@not_under("meta", reason=MODE)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", torch_floats(), ids=str)
 def test_both_take_what_the_rules_allow(

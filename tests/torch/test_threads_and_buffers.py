@@ -1,12 +1,12 @@
 """Several threads, buffers that are used again, and copies of a round under way."""
 
 import copy
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from ambient import not_under
 from torch import nn
 
 import fedmap_sparse as fs
@@ -36,8 +36,9 @@ def train(client, seed):
     client.optimizer.step()
 
 
-@pytest.mark.skipif(
-    os.environ.get("FEDMAP_SPARSE_AMBIENT") in ("float64", "bfloat16"),
+@not_under(
+    "float64",
+    "bfloat16",
     reason="the default dtype is every thread's: the gradients of this test's own would be others",
 )
 def test_clients_in_threads_are_as_clients_one_by_one():
