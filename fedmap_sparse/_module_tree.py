@@ -7,7 +7,7 @@ import copyreg
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fedmap_sparse import _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse._tensor_kinds import Extra, ties
+from fedmap_sparse.prunable import named_owners
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,6 @@ class Registered:
     holder: dict[str, Any]  # of Tensor or None
     key: str
     value: Tensor
-
-
-def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every name, as a state dict has it: activation checkpointing's wrapper
-    (`torch.distributed.algorithms`) leaves its own name out there."""
-    for name, owner in module.named_modules(remove_duplicate=False):
-        yield ".".join(n for n in name.split(".") if n != "_checkpoint_wrapped_module"), owner
 
 
 def registered(module: nn.Module) -> dict[str, Registered]:

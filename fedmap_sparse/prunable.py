@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-
-from fedmap_sparse._module_tree import named_owners
 
 #: `(name, parameter) -> bool`, or the names themselves.
 Prunable = Callable[[str, Any], bool] | Collection[str]
@@ -42,6 +40,13 @@ _SCALES = re.compile(
     r"(?:^|[._])(?:scale|scales|gamma|magnitude|layerscale|weight_g|ls\d*)(?:[._]|$)"
 )
 _NORMS = re.compile(r"(?:^|[._])(?:\w*norm\d*|bn\d*|ln\d*|ln_\w+)\.(?:weight|bias)$")
+
+
+def named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name, as a state dict has it: activation checkpointing's wrapper
+    (`torch.distributed.algorithms`) leaves its own name out there."""
+    for name, owner in module.named_modules(remove_duplicate=False):
+        yield ".".join(n for n in name.split(".") if n != "_checkpoint_wrapped_module"), owner
 
 
 def from_name(name: str, tensor: Any) -> Verdict:

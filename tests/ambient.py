@@ -75,6 +75,8 @@ def not_under(*names: str, reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(os.environ.get("FEDMAP_SPARSE_AMBIENT") in names, reason=reason)
 
 
+#: Why tests that write into what a call gave do not run in inference mode.
+FROZEN = "what a call gives in inference mode may not be written outside of it: torch's rule"
 #: Why tests of the way that a call takes do not run under a default device.
 MODE = "a default device is a mode of torch, and under a mode every op is torch's to dispatch"
 #: Why tests with a caller's own function do not run there.

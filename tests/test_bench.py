@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ambient import FROZEN, not_under
 
 from fedmap_sparse import Mask, backends, ops
 from fedmap_sparse.bench import case, floors, formats, inputs, main, runner, timing
@@ -148,6 +149,7 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert "masked_scatter_" in done.stdout
 
 
+@not_under("inference", reason=FROZEN)
 @pytest.mark.parametrize("one", SMALL, ids=lambda one: one.op)
 @pytest.mark.parametrize("kind", ["normal", "sorted"])
 def test_cases_hold_and_count_their_bytes(one: case.Case, kind: str) -> None:

@@ -9,7 +9,7 @@
 
 namespace fedmap {
 
-constexpr int64_t kLanes = 256, kBlockSize = 4096;
+constexpr int64_t kClipLanes = 256, kClipBlock = 4096;
 
 namespace scalar {
 #include "clip/clip_body.h"
@@ -38,16 +38,16 @@ double clip_difference(float* values, const float* start, int64_t n, double max_
   const auto squares = FEDMAP_DISPATCH(squares);
   const auto shorten = FEDMAP_DISPATCH(shorten);
   const int used = threads_for(n * 8, threads);
-  const int64_t piece = piece_of(n, 1 << 18, kBlockSize, used);
-  std::vector<double> blocks(static_cast<size_t>((n + kBlockSize - 1) / kBlockSize));
+  const int64_t piece = piece_of(n, 1 << 18, kClipBlock, used);
+  std::vector<double> blocks(static_cast<size_t>((n + kClipBlock - 1) / kClipBlock));
   parallel_ranges(n, piece, used, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += kBlockSize)
-      blocks[static_cast<size_t>(begin / kBlockSize)] =
-          squares(values + begin, start + begin, std::min(kBlockSize, end - begin));
+    for (; begin < end; begin += kClipBlock)
+      blocks[static_cast<size_t>(begin / kClipBlock)] =
+          squares(values + begin, start + begin, std::min(kClipBlock, end - begin));
   });
-  double lanes[kLanes] = {};
+  double lanes[kClipLanes] = {};
   for (size_t i = 0; i < blocks.size(); ++i)
-    lanes[i % kLanes] += blocks[i];
+    lanes[i % kClipLanes] += blocks[i];
   const double norm = std::sqrt(scalar::sum_of_halves(lanes));
   if (max_norm < norm && std::isfinite(norm)) {
     const double factor = max_norm / norm;

@@ -1,18 +1,18 @@
 // Each level's form: clip.cpp includes this once in each one's target region. The loops are for the
 // compiler to vectorise; what they add up, and in which order, is the same at any width.
 inline double sum_of_halves(double* lanes) {
-  for (int64_t half = kLanes / 2; half; half /= 2)
+  for (int64_t half = kClipLanes / 2; half; half /= 2)
     for (int64_t i = 0; i < half; ++i)
       lanes[i] += lanes[i + half];
   return lanes[0];
 }
 
-// Of a block of at most kBlockSize elements.
+// Of a block of at most kClipBlock elements.
 static double squares(const float* values, const float* start, int64_t n) {
-  double lanes[kLanes] = {};
+  double lanes[kClipLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) {
+  for (; i + kClipLanes <= n; i += kClipLanes)
+    for (int64_t k = 0; k < kClipLanes; ++k) {
       const double x = static_cast<double>(values[i + k]) - static_cast<double>(start[i + k]);
       lanes[k] += x * x;
     }

@@ -185,7 +185,7 @@ class InProcessEngine:
 
     def _count(self, direction: str, data: bytes) -> int:
         """The length of a message, which is added to what is known by kind."""
-        self._kinds.update({f"{direction} {k}": n for k, n in bytes_by_kind(data).items() if n})
+        count_kinds(self._kinds, direction, data)
         return len(data)
 
     def _stateful(self, cohort: list[ClientId]) -> list[FedMapClient]:
@@ -317,6 +317,11 @@ class InProcessEngine:
                 self.clients[name].load_state_dict(own)
             raise
         self.attempt = attempt
+
+
+def count_kinds(kinds: Counter[str], direction: str, data: bytes) -> None:
+    """Add a message's bytes to those of its direction, by kind."""
+    kinds.update({f"{direction} {k}": n for k, n in bytes_by_kind(data).items() if n})
 
 
 def check_draw(clients: int, cohort: int | None, dropout: float) -> int:

@@ -7,14 +7,15 @@ Rank 0 has the server; each rank trains its own clients; messages travel between
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-from fedmap_sparse.engines.in_process import Round, check_draw, draw
+from fedmap_sparse.engines.in_process import Round, check_draw, count_kinds, draw
 from fedmap_sparse.engines.workers import Train
-from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer
+from fedmap_sparse.federated import ClientId, FedMapClient, FedMapServer, RoundResult
 
 Group = dist.ProcessGroup | None
 
@@ -106,10 +107,19 @@ class RanksEngine:
             if not client.keep_optimizer:
                 client.optimizer = None
         came = [(c, self._hand_over(c, updates.get(c))) for c in cohort if c not in silent]
-        result = self._on_server(lambda s: s.aggregate(came))
+        kinds: Counter[str] = Counter()
+        for c in cohort:
+            count_kinds(kinds, "downlink", messages[have[c]])
+
+        def end(server: FedMapServer) -> tuple[RoundResult, Counter[str]]:
+            for _, update in came:
+                count_kinds(kinds, "uplink", update)
+            return server.aggregate(came), kinds
+
+        result, kinds = self._on_server(end)
         dropped = tuple(c for c in cohort if c in silent)
         sent = sum(len(messages[have[c]]) for c in cohort)
-        return Round(result, tuple(cohort), dropped, sent, result.uplink_bytes)
+        return Round(result, tuple(cohort), dropped, sent, result.uplink_bytes, kinds=dict(kinds))
 
     def _hand_over(self, client: ClientId, update: bytes | None) -> bytes:
         """One update from the rank that has it to rank 0; elsewhere the result means nothing."""

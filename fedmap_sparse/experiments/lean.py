@@ -47,8 +47,8 @@ _KEPT = 1 << 30
 def keep_memory() -> None:
     """From here on this process keeps freed memory for the next tensor, instead of giving it back.
 
-    glibc gives large blocks back to the system at once, which then clears each page anew: a fifth
-    of a step of the default model. Other C libraries are left as they are.
+    glibc gives large blocks back to the system at once, which then clears each page anew. Other C
+    libraries are left as they are.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ambient import FROZEN, not_under
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +118,7 @@ def test_independent_reader_agrees(name: str) -> None:
     )
 
 
+@not_under("inference", reason=FROZEN)
 def test_golden_messages_are_what_the_encoder_writes_today() -> None:
     for name, (_, data, *_rest) in module("make_vectors").golden().items():
         assert data == golden(name), name

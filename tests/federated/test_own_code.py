@@ -244,6 +244,7 @@ def test_a_thread_hears_that_the_round_ended_without_its_update(end: str) -> Non
     assert stream.offer(0, update) == "expected an update before the round ended"
 
 
+@not_under("inference", reason="every call would be in the mode that made the memory")
 def test_memory_of_inference_mode_is_refused_before_anything_is_written() -> None:
     server, client = server_of(OneShot(0.5, 0)), client_of()
     with torch.inference_mode():

@@ -302,7 +302,7 @@ def test_other_transforms_are_refused_as_by_the_op(
     assert torch.equal(argument, kept)
 
 
-@not_under("meta", reason="Dynamo enters no default device")
+@not_under("meta", "inference", reason="Dynamo enters neither of them")
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_compile_sees_the_op(name: str) -> None:
     graphs = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ambient import FROZEN, not_under
 from masked_steps import DTYPES, EDGES, Problem, bits, make_problem
 from page_faults import LINUX, touched_bytes
 
@@ -74,6 +75,7 @@ def test_kernel_is_reference_at_any_thread_count(
         assert_kernel_is_reference(problem)
 
 
+@not_under("inference", reason=FROZEN)
 def test_blocks_of_every_density_in_one_mask(isa: str) -> None:
     """Full, crowded, sparse and empty blocks take different paths; so do segments inside them."""
     problem = make_problem([2048] * 5 + [300, 20_000, 130] * 3, [7, 2048, 100], 1.0)

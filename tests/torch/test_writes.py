@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ambient import FROZEN, not_under
 from torch import nn
 
 import fedmap_sparse as fs
@@ -65,6 +66,7 @@ def test_what_was_written_is_what_a_step_starts_from(write, dtype, make):
     assert m[0].weight[~keep].view(torch.int16).eq(0).all()
 
 
+@not_under("inference", reason=FROZEN)
 @pytest.mark.parametrize("where", ["values", "prunable", "state_dict", "load", "swap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_writes_through_other_doors(where, dtype):
