@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedmap_sparse.bench.case import PHASES
 from fedmap_sparse.bench.report import header_line, over_floor, produced, seconds
 
 README = Path(__file__).with_name("README.md")
@@ -79,6 +80,28 @@ def model_row(r: dict[str, Any]) -> list[str]:
     return [optimizer, model, f"{r['density']:g}", seconds(r["median_s"]), text, peers, state]
 
 
+def round_rows(r: dict[str, Any]) -> list[list[str]]:
+    """One row per arm of a round."""
+    goals = (12, 13, 2.5) if r["density"] == 0.1 else (None, None, None)
+    rows = []
+    for name, arm in (("ours", r), *r["peers"].items()):
+        cells = []
+        for key, goal in zip(("median_s", "payload_bytes", "memory_bytes"), goals, strict=True):
+            value = seconds(arm[key]) if key == "median_s" else f"{arm[key] / 1e6:.3g} MB"
+            if arm is r:
+                cells.append(value)
+                continue
+            times = arm[key] / r[key]
+            text = mark(f"×{times:.3g}", times >= goal if goal else None)
+            cells.append(f"{value}, {text}" + (f" (goal {goal:g})" if goal else ""))
+        phases = " / ".join(f"{arm['phases_s'][phase] * 1e3:.3g}" for phase in PHASES)
+        model = r["op"].removeprefix("round_")
+        beside = seconds(r["forward_backward_s"])
+        place = [model, f"{r['density']:g}"] if arm is r else ["", ""]
+        rows.append([*place, name, *cells, phases, beside if arm is r else ""])
+    return rows
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -87,7 +110,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def tables(found: dict[str, Any]) -> str:
     records = found["records"]
     by_model = [r for r in records if "state_bytes" in r and r["inputs"] == "init"]
-    rest = [r for r in records if r not in by_model]
+    rounds = [r for r in records if "phases_s" in r]
+    rest = [r for r in records if r not in by_model and r not in rounds]
     header = found["header"]
     parts = [
         f"{header_line(header)}; {header['time']}; others kept {header['others_cpus']:g} CPUs busy."
@@ -100,6 +124,12 @@ def tables(found: dict[str, Any]) -> str:
     if by_model:
         head = ["optimizer", "model", "density", "ours", "best peer", "peers", "state"]
         parts.append(markdown(head, [model_row(r) for r in by_model]))
+    if rounds:
+        r = rounds[0]
+        parts.append(f"Whole rounds of {r['clients']} clients, {r['steps']} steps each:")
+        head = ["model", "density", "arm", "time", "bytes", "peak memory"]
+        head += [f"ms: {', '.join(PHASES)}", "forward and backward, beside"]
+        parts.append(markdown(head, [row for r in rounds for row in round_rows(r)]))
     return "\n\n".join(parts)
 
 

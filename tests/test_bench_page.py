@@ -169,6 +169,8 @@ def test_a_picture_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "prefers-color-scheme: dark" in text
     used = set(re.findall(r"var\((--\w+)\)", out.read_text()))
     assert used <= set(re.findall(r"(--\w+):", text))
+    assert page.main([*words, "Whole rounds", "--density", "0.5"]) == 2
+    assert "expected one of none" in capsys.readouterr().err
     assert page.main([*words, "Roof"]) == 2
     assert "expected one of Whole rounds, Growth with n" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +310,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", metavar="TITLE", help='draw this one alone, as SVG: "Whole rounds", say'
     )
+    parser.add_argument("--density", type=float, metavar="D", help="only what was measured at it")
     args = parser.parse_args(argv)
     try:
         runs = [compare.read(file) for file in args.files]
+        if args.density is not None:
+            runs = [
+                replace(
+                    r, records={c: v for c, v in r.records.items() if c.density == args.density}
+                )
+                for r in runs
+            ]
         if args.picture is None:
             write(args.out, runs)
         else:

@@ -23,10 +23,9 @@ from fedmap_sparse.mask import Mask
 Group = dist.ProcessGroup | None
 
 #: Above this density a tensor is reduced whole: packing costs more there than it saves. 10 M
-#: float32 over gloo on loopback, two ranks on two Zen 4 cores that had other work too, the least of
-#: 25 turns (`benchmarks/all_reduce.py`): whole 34 ms; packed 18 ms at a density of 0.1, 30 at 0.3
-#: and 0.4, 38 at 0.5, 44 at 0.6. Other runs crossed between 0.4 and 0.6. A slower network moves the
-#: crossing up.
+#: float32 over gloo on loopback, two ranks on two quiet Zen 4 cores, medians of 25 turns
+#: (`benchmarks/all_reduce.py`): whole 28 ms; packed 10 ms at a density of 0.1, 21 at 0.3, 22 at
+#: 0.4, 33 at 0.5, 38 at 0.6. A slower network moves the crossing up.
 DENSE_ABOVE = 0.4
 
 

@@ -49,11 +49,12 @@ def opening(config: Config, dataset: Dataset, model: nn.Module, name: str) -> li
     )
     parameters = sum(p.numel() for p in model.parameters())
     cohort = "" if config.cohort == config.clients else f", {config.cohort} a round"
-    threads = torch.get_num_threads()
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     rows = {
         "data": f"{dataset.provenance}",
         "split": f"{train} training, {validation} validation, {test} test images",
-        "model": f"{name}, {parameters:,} parameters, {threads} threads on {config.device}",
+        "model": f"{name}, {parameters:,} parameters, {threads} on {config.device}",
         "clients": f"{config.clients}, {config.partition}{cohort}",
         "schedule": f"{config.make_schedule()}",
         **hardening.opening(config),

@@ -98,7 +98,7 @@ def alone(picture: Picture) -> str:
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     head, _, body = picture.svg.partition(">")
     head = head.replace("<svg", f"<svg {names}").replace(' aria-hidden="true"', ' role="img"')
-    return f"{head}><title>{escape(picture.title)}</title><style>{style}</style>{body}\n"
+    return f"{head}><title>{escape(picture.title)}</title><style>{style}</style>{body.rstrip()}\n"
 
 
 def clean(value: object) -> str:
