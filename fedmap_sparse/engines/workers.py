@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import pickle  # between a run and processes that it started itself, over their own socket
 import signal
 import socket
 import subprocess
@@ -260,7 +260,7 @@ class _Link:
             data = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        kind, value = pickle.loads(data)
+        kind, value = pickle.loads(data)  # from the worker that this process started
         if kind == "raised":
             raise value
         return value
@@ -302,7 +302,7 @@ def _raised(error: Exception) -> bytes:
     error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
     try:
         data = pickle.dumps(("raised", error))
-        pickle.loads(data)
+        pickle.loads(data)  # of the line above: whether the parent will be able to
     except Exception:  # an exception of the user's may be one that cannot be pickled
         text = f"{type(error).__name__}: {error}"
         return pickle.dumps(("raised", RuntimeError(text)))
@@ -310,7 +310,7 @@ def _raised(error: Exception) -> bytes:
 
 
 def _serve(link: Connection) -> None:
-    ambient, make = pickle.loads(link.recv_bytes())
+    ambient, make = pickle.loads(link.recv_bytes())  # from the process that started this one
     torch.set_num_threads(ambient["threads"])
     torch.set_default_dtype(ambient["dtype"])
     torch.set_float32_matmul_precision(ambient["precision"])
@@ -318,7 +318,7 @@ def _serve(link: Connection) -> None:
     bench: Bench = make()
     link.send_bytes(pickle.dumps(("ready", None)))
     while True:
-        jobs: list[Job] = pickle.loads(link.recv_bytes())
+        jobs: list[Job] = pickle.loads(link.recv_bytes())  # likewise
         bench.phases.clear()
         answers = []
         before: tuple[bytes, Message] | None = None

@@ -130,9 +130,10 @@ def epsilon(
         rounds: how many ended.
         delta: 0 < delta < 1, well below 1 / clients.
         clients: of the federation.
-        cohort: of a round. It must have been drawn uniformly, without replacement, anew in each
-            round and unseen by whoever looks at the models (`InProcessEngine` draws so); who drops
-            out must not depend on the data. None: all of them, and nothing is assumed of a draw.
+        cohort: clients per round. They must be drawn uniformly, without replacement, anew in each
+            round, as `InProcessEngine` does. Nobody who sees the models may know who was drawn.
+            Whether a client drops out must not depend on its data. None: all clients; nothing is
+            assumed.
         local: each client adds its noise to its own update, and is in every round: no sampling
             helps against a server that sees who answers.
 
