@@ -2,74 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from ambient import FROZEN, not_under
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_messages import (
+    GOLDEN,
+    HERE,
+    MALFORMED,
+    base,
+    decode,
+    golden,
+    have,
+    layout,
+    malformed,
+    module,
+)
 
-import fedmap_sparse as fs
 from fedmap_sparse import codec
 from fedmap_sparse.codec import container
 
-HERE = Path(__file__).parent.parent / "vectors"
-sys.path.insert(0, str(HERE))  # its modules import those beside them
-GOLDEN: dict[str, Any] = json.loads((HERE / "golden.json").read_text())
-MALFORMED: dict[str, Any] = json.loads((HERE / "malformed.json").read_text())
 FLIPPED = ("float32-full", "bfloat16-delta", "update")
-
-
-@cache
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@cache
-def layout(name: str) -> fs.FlatLayout:
-    return module("make_vectors").layouts()[name]
 
 
 @cache
 def plain_layout(name: str) -> Any:
     return module("reader").Layout((HERE / "layouts" / f"{name}.json").read_text())
-
-
-def golden(name: str) -> bytes:
-    return (HERE / "golden" / f"{name}.fsm").read_bytes()
-
-
-@cache
-def have(name: str) -> fs.Mask | None:
-    entry = GOLDEN[name]
-    if entry["have"] is None:
-        return None
-    bits = (HERE / "masks" / f"{entry['have']}.bits").read_bytes()
-    words = torch.frombuffer(bytearray(bits), dtype=torch.int32)
-    return fs.Mask.from_words(words, layout(entry["layout"]).prunable_numel)
-
-
-@cache
-def base(name: str) -> codec.Message | None:
-    other = GOLDEN[name]["base"]
-    return None if other is None else decode(other, golden(other))
-
-
-def decode(name: str, data: bytes) -> codec.Message:
-    entry = GOLDEN[name]
-    return codec.decode(data, layout(entry["layout"]), mask=have(name), base=base(name))
 
 
 def read_plainly(name: str, data: bytes) -> Any:
@@ -127,7 +88,7 @@ def test_golden_messages_are_what_the_encoder_writes_today() -> None:
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_is_refused(name: str) -> None:
     entry = MALFORMED[name]
-    data = (HERE / "malformed" / f"{name}.fsm").read_bytes()
+    data = malformed(name)
     with pytest.raises(codec.FormatError) as caught:
         decode(entry["from"], data)
     assert entry["reason"] in caught.value.reason

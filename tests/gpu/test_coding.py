@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,14 +18,13 @@ if fs.backends()["cpu"] != "available":
         "the C++ extension, whose bytes are compared, is not built", allow_module_level=True
     )
 
+import stored_messages
 from ladder import coding
 from ladder.contracts import FLOATS, same
+from stored_messages import GOLDEN, MALFORMED
 
 pytestmark = pytest.mark.gpu
 _MANY = tuple((700 + 37 * i, 0.003 * (i + 1)) for i in range(300))
-_VECTORS = Path(__file__).parent.parent / "vectors"
-_GOLDEN = json.loads((_VECTORS / "golden.json").read_text())
-_MALFORMED = json.loads((_VECTORS / "malformed.json").read_text())
 
 
 def show(**tensors: Any) -> None:
@@ -71,17 +66,10 @@ def test_rounds(width: int, dtype: str, delta: bool) -> None:
     assert coding.same_rounds(coding.rounds("cuda", width, dtype, delta), want)
 
 
-@pytest.fixture(scope="module")
-def vectors() -> Any:
-    pytest.importorskip("hypothesis", reason="hypothesis is not installed")
-    sys.path.insert(0, str(_VECTORS.parent / "codec"))
-    return importlib.import_module("test_vectors")
-
-
-@pytest.mark.parametrize("name", _GOLDEN)
-def test_golden(name: str, vectors: Any) -> None:
-    data = vectors.golden(name)
-    want, got = vectors.decode(name, data), _decode(vectors, name, data)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str) -> None:
+    data = stored_messages.golden(name)
+    want, got = (stored_messages.decode(name, data, device) for device in (None, "cuda"))
     assert got.mask.device.type == got.packed.device.type == got.tail.device.type == "cuda"
     assert same(got.mask.words, want.mask.words)
     assert same(got.packed, want.packed)
@@ -89,17 +77,10 @@ def test_golden(name: str, vectors: Any) -> None:
     assert got.encode() == want.encode()
 
 
-@pytest.mark.parametrize("name", _MALFORMED)
-def test_malformed(name: str, vectors: Any) -> None:
-    entry = _MALFORMED[name]
-    data = (_VECTORS / "malformed" / f"{name}.fsm").read_bytes()
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed(name: str) -> None:
+    entry = MALFORMED[name]
     with pytest.raises(fs.FormatError) as caught:
-        _decode(vectors, entry["from"], data)
+        stored_messages.decode(entry["from"], stored_messages.malformed(name), "cuda")
     assert entry["reason"] in caught.value.reason
     assert caught.value.offset == entry["offset"]
-
-
-def _decode(vectors: Any, name: str, data: bytes) -> fs.codec.Message:
-    layout = vectors.layout(_GOLDEN[name]["layout"])
-    have, base = vectors.have(name), vectors.base(name)
-    return fs.codec.decode(data, layout, mask=have, base=base, device="cuda")

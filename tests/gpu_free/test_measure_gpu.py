@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -139,6 +141,19 @@ def test_tests_of_a_step_fail_it_or_end_in_time(tmp_path: Path) -> None:
     file.write_text("def test_a(): pass\ndef test_b(): assert 0")
     bench.deadline = 0.0
     assert steps.run_tests(bench, str(file)) == "1 passed, then no time left"
+
+
+def test_stored_messages_want_nothing_that_a_borrowed_machine_lacks() -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("hypothesis", "ambient", "rich", "sklearn", "safetensors")))
+import stored_messages
+for name in stored_messages.GOLDEN:
+    stored_messages.decode(name, stored_messages.golden(name))
+"""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 def test_limits_grow_with_the_minutes(tmp_path: Path) -> None:
