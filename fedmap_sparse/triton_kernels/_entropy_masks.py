@@ -7,9 +7,9 @@ import triton.language as tl
 
 from fedmap_sparse.triton_kernels._rans import (
     _STEPS,
-    _decode_step,
+    _decode_tile,
     _decoding_table,
-    _encode_step,
+    _encode_tile,
     _encoding_table,
     _open_stream,
     _transpose,
@@ -100,11 +100,9 @@ def _encode_mask(words, plan, runs, steps, chunk, room, scratch, counts, directo
             at = ((start + step * _STEP_BITS) >> 5) + place
             low, high = _read(words + at, rest, by)
             nibbles = _transpose(tile, lane)
-            for k in tl.static_range(_STEPS):
-                j = _STEPS - 1 - k
-                s = ((nibbles >> (4 * j)) & 15).to(tl.int32)
-                on = lane < live - 32 * j
-                x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
+            x, end = _encode_tile(
+                x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scratch
+            )
         cursor = first + lowest
         run -= 1
     tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
@@ -133,7 +131,7 @@ def _decode_mask(payload, pairs, states, offsets, plan, runs, steps, chunk, word
         numel = tl.load(row + 2)
         fill = tl.load(row + 3).to(tl.uint32)
         f = tl.load(row + 4 + (lane & 15)).to(tl.int32)
-        table, s4, s8, s12 = _decoding_table(f, lane)
+        each, table, s4, s8, s12 = _decoding_table(f, lane)
         by = (start & 31).to(tl.uint32)
         highest = tl.minimum((numel + _STEP_BITS - 1) // _STEP_BITS, end - first)
         step = cursor - first
@@ -141,14 +139,11 @@ def _decode_mask(payload, pairs, states, offsets, plan, runs, steps, chunk, word
         limit = tl.minimum(highest * 32, (numel + 3) // 4)
         for _ in range(tiles):
             live = tl.minimum(limit - step * 32, 1 << 20).to(tl.int32)
-            nibbles = tl.zeros((32,), tl.uint32)
-            for j in tl.static_range(_STEPS):
-                on = lane < live - 32 * j
-                x, s, now, then, ahead, base, at = _decode_step(
-                    x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
-                )
-                nibbles = nibbles | (tl.where(on, s, 0).to(tl.uint32) << (4 * j))
-            tile = _transpose(nibbles, lane)
+            x, nibbles, now, then, ahead, base, at = _decode_tile(
+                x, live, table, each, s4, s8, s12, stream, left, now, then, ahead, base, at, lane,
+                bit,
+            )  # fmt: skip
+            tile = _transpose(nibbles & _inside(4 * ((live - lane + 31) >> 5)), lane)
             rest = _rest(numel, step) - 32 * place
             inside = _inside(rest)
             beyond = (_inside((rest + 3) // 4 * 4) ^ inside) & (tile ^ fill)

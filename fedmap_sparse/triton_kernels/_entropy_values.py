@@ -8,9 +8,9 @@ import triton.language as tl
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words
 from fedmap_sparse.triton_kernels._rans import (
     _STEPS,
-    _decode_step,
+    _decode_tile,
     _decoding_table,
-    _encode_step,
+    _encode_tile,
     _encoding_table,
     _open_stream,
 )
@@ -161,11 +161,7 @@ def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.con
         place -= 32
         ahead = tl.load(place, mask=(i + 1 < tiles) & (lane >= 0), other=0)
         live = size - (tiles - 1 - i) * 256
-        for k in tl.static_range(_STEPS):
-            j = _STEPS - 1 - k
-            s = ((eight >> (4 * j)) & 15).to(tl.int32)
-            on = lane < live - 32 * j
-            x, end = _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch)
+        x, end = _encode_tile(x, end, eight, live, lane, bit, rate, reciprocal, shift, scratch)
     tl.store(states + c * 32 + lane, x.to(tl.int32, bitcast=True))
     words = CHUNK - end
     tl.store(directory + c * _ENTRY, words.to(tl.uint16))
@@ -229,19 +225,15 @@ def _decode_values(
     lane = tl.arange(0, 32)
     bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
     size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
-    table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
+    each, table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
     x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
     begin = tl.load(offsets + c)
     stream, left, now, then, ahead, base, at = _open_stream(payload, begin, pairs, lane)
     for tile in range((size + 255) // 256):
-        symbols = tl.zeros((32,), tl.uint32)
         live = size - tile * 256
-        for j in tl.static_range(_STEPS):
-            on = lane < live - 32 * j
-            x, s, now, then, ahead, base, at = _decode_step(
-                x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
-            )
-            symbols = symbols | (s.to(tl.uint32) << (4 * j))
+        x, symbols, now, then, ahead, base, at = _decode_tile(
+            x, live, table, each, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
+        )
         to = nibbles + c * (CHUNK // 8) + tile * 32 + lane
         tl.store(to, symbols.to(tl.int32, bitcast=True))
     taken = 2 * base + at - (begin & 1)

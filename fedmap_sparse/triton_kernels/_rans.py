@@ -27,9 +27,8 @@ def _transpose(x, lane):
 
 @triton.jit
 def _ballot(flags, bit):
-    """The lanes whose flag is set, as a mask; how many there are before each, and in all."""
-    lanes = tl.sum(tl.where(flags, bit, 0), 0).to(tl.uint32)
-    return popcount(lanes & (bit - 1)), popcount(lanes)
+    """The lanes whose flag is set, as a mask."""
+    return tl.sum(tl.where(flags, bit, 0), 0).to(tl.uint32)
 
 
 @triton.jit
@@ -53,18 +52,36 @@ def _encoding_table(f, lane):
 
 
 @triton.jit
-def _encode_step(x, end, s, on, rate, reciprocal, shift, bit, scratch):
-    """One step, into the words before `end`; returns the states and the new `end`."""
-    both = tl.gather(rate, s, 0)
-    f = both >> 16
-    full = on & ((x >> 16) >= f)
-    before, count = _ballot(full, bit)
-    end -= count
-    tl.store(scratch + end + before, x.to(tl.uint16), mask=full)
-    y = tl.where(full, x >> 16, x)
-    q = ((y.to(tl.uint64) * tl.gather(reciprocal, s, 0)) >> 32).to(tl.uint32)
-    q = q >> tl.gather(shift, s, 0)
-    return tl.where(on, y + (both & 0xFFFF) + q * ((1 << 15) - f), x), end
+def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scratch):
+    """Eight steps, last first, into the words before `end`; returns the states and the new `end`.
+
+    A warp issues in order, and no shuffle, ballot or store passes another. So the tables are asked
+    for all eight steps first, the states follow in one chain of arithmetic, and the ballots, which
+    no state depends on, come side by side.
+    """
+    boths, reciprocals, shifts = (), (), ()
+    for k in tl.static_range(_STEPS):
+        s = ((nibbles >> (4 * (_STEPS - 1 - k))) & 15).to(tl.int32)
+        boths = boths + (tl.gather(rate, s, 0),)
+        reciprocals = reciprocals + (tl.gather(reciprocal, s, 0),)
+        shifts = shifts + (tl.gather(shift, s, 0),)
+    states, flags = (), ()
+    for k in tl.static_range(_STEPS):
+        on = lane < live - 32 * (_STEPS - 1 - k)
+        full = on & (x >= (boths[k] & 0xFFFF0000))
+        states = states + (x,)
+        flags = flags + (full,)
+        y = tl.where(full, x >> 16, x)
+        q = ((y.to(tl.uint64) * reciprocals[k]) >> 32).to(tl.uint32) >> shifts[k]
+        x = tl.where(on, y + (boths[k] & 0xFFFF) + q * ((1 << 15) - (boths[k] >> 16)), x)
+    ballots = ()
+    for k in tl.static_range(_STEPS):
+        ballots = ballots + (_ballot(flags[k], bit),)
+    for k in tl.static_range(_STEPS):
+        end -= popcount(ballots[k])
+        to = end + popcount(ballots[k] & (bit - 1))
+        tl.store(scratch + to, states[k].to(tl.uint16), mask=flags[k])
+    return x, end
 
 
 @triton.jit
@@ -81,48 +98,71 @@ def _open_stream(payload, begin, pairs, lane):
 
 
 @triton.jit
-def _decode_step(x, on, table, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit):
-    """One step, which takes words from place `at` of `now` and `then` on.
+def _decode_step(x, on, table, slots, now, then, at, bit):
+    """One step, which takes words from place `at` of `now` and `then` on; returns the slots too.
 
     Words past the stream's end are another's or zero: the count of words tells in the end.
     """
-    slot = x & 0x7FFF
-    s = tl.where(slot >= s4, 4, 0)
-    s = tl.where(slot >= s8, 8, s)
-    s = tl.where(slot >= s12, 12, s)
-    t0 = tl.gather(table, s, 0)
-    t1 = tl.gather(table, s + 1, 0)
-    t2 = tl.gather(table, s + 2, 0)
-    t3 = tl.gather(table, s + 3, 0)
-    key = (slot << 16) | 0xFFFF  # start and frequency in one: the last that begins by the slot
-    t1_or_less = tl.where(t1 <= key, t1, t0)
-    found = tl.where(t3 <= key, t3, tl.where(t2 <= key, t2, t1_or_less))
-    y = (found & 0xFFFF) * (x >> 15) + (slot - (found >> 16))
+    key = (x << 16) & 0x7FFF0000
+    # Of differences modulo 2^32 the least is that to the last symbol that begins by the slot: a
+    # chain of adds and minima, where a search would wait for shuffles.
+    least = tl.min(key[None, :] - table[:, None], 0)
+    y = ((least & 0xFFFF) ^ 0xFFFF) * (x >> 15) + (least >> 16)
     empty = on & (y < (1 << 15))
-    before, count = _ballot(empty, bit)
-    place = at + before
+    lanes = _ballot(empty, bit)
+    place = at + popcount(lanes & (bit - 1))
     pair = place >> 1
     two = tl.where(pair < 32, tl.gather(now, pair & 31, 0), tl.gather(then, pair & 31, 0))
     word = (two >> ((place & 1) * 16).to(tl.uint32)) & 0xFFFF
     x = tl.where(empty, (y << 16) | word, tl.where(on, y, x))
-    symbol = tl.where(t1 <= key, s + 1, s)
-    symbol = tl.where(t3 <= key, s + 3, tl.where(t2 <= key, s + 2, symbol))
-    at += count
-    # A branch: any other instruction that names `ahead` would wait for it.
-    if at >= 64:
-        at -= 64
-        base += 32
-        now = then
-        then = ahead
-        ahead = load_words(stream, base + 64 + lane, left)
-    return x, symbol, now, then, ahead, base, at
+    return x, slots + (key,), at + popcount(lanes)
+
+
+@triton.jit
+def _decode_tile(
+    x, live, table, search, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
+):  # fmt: skip
+    """Eight steps; returns the states, the nibbles, and where the stream stands."""
+    keys = ()
+    for j in tl.static_range(_STEPS):
+        x, keys, at = _decode_step(x, lane < live - 32 * j, table, keys, now, then, at, bit)
+        if j % 2 == 1:
+            # Two steps take up to 64 words of the 65 or more that `now` and `then` have left.
+            # A branch: any other instruction that names `ahead` would wait for it.
+            if at >= 64:
+                at -= 64
+                base += 32
+                now = then
+                then = ahead
+                ahead = load_words(stream, base + 64 + lane, left)
+    nibbles = tl.zeros((32,), tl.uint32)
+    for j in tl.static_range(_STEPS):
+        nibbles = nibbles | (_symbol_of(keys[j], search, s4, s8, s12) << (4 * j))
+    return x, nibbles, now, then, ahead, base, at
+
+
+@triton.jit
+def _symbol_of(key, search, s4, s8, s12):
+    """The last symbol that begins by a slot: no state waits for it."""
+    s = tl.where(key >= s4, 4, 0)
+    s = tl.where(key >= s8, 8, s)
+    s = tl.where(key >= s12, 12, s)
+    t1 = tl.gather(search, s + 1, 0)
+    t2 = tl.gather(search, s + 2, 0)
+    t3 = tl.gather(search, s + 3, 0)
+    s += (t1 <= key).to(tl.int32) + (t2 <= key).to(tl.int32) + (t3 <= key).to(tl.int32)
+    return s.to(tl.uint32)
 
 
 @triton.jit
 def _decoding_table(f, lane):
-    """(start and frequency of each symbol, the starts of symbols 4, 8 and 12)."""
-    start = _starts(f, lane)
-    s4 = tl.sum(tl.where(lane == 4, start, 0), 0).to(tl.uint32)
-    s8 = tl.sum(tl.where(lane == 8, start, 0), 0).to(tl.uint32)
-    s12 = tl.sum(tl.where(lane == 12, start, 0), 0).to(tl.uint32)
-    return (start.to(tl.uint32) << 16) | f.to(tl.uint32), s4, s8, s12
+    """(start of symbol i in lane i, shifted as slots are; starts and frequencies of all symbols in
+    each lane, less 0xFFFF; the starts of symbols 4, 8 and 12)."""
+    each = _starts(f, lane).to(tl.uint32) << 16
+    both = each + (f - 0xFFFF).to(tl.uint32)
+    symbol = tl.arange(0, 16)[:, None]
+    table = tl.sum(tl.where(lane[None, :] == symbol, both[None, :], 0), 1).to(tl.uint32)
+    s4 = tl.sum(tl.where(lane == 4, each, 0), 0).to(tl.uint32)
+    s8 = tl.sum(tl.where(lane == 8, each, 0), 0).to(tl.uint32)
+    s12 = tl.sum(tl.where(lane == 12, each, 0), 0).to(tl.uint32)
+    return each, table, s4, s8, s12
