@@ -20,7 +20,8 @@ ESCAPE = 15
 CONSTANT, ONES_COMMON = 0x7F, 0x80
 _DENSITIES = 120
 MIN_CHUNK, MAX_CHUNK = 1 << 10, 1 << 17
-_CHUNK_BYTES = 16 << 10
+#: Bytes a chunk on average, at least, of masks that a CPU encodes, and that a GPU does.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 16 << 10, 4 << 10
 
 ENTRY = np.dtype(
     [
@@ -83,8 +84,14 @@ def _step_cost(code: int) -> int:
     return sum(f * (15 * 64 - (f**64).bit_length() + 1) for f in density_table(code))
 
 
-def chunk_steps(numel: Tensor, codes: Tensor) -> int:
-    """Steps a chunk: the least power of two whose chunks take 16 KiB or more on average."""
+def chunk_steps(numel: Tensor, codes: Tensor, least: int) -> int:
+    """Steps a chunk: the least power of two whose chunks take `least` bytes or more on average.
+
+    `CHUNK_BYTES` where a CPU encodes. A GPU takes a chunk a warp, and each step waits for the one
+    before: with `GPU_CHUNK_BYTES` it has four times the warps. Of 26 M bits at density 0.1 on an
+    H200, in 1024 steps a chunk in place of 4096: encoded in 162 us, not 408, decoded in 201, not
+    765, for 1.0% more bytes.
+    """
     steps, bits = 0, 0
     for n, code in zip(numel.tolist(), codes.tolist(), strict=True):
         if code & CONSTANT != CONSTANT:
@@ -92,7 +99,7 @@ def chunk_steps(numel: Tensor, codes: Tensor) -> int:
             steps += run
             bits += run * _step_cost(code)
     size = MIN_CHUNK
-    while size < MAX_CHUNK and bits * size < _CHUNK_BYTES * 8 * steps * 64 * 1024:
+    while size < MAX_CHUNK and bits * size < least * 8 * steps * 64 * 1024:
         size *= 2
     return size
 
@@ -131,13 +138,12 @@ class Masked:
 
 
 def open_mask(payload: Tensor, runs: Runs) -> Masked:
-    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]  # a buffer
-    count = runs.start.numel()
+    """Of a payload on any device; only what is before the words comes to the host."""
+    size, count = payload.numel(), runs.start.numel()
     directory = 8 + -(-count // 4) * 4
-    if len(data) < directory:
-        raise PayloadError(
-            "expected a density for each tensor, got the end of the payload", len(data)
-        )
+    if size < directory:
+        raise PayloadError("expected a density for each tensor, got the end of the payload", size)
+    data = _bytes(payload, directory)
     chunk, chunks = (int(v) for v in np.frombuffer(data, "<u4", 2))
     if not MIN_CHUNK <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
         raise PayloadError("expected steps a chunk to be a power of two from 2^10 to 2^17", 0)
@@ -153,10 +159,11 @@ def open_mask(payload: Tensor, runs: Runs) -> Masked:
         raise PayloadError("the number of chunks disagrees with the densities", 4)
     states_at = directory + 4 * chunks
     words_at = states_at + 4 * rans.LANES * chunks
-    if len(data) < words_at:
-        raise PayloadError("expected directory and states, got the end of the payload", len(data))
+    if size < words_at:
+        raise PayloadError("expected directory and states, got the end of the payload", size)
+    data = _bytes(payload, words_at)
     sizes = np.frombuffer(data, "<u4", chunks, directory).astype(np.int64)
-    if words_at + 2 * int(sizes.sum()) != len(data):
+    if words_at + 2 * int(sizes.sum()) != size:
         reason = "the directory's words disagree with the size of the payload"
         raise PayloadError(reason, directory)
     states = _states(data, states_at, chunks)
@@ -191,14 +198,16 @@ class Valued:
 
 
 def open_values(payload: Tensor, n: int, dtype: torch.dtype) -> Valued:
+    """As `open_mask`: of 10^8 values 0.5 MB of 113 MB, where all of it took 76 ms to come from an
+    H200."""
     e_bits, low_bits, high_bits, _ = SPLIT[dtype]
-    data: Any = memoryview(payload.numpy())  # type: ignore[arg-type]  # a buffer
-    chunks = -(-n // VALUE_CHUNK)
+    size, chunks = payload.numel(), -(-n // VALUE_CHUNK)
     parts = states_at, low_at, high_at, words_at = value_parts(n, dtype)
     low_end, high_end = low_at + n * low_bits // 8, high_at + -(-n * high_bits // 8)
-    if len(data) < words_at:
+    if size < words_at:
         reason = "expected directory, states and planes, got the end of the payload"
-        raise PayloadError(reason, len(data))
+        raise PayloadError(reason, size)
+    data = _bytes(payload, low_at)
     entries = np.frombuffer(data, ENTRY, chunks)
     uneven = entries["frequency"].sum(1, dtype=np.int64) != rans.SUM
     beyond, reserved = entries["top"] >= 1 << e_bits, entries["zero"].any(1)
@@ -212,15 +221,24 @@ def open_values(payload: Tensor, n: int, dtype: torch.dtype) -> Valued:
     words_end = words_at + 2 * int(sizes.sum())
     escapes_at = -(-words_end // 4) * 4
     escapes_end = escapes_at + int(entries["escapes"].sum(dtype=np.int64))
-    if -(-escapes_end // 4) * 4 != len(data):
+    if -(-escapes_end // 4) * 4 != size:
         raise PayloadError("the directory disagrees with the size of the payload", 0)
     states = _states(data, states_at, chunks)
-    if n * high_bits % 8 and data[high_end - 1] >> n * high_bits % 8:
+    gaps = ((high_end - 1, high_end), (low_end, high_at), (high_end, words_at),
+            (words_end, escapes_at), (escapes_end, size))  # fmt: skip
+    rest = torch.cat([payload[begin:end] for begin, end in gaps]).tolist()
+    if n * high_bits % 8 and rest[0] >> n * high_bits % 8:
         raise PayloadError("expected padding to be zero", high_end - 1)
-    gaps = ((low_end, high_at), (high_end, words_at), (words_end, escapes_at))
-    for begin, end in (*gaps, (escapes_end, len(data))):
-        _check_zeros(data, begin, end)
+    padding = [at for begin, end in gaps[1:] for at in range(begin, end)]
+    for at, value in zip(padding, rest[1:], strict=True):
+        if value:
+            raise PayloadError("expected padding to be zero", at)
     return Valued(parts, entries, states, sizes, escapes_at)
+
+
+def _bytes(payload: Tensor, end: int) -> memoryview:
+    """The first bytes, on the host."""
+    return memoryview(payload[:end].cpu().numpy())  # type: ignore[arg-type]  # a buffer
 
 
 def _states(data: memoryview, at: int, chunks: int) -> rans.Array:

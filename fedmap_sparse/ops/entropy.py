@@ -2,7 +2,8 @@
 
 Masks: nibbles of the bitmap, with one quantised density a tensor. Values: a survivor's exponent
 says little (1-2.5 bits of 8), so exponents are coded and signs and mantissas stored as they are.
-Both are cut into chunks that decode independently; every implementation writes the same bytes.
+Both are cut into chunks that decode independently; every implementation writes the same bytes for
+the same chunks, and a GPU cuts masks into shorter ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fedmap_sparse.mask import Mask, bool_from_words, num_words
 from fedmap_sparse.ops import _entropy_reference as reference
 from fedmap_sparse.ops import _rans_reference as rans
 from fedmap_sparse.ops._payload import (
+    CHUNK_BYTES,
+    GPU_CHUNK_BYTES,
     ONES_COMMON,
     STEP_BITS,
     Runs,
@@ -73,6 +76,9 @@ def encode_mask(
 ) -> Tensor | None:
     """The bits of all runs, entropy-coded.
 
+    The backend decides how many steps a chunk has (`_payload.chunk_steps`): `triton` takes shorter
+    ones. For one length of chunk all backends write the same bytes, and all read any.
+
     Args:
         words: bitmap, int32.
         runs: the bits that travel; those outside are not stored.
@@ -83,8 +89,9 @@ def encode_mask(
         uint8 tensor, or None when it would not fit. O(bits).
     """
     codes = density_codes(runs.numel, nnz)
-    chunk = chunk_steps(runs.numel, codes)
     backend = _backends.pick(backend, words.device)
+    least = GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES
+    chunk = chunk_steps(runs.numel, codes, least)
     if backend == "triton":
         return _encode_mask_triton(words, runs, codes, chunk, capacity)
     if backend == "reference":
@@ -216,7 +223,7 @@ def check_values(
 
 def largest_exponent(payload: Tensor, numel: int, dtype: torch.dtype) -> int:
     """The largest biased exponent of values that `check_values` accepted. O(chunks + escapes)."""
-    opened = open_values(payload.cpu(), numel, dtype)
+    opened = open_values(payload, numel, dtype)
     occur = opened.entries["frequency"] > 0
     first = opened.entries["top"].astype(np.int64) - occur.argmax(1)  # the first symbol in use
     escapes = payload[opened.escapes_at :].cpu().numpy()  # with up to 3 zeros of padding
@@ -288,7 +295,7 @@ def _device_plan(coded: list[tuple[int, int, int]]) -> Tensor:
 
 
 def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.device) -> Tensor:
-    opened = open_mask(payload.cpu(), runs)
+    opened = open_mask(payload, runs)
     words: Tensor
     words, broken = _run(
         "decode_mask",
@@ -309,7 +316,7 @@ def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.d
 def _decode_values_triton(
     payload: Tensor, numel: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    opened = open_values(payload.cpu(), numel, dtype)
+    opened = open_values(payload, numel, dtype)
     words = _offsets(opened.sizes, opened.parts[-1] // 2)
     escapes = _offsets(opened.entries["escapes"].astype(np.int64), opened.escapes_at)
     places = torch.stack([words, escapes]).to(device)

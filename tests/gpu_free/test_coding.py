@@ -27,6 +27,11 @@ def test_masks_without_room(rung: Any) -> None:
     coding.ranks(5001, "cpu", rung.show)
 
 
+@pytest.mark.parametrize("rung", ["ptx sm_90"], indirect=True)
+def test_chunks_of_a_gpu(rung: Any) -> None:
+    coding.chunks_of_a_gpu("cpu", rung.show)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 700, 1500] if WHOLE else [700])
 def test_values(rung: Any, n: int, dtype: torch.dtype) -> None:

@@ -295,12 +295,12 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
     runs, nnz = _payload.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
     codes = _payload.density_codes(runs.numel, nnz)
     coded, steps = _payload.coded_runs(runs, codes.tolist())
-    chunk = _payload.chunk_steps(runs.numel, codes)
     plan = coder._device_plan(coded).to(device)
-    head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
     payload = coder.encode_mask(mask.words, runs, nnz, room, backend=by)
     assert payload is not None
-    opened, size = _payload.open_mask(payload.cpu(), runs), payload.numel()
+    opened, size = _payload.open_mask(payload, runs), payload.numel()
+    chunk = opened.chunk
+    head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
     offsets = coder._offsets(opened.sizes, opened.words_at // 2).to(device)
     inside = coder._padded(payload, device)
     none = torch.empty(0, 2, dtype=torch.int64)
@@ -327,7 +327,7 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
         parts = _payload.value_parts(n, dtype)
         payload = coder.encode_values(values, 8 * n + 10_000, backend=by)
         assert payload is not None
-        valued = _payload.open_values(payload.cpu(), n, dtype)
+        valued = _payload.open_values(payload, n, dtype)
         inside = coder._padded(payload, device)
         escapes = valued.entries["escapes"].astype("int64")
         places = torch.stack(

@@ -29,11 +29,32 @@ def small_chunks(steps: int, values: int) -> Iterator[None]:
             (_payload, "MIN_CHUNK", steps),
             (_payload, "VALUE_CHUNK", values),
             (_entropy_reference, "VALUE_CHUNK", values),
-            (entropy, "chunk_steps", lambda numel, codes: steps),
+            (entropy, "chunk_steps", lambda *_: steps),
             (kernels, "CHUNK", values),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
+
+
+@contextlib.contextmanager
+def chunks_of_a_cpu() -> Iterator[None]:
+    """A GPU cuts masks as a CPU does, and so writes the same bytes."""
+    with mock.patch.object(entropy, "GPU_CHUNK_BYTES", entropy.CHUNK_BYTES):
+        yield
+
+
+def chunks_of_a_gpu(device: str, show: Show) -> None:
+    """A GPU's own chunks, which are shorter, and which a CPU reads too."""
+    runs, bits, nnz = runs_of(((130_000, 0.1), (5000, 0.1)), 0)
+    words = fs.Mask.from_bool(bits).words
+    got = entropy.encode_mask(words.to(device), runs, nnz, 100_000, backend="triton")
+    want = entropy.encode_mask(words, runs, nnz, 100_000, backend="cpu")
+    assert got is not None
+    assert want is not None
+    assert got[:8].view(torch.int32).tolist() == [1024, 2]
+    assert want[:8].view(torch.int32).tolist() == [4096, 1]
+    assert same(entropy.decode_mask(got.cpu(), runs, bits.numel(), backend="cpu"), words)
+    assert same(entropy.decode_mask(got, runs, bits.numel(), backend="triton"), words)
 
 
 def runs_of(shapes: Any, gap: int) -> tuple[entropy.Runs, Tensor, Tensor]:
@@ -50,6 +71,7 @@ def runs_of(shapes: Any, gap: int) -> tuple[entropy.Runs, Tensor, Tensor]:
     return runs, torch.cat(parts), torch.tensor([int(p.sum()) for p in parts])
 
 
+@chunks_of_a_cpu()
 def masks(shapes: Any, gap: int, device: str, show: Show, by: str = "cpu") -> None:
     """Payloads as `by` writes them, and back; broken ones are refused as `by` refuses them."""
     runs, bits, nnz = runs_of(shapes, gap)
@@ -79,6 +101,7 @@ def masks(shapes: Any, gap: int, device: str, show: Show, by: str = "cpu") -> No
         assert refusals[0] == refusals[1] != ""
 
 
+@chunks_of_a_cpu()
 def masks_without_room(device: str, show: Show) -> None:
     """Nothing to code, one step, and capacities too small: for the states, and for the words."""
     masks(((40, 0.5),), 0, device, show)
@@ -165,6 +188,7 @@ def _refusals(
     return found
 
 
+@chunks_of_a_cpu()
 def rounds(device: str, width: int, dtype: str, delta: bool) -> list[Any]:
     """Every message of two rounds of a server with two clients, and the model at the end.
 
