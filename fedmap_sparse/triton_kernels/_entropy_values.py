@@ -7,7 +7,6 @@ import triton.language as tl
 
 from fedmap_sparse.triton_kernels._bits import exclusive, load_words
 from fedmap_sparse.triton_kernels._rans import (
-    _STEPS,
     _decode_tile,
     _decoding_table,
     _encode_tile,

@@ -52,6 +52,11 @@ def _encoding_table(f, lane):
 
 
 @triton.jit
+def _with(those, one):
+    return those + (one,)
+
+
+@triton.jit
 def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scratch):
     """Eight steps, last first, into the words before `end`; returns the states and the new `end`.
 
@@ -62,21 +67,21 @@ def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scra
     boths, reciprocals, shifts = (), (), ()
     for k in tl.static_range(_STEPS):
         s = ((nibbles >> (4 * (_STEPS - 1 - k))) & 15).to(tl.int32)
-        boths = boths + (tl.gather(rate, s, 0),)
-        reciprocals = reciprocals + (tl.gather(reciprocal, s, 0),)
-        shifts = shifts + (tl.gather(shift, s, 0),)
+        boths = _with(boths, tl.gather(rate, s, 0))
+        reciprocals = _with(reciprocals, tl.gather(reciprocal, s, 0))
+        shifts = _with(shifts, tl.gather(shift, s, 0))
     states, flags = (), ()
     for k in tl.static_range(_STEPS):
         on = lane < live - 32 * (_STEPS - 1 - k)
         full = on & (x >= (boths[k] & 0xFFFF0000))
-        states = states + (x,)
-        flags = flags + (full,)
+        states = _with(states, x)
+        flags = _with(flags, full)
         y = tl.where(full, x >> 16, x)
         q = ((y.to(tl.uint64) * reciprocals[k]) >> 32).to(tl.uint32) >> shifts[k]
         x = tl.where(on, y + (boths[k] & 0xFFFF) + q * ((1 << 15) - (boths[k] >> 16)), x)
     ballots = ()
     for k in tl.static_range(_STEPS):
-        ballots = ballots + (_ballot(flags[k], bit),)
+        ballots = _with(ballots, _ballot(flags[k], bit))
     for k in tl.static_range(_STEPS):
         end -= popcount(ballots[k])
         to = end + popcount(ballots[k] & (bit - 1))
@@ -98,8 +103,8 @@ def _open_stream(payload, begin, pairs, lane):
 
 
 @triton.jit
-def _decode_step(x, on, table, slots, now, then, at, bit):
-    """One step, which takes words from place `at` of `now` and `then` on; returns the slots too.
+def _decode_step(x, on, table, keys, now, then, at, bit):
+    """One step, which takes words from place `at` of `now` and `then` on; adds its slots to `keys`.
 
     Words past the stream's end are another's or zero: the count of words tells in the end.
     """
@@ -115,7 +120,7 @@ def _decode_step(x, on, table, slots, now, then, at, bit):
     two = tl.where(pair < 32, tl.gather(now, pair & 31, 0), tl.gather(then, pair & 31, 0))
     word = (two >> ((place & 1) * 16).to(tl.uint32)) & 0xFFFF
     x = tl.where(empty, (y << 16) | word, tl.where(on, y, x))
-    return x, slots + (key,), at + popcount(lanes)
+    return x, _with(keys, key), at + popcount(lanes)
 
 
 @triton.jit
