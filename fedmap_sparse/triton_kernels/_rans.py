@@ -64,21 +64,21 @@ def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scra
     for all eight steps first, the states follow in one chain of arithmetic, and the ballots, which
     no state depends on, come side by side.
     """
-    boths, reciprocals, shifts = (), (), ()
+    rates, reciprocals, shifts = (), (), ()
     for k in tl.static_range(_STEPS):
         s = ((nibbles >> (4 * (_STEPS - 1 - k))) & 15).to(tl.int32)
-        boths = _with(boths, tl.gather(rate, s, 0))
+        rates = _with(rates, tl.gather(rate, s, 0))
         reciprocals = _with(reciprocals, tl.gather(reciprocal, s, 0))
         shifts = _with(shifts, tl.gather(shift, s, 0))
     states, flags = (), ()
     for k in tl.static_range(_STEPS):
         on = lane < live - 32 * (_STEPS - 1 - k)
-        full = on & (x >= (boths[k] & 0xFFFF0000))
+        full = on & (x >= (rates[k] & 0xFFFF0000))
         states = _with(states, x)
         flags = _with(flags, full)
         y = tl.where(full, x >> 16, x)
         q = ((y.to(tl.uint64) * reciprocals[k]) >> 32).to(tl.uint32) >> shifts[k]
-        x = tl.where(on, y + (boths[k] & 0xFFFF) + q * ((1 << 15) - (boths[k] >> 16)), x)
+        x = tl.where(on, y + (rates[k] & 0xFFFF) + q * ((1 << 15) - (rates[k] >> 16)), x)
     ballots = ()
     for k in tl.static_range(_STEPS):
         ballots = _with(ballots, _ballot(flags[k], bit))
