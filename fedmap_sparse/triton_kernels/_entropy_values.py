@@ -5,13 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedmap_sparse.triton_kernels._bits import exclusive, load_words
+from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
 from fedmap_sparse.triton_kernels._rans import (
+    _STEPS,
+    _ballot,
     _decode_tile,
     _decoding_table,
     _encode_tile,
     _encoding_table,
+    _none,
     _open_stream,
+    _with,
 )
 
 _ENTRY = tl.constexpr(20)  # of the directory, in 16-bit words
@@ -25,7 +29,8 @@ def _bits_of(values, at, inside):
 
 @triton.jit
 def _symbol(top, e):
-    return tl.where((e <= top) & (e + _ESCAPE > top), top - e, _ESCAPE)
+    """Exponents beyond the 15 below `top`, above it too, differ by more, modulo 2^32."""
+    return tl.minimum((top - e).to(tl.uint32, bitcast=True), _ESCAPE)
 
 
 @triton.jit
@@ -42,16 +47,22 @@ def _put_three_bits(plane, h, words, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _bins(v, low, EXPONENT: tl.constexpr, SHIFT: tl.constexpr):
+    """Of each value's exponent its distance to `low`, from 0 to 31."""
+    e = ((v >> SHIFT) & ((1 << EXPONENT) - 1)).to(tl.int32)
+    return e if EXPONENT == 5 else tl.minimum(tl.maximum(e - low, 0), 31)
+
+
+@triton.jit
 def _split(
-    values, low, high, begin, block, size, EXPONENT: tl.constexpr, LOW: tl.constexpr,
+    values, low, high, begin, block, size, lowest, EXPONENT: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the planes of BLOCK values; returns how many have each exponent, lanes past `size`
+    """Stores the planes of BLOCK values; returns how many are in each of `_bins`, lanes past `size`
     counted as zeros. FULL: none is past it, so the mask splits no wide access."""
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i >= 0 if FULL else i < size
     v = _bits_of(values, begin + i, inside)
-    e = (v >> (LOW + HIGH - 1)) & ((1 << EXPONENT) - 1)
     sign = v >> (LOW + HIGH + EXPONENT - 1)
     h = (sign << (HIGH - 1)) | ((v & ((1 << (LOW + HIGH - 1)) - 1)) >> LOW)
     if LOW > 0:
@@ -61,21 +72,53 @@ def _split(
     else:
         first = 3 * (begin + block * BLOCK) // 32
         _put_three_bits(high + first, h, (3 * (size - block * BLOCK) + 31) // 32, BLOCK)
-    return tl.histogram(e.to(tl.int32), 256)
+    return tl.histogram(_bins(v, lowest, EXPONENT, LOW + HIGH - 1), 32)
 
 
 @triton.jit
-def _eights(
-    values, begin, block, size, top, EXPONENT: tl.constexpr, SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
+def _covered(counts, BINS: tl.constexpr):
+    """How many are in the 15 bins that end in each."""
+    bins = tl.arange(0, BINS)
+    through = tl.cumsum(counts, 0)
+    earlier = tl.gather(through, tl.maximum(bins - 15, 0), 0)
+    return through - tl.where(bins >= 15, earlier, 0)
+
+
+@triton.jit
+def _every_exponent(
+    values, begin, size, s, EXPONENT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The least top whose 15 exponents cover the most, and how many each of the first 15 symbols
+    has: by a histogram of all exponents."""
+    bins = tl.arange(0, 256)
+    counts = tl.zeros((256,), tl.int32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        v = _bits_of(values, begin + i, i < size)
+        counts += tl.histogram(((v >> SHIFT) & ((1 << EXPONENT) - 1)).to(tl.int32), 256)
+    counts -= tl.where(bins == 0, (size + BLOCK - 1) // BLOCK * BLOCK - size, 0)
+    covered = _covered(counts, 256)
+    top = 255 - (tl.max(covered * 256 + 255 - bins, 0) & 255)
+    return top, tl.gather(counts, tl.maximum(top - s, 0), 0)
+
+
+@triton.jit
+def _put_eights(
+    values, nibbles, first, size, top, EXPONENT: tl.constexpr, SHIFT: tl.constexpr,
+    TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The symbols of BLOCK values, of eight steps in each register."""
-    tile = tl.arange(0, BLOCK // 256)[:, None, None]
-    step = tl.arange(0, 8)[None, :, None]
-    i = block * BLOCK + 256 * tile + 32 * step + tl.arange(0, 32)[None, None, :]
-    v = _bits_of(values, begin + i, i >= 0 if FULL else i < size)
-    e = ((v >> SHIFT) & ((1 << EXPONENT) - 1)).to(tl.int32)
-    return tl.sum(_symbol(top, e) << (4 * step), 1)
+    """The symbols of TILES tiles from tile `first` on, of eight steps in each register. A thread
+    has the same lanes of all steps, so it asks no other."""
+    tile = first + tl.arange(0, TILES)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    eights = tl.zeros((TILES, 32), tl.uint32)
+    for j in tl.static_range(_STEPS):
+        i = 256 * tile + 32 * j + lane
+        v = _bits_of(values, i, i >= 0 if FULL else i < size)
+        e = ((v >> SHIFT) & ((1 << EXPONENT) - 1)).to(tl.int32)
+        eights = eights | (_symbol(top, e) << (4 * j))
+    here = tile >= 0 if FULL else tile * 256 < size
+    tl.store(nibbles + 32 * tile + lane, eights.to(tl.int32, bitcast=True), mask=here & (lane >= 0))
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["escapes"])
@@ -92,29 +135,49 @@ def _describe(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """A chunk's entry of the directory but for its words, its planes, and its symbols."""
     c = tl.program_id(0)
     begin = c.to(tl.int64) * CHUNK
     size = tl.minimum(n - begin, CHUNK).to(tl.int32)
-    bins = tl.arange(0, 256)
-    counts = tl.zeros((256,), tl.int32)
+    bins = tl.arange(0, 32)
+    s = tl.arange(0, 16)
+    # A histogram of 256 bins costs a warp 64 shared atomics' conflicts for each tile, of 32 bins
+    # one. Those of 8 bits lie about the greatest of the first values; what is beyond is in the
+    # outer two, and if these could hold a better top all exponents are counted.
+    lowest = tl.zeros((), tl.int32)
+    if EXPONENT == 8:
+        i = tl.arange(0, SAMPLE)
+        sample = _bits_of(values, begin + i, i < size)
+        lowest = tl.max((sample >> (LOW + HIGH - 1)) & 255, 0).to(tl.int32) - 23
+    counts = tl.zeros((32,), tl.int32)
     blocks = (size + BLOCK - 1) // BLOCK
     for block in range(blocks):
         if (block + 1) * BLOCK <= size:
             counts += _split(
-                values, low, high, begin, block, size, EXPONENT, LOW, HIGH, BLOCK, True
+                values, low, high, begin, block, size, lowest, EXPONENT, LOW, HIGH, BLOCK, True
             )
         else:
             counts += _split(
-                values, low, high, begin, block, size, EXPONENT, LOW, HIGH, BLOCK, False
+                values, low, high, begin, block, size, lowest, EXPONENT, LOW, HIGH, BLOCK, False
             )
-    counts -= tl.where(bins == 0, blocks * BLOCK - size, 0)  # lanes past the end
-    through = tl.cumsum(counts, 0)
-    earlier = tl.where(bins >= 15, tl.gather(through, tl.maximum(bins - 15, 0), 0), 0)
-    top = 255 - (tl.max((through - earlier) * 256 + 255 - bins, 0) & 255)
-    s = tl.arange(0, 16)
-    known = tl.where((s < 15) & (s <= top), tl.gather(counts, tl.maximum(top - s, 0), 0), 0)
+    zero = tl.minimum(tl.maximum(-lowest, 0), 31)
+    counts -= tl.where(bins == zero, blocks * BLOCK - size, 0)  # lanes past the end
+    covered = _covered(counts, 32)
+    if EXPONENT == 8:
+        covered = tl.where((bins >= 15) & (bins < 31), covered, 0)
+    best = tl.max(covered * 32 + 31 - bins, 0)
+    bin_of_top = 31 - (best & 31)
+    top = lowest + bin_of_top
+    known = tl.gather(counts, tl.maximum(bin_of_top - s, 0), 0)
+    if EXPONENT == 8:
+        below = tl.sum(tl.where(bins < 15, counts, 0), 0)
+        above = tl.sum(tl.where(bins > 16, counts, 0), 0)
+        if (below >= best // 32) | (above > best // 32):
+            top, known = _every_exponent(values, begin, size, s, EXPONENT, LOW + HIGH - 1, SAMPLE)
+    known = tl.where((s < 15) & (s <= top), known, 0)
     rare = size - tl.sum(known, 0)
     known = tl.where(s == 15, rare, known)
     nearest = (known.to(tl.uint32) * 65536 + size.to(tl.uint32)) // (2 * size).to(tl.uint32)
@@ -127,14 +190,13 @@ def _describe(
     tl.store(entry + 3, tl.zeros((), tl.uint16))
     tl.store(entry + 4 + s, f.to(tl.uint16))
     tl.store(escapes + 1 + c, rare.to(tl.int64))
-    lane = tl.arange(0, 32)
-    for block in range(blocks):
-        if (block + 1) * BLOCK <= size:
-            eight = _eights(values, begin, block, size, top, EXPONENT, LOW + HIGH - 1, BLOCK, True)
+    values += begin
+    nibbles += c.to(tl.int64) * (CHUNK // 8)
+    for first in range(0, (size + 255) // 256, TILES):
+        if (first + TILES) * 256 <= size:
+            _put_eights(values, nibbles, first, size, top, EXPONENT, LOW + HIGH - 1, TILES, True)
         else:
-            eight = _eights(values, begin, block, size, top, EXPONENT, LOW + HIGH - 1, BLOCK, False)
-        to = block * (BLOCK // 256) + tl.arange(0, BLOCK // 256)[:, None]
-        tl.store(nibbles + c.to(tl.int64) * (CHUNK // 8) + 32 * to + lane[None, :], eight)
+            _put_eights(values, nibbles, first, size, top, EXPONENT, LOW + HIGH - 1, TILES, False)
 
 
 @triton.jit
@@ -193,23 +255,56 @@ def _escapes(
     CHUNK: tl.constexpr,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """The exponents that have no symbol, behind the words."""
+    """The exponents that have no symbol, behind the words: few as a rule, so most tiles are left
+    at a look at their symbols."""
     c = tl.program_id(0).to(tl.int64)
     to = base + (2 * tl.load(offsets + chunks) + 3) // 4 * 4 + tl.load(escapes + c)
     values += c * CHUNK
     size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
     nibbles += c * (CHUNK // 8)
+    lane = tl.arange(0, 32)
+    bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
+    tiles = (size + 255) // 256
     if tl.load(escapes + c + 1) > tl.load(escapes + c):
-        for start in range(0, size, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            escaped = (i < size) & (_symbols(nibbles, start, BLOCK) == _ESCAPE)
-            flags = escaped.to(tl.int32)
-            place = to + exclusive(flags)
-            e = (_bits_of(values, i, escaped) >> MANTISSA) & ((1 << EXPONENT) - 1)
-            tl.store(out + place, e.to(tl.uint8), mask=escaped & (place < limit))
-            to += tl.sum(flags, 0)
+        for group in range(0, tiles, TILES):
+            w = tl.arange(0, 32 * TILES)
+            eights = load_words(nibbles + group * 32, w, (tiles - group) * 32)
+            if tl.max(_fifteens(eights), 0) > 0:
+                for tile in range(group, tl.minimum(group + TILES, tiles)):
+                    marks = _fifteens(load_words(nibbles + tile * 32, lane, 32))
+                    if tl.max(marks, 0) > 0:
+                        to = _put_escapes(
+                            values + tile * 256, size - tile * 256, marks, lane, bit, out, to,
+                            limit, EXPONENT, MANTISSA,
+                        )  # fmt: skip
+
+
+@triton.jit
+def _fifteens(eight):
+    """Of each nibble that is 15 the lowest bit."""
+    pairs = eight & (eight >> 1)
+    return pairs & (pairs >> 2) & 0x11111111
+
+
+@triton.jit
+def _put_escapes(
+    values, size, marks, lane, bit, out, to, limit, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr
+):
+    """Those of a tile, of which `size` values count; returns where the next tile's go."""
+    flags, exponents = _none(), _none()
+    for j in tl.static_range(_STEPS):
+        flag = (((marks >> (4 * j)) & 1) != 0) & (lane < size - 32 * j)
+        v = _bits_of(values, 32 * j + lane, flag)
+        flags = _with(flags, flag)
+        exponents = _with(exponents, (v >> MANTISSA) & ((1 << EXPONENT) - 1))
+    for j in tl.static_range(_STEPS):
+        lanes = _ballot(flags[j], bit)
+        place = to + popcount(lanes & (bit - 1))
+        tl.store(out + place, exponents[j].to(tl.uint8), mask=flags[j] & (place < limit))
+        to += popcount(lanes)
+    return to
 
 
 @triton.jit(

@@ -52,6 +52,12 @@ def _encoding_table(f, lane):
 
 
 @triton.jit
+def _none():
+    """No elements, of a type that mypy lets grow."""
+    return ()
+
+
+@triton.jit
 def _with(those, one):
     return those + (one,)
 
@@ -64,13 +70,13 @@ def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scra
     for all eight steps first, the states follow in one chain of arithmetic, and the ballots, which
     no state depends on, come side by side.
     """
-    rates, reciprocals, shifts = (), (), ()
+    rates, reciprocals, shifts = _none(), _none(), _none()
     for k in tl.static_range(_STEPS):
         s = ((nibbles >> (4 * (_STEPS - 1 - k))) & 15).to(tl.int32)
         rates = _with(rates, tl.gather(rate, s, 0))
         reciprocals = _with(reciprocals, tl.gather(reciprocal, s, 0))
         shifts = _with(shifts, tl.gather(shift, s, 0))
-    states, flags = (), ()
+    states, flags = _none(), _none()
     for k in tl.static_range(_STEPS):
         on = lane < live - 32 * (_STEPS - 1 - k)
         full = on & (x >= (rates[k] & 0xFFFF0000))
@@ -79,7 +85,7 @@ def _encode_tile(x, end, nibbles, live, lane, bit, rate, reciprocal, shift, scra
         y = tl.where(full, x >> 16, x)
         q = ((y.to(tl.uint64) * reciprocals[k]) >> 32).to(tl.uint32) >> shifts[k]
         x = tl.where(on, y + (rates[k] & 0xFFFF) + q * ((1 << 15) - (rates[k] >> 16)), x)
-    ballots = ()
+    ballots = _none()
     for k in tl.static_range(_STEPS):
         ballots = _with(ballots, _ballot(flags[k], bit))
     for k in tl.static_range(_STEPS):
@@ -128,7 +134,7 @@ def _decode_tile(
     x, live, table, search, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
 ):  # fmt: skip
     """Eight steps; returns the states, the nibbles, and where the stream stands."""
-    keys = ()
+    keys = _none()
     for j in tl.static_range(_STEPS):
         x, keys, at = _decode_step(x, lane < live - 32 * j, table, keys, now, then, at, bit)
         if j % 2 == 1:

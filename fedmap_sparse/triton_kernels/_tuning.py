@@ -48,6 +48,11 @@ REFINE_LANES = 1024
 SETTLE_LANES = 32
 TRIM_BLOCKS = 4
 
+# Entropy coding.
+#: Values of which a program that describes a chunk stores the planes at a time, tiles of 256 values
+#: whose symbols it stores at a time, and its warps.
+DESCRIBE = (2048, 32, 8)
+
 
 def pack_shape(density: float) -> Shape:
     """Of packing."""

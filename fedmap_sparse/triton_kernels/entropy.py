@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import load_words, popcount
 from fedmap_sparse.triton_kernels._entropy_masks import _decode_mask, _encode_mask, _fill, _inside
 from fedmap_sparse.triton_kernels._entropy_values import (
@@ -213,6 +214,7 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
     counts = torch.zeros(2, chunks + 1, dtype=torch.int64, device=device)
     size = torch.empty(1, dtype=torch.int64, device=device)
     bits, shorts, mantissa = _raw(values), out.view(torch.uint16), low_bits + high_bits - 1
+    block, tiles, warps = _tuning.DESCRIBE
     launch(
         _describe,
         (chunks,),
@@ -227,9 +229,10 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
-        BLOCK=min(4096, CHUNK),
-        # Of 16-bit values a thread then takes as many at once as it loads with one instruction.
-        num_warps=8 if values.element_size() == 4 else 16,
+        BLOCK=min(block, CHUNK),
+        SAMPLE=min(1024, CHUNK // 2),
+        TILES=min(tiles, CHUNK // 512),
+        num_warps=warps,
     )
     launch(
         _encode_values,
@@ -273,8 +276,8 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
         CHUNK=CHUNK,
         EXPONENT=exponent,
         MANTISSA=mantissa,
-        BLOCK=min(2048, CHUNK),
-        num_warps=8,
+        TILES=min(8, CHUNK // 256),
+        num_warps=1,
     )
     return out, size
 

@@ -53,6 +53,10 @@ def test_values(n: int, dtype: torch.dtype) -> None:
     coding.values(n, dtype, "cuda", show)
 
 
+def test_values_far_apart() -> None:
+    coding.values_far_apart("cuda", show)
+
+
 def test_values_refused() -> None:
     coding.values_refused("cuda", show)
 

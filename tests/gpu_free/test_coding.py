@@ -39,6 +39,11 @@ def test_values(rung: Any, n: int, dtype: torch.dtype) -> None:
         coding.values(n, dtype, "cpu", rung.show, by="reference")
 
 
+def test_values_far_apart(rung: Any) -> None:
+    with coding.small_chunks(16, 512):
+        coding.values_far_apart("cpu", rung.show, by="reference")
+
+
 def test_values_refused(rung: Any) -> None:
     coding.values_refused("cpu", rung.show)
 

@@ -132,7 +132,21 @@ def ranks(n: int, device: str, show: Show) -> None:
 
 def values(n: int, dtype: torch.dtype, device: str, show: Show, by: str = "cpu") -> None:
     """As `masks`; with escapes where there are 20 values or more."""
-    x = special(n, dtype, "cpu")
+    _values(special(n, dtype, "cpu"), device, by)
+
+
+def values_far_apart(device: str, show: Show, by: str = "cpu") -> None:
+    """Chunks whose best exponents lie far below or above those of its first values."""
+    few, tiny = torch.zeros(700), 2.0 ** -(60 + torch.arange(700) % 20)
+    few[3] = 1
+    tiny[256:] = torch.randn(444)
+    for dtype in (torch.float32, torch.bfloat16):
+        for x in (few, tiny, tiny.flip(0)):
+            _values(x.to(dtype), device, by)
+
+
+def _values(x: Tensor, device: str, by: str) -> None:
+    n, dtype = x.numel(), x.dtype
     room = 2 * x.nbytes + 1000
     want = entropy.encode_values(x, room, backend=by)
     assert want is not None
