@@ -14,7 +14,7 @@ from typing import Any
 
 import measure_gpu
 import pytest
-from gpu_run import chunks, counters, steps, sweeps, ties, waits
+from gpu_run import chunks, counters, steps, sweeps, tests, ties, waits
 from gpu_run.bench import Bench
 from measure_gpu import Step
 
@@ -129,18 +129,48 @@ def test_a_capture_that_fails_or_goes_wrong_is_told(monkeypatch: pytest.MonkeyPa
     assert waits.attempt("pack", False) == "replayed, other values"
 
 
-def test_tests_of_a_step_fail_it_or_end_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tests_of_a_step_fail_it(tmp_path: Path, workers: int) -> None:
     bench = Bench("tests", tmp_path, 60.0, True, None)
     for name, text in (("test_fails", "def test_it(): assert 0"), ("test_no_import", "import no_")):
         file = tmp_path / f"{name}.py"
         file.write_text(text)
-        with pytest.raises(RuntimeError, match="tests: 1 "):
-            steps.run_tests(bench, str(file))
-        assert name in bench.found["failures"][0]
-    file = tmp_path / "test_two.py"
-    file.write_text("def test_a(): pass\ndef test_b(): assert 0")
-    bench.deadline = 0.0
-    assert steps.run_tests(bench, str(file)) == "1 passed, then no time left"
+        with pytest.raises(RuntimeError, match="tests: 1 failed"):
+            tests.run_tests(bench, str(file), workers=workers)
+        ((test, why),) = bench.found["failures"].items()
+        assert name in test
+        assert ("assert 0" if name == "test_fails" else "no_") in why
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tests_of_a_step_end_in_time(tmp_path: Path, workers: int) -> None:
+    bench = Bench("tests", tmp_path, 60.0, True, None)
+    file = tmp_path / "test_three.py"
+    file.write_text(
+        "import time\n"
+        "from fedmap_sparse.triton_kernels import _tuning\n"
+        "def test_a(): assert _tuning.STEP_DENSE == (1, 2, 3, 4)\n"
+        "def test_b(): time.sleep(600)\n"
+        "def test_c(): time.sleep(600)\n"
+    )
+    start = time.monotonic()
+    settings = {"STEP_DENSE": (1, 2, 3, 4)}
+    line = tests.run_tests(bench, str(file), settings=settings, seconds=12, workers=workers)
+    assert line == "1 passed, then no time left"
+    assert time.monotonic() - start < 30
+    assert bench.found["collected"] == 3
+    assert next(iter(bench.found["longest"])).endswith("::test_a")
+
+
+def test_stress_follows_tests_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **named: Any) -> None:
+        raise RuntimeError("tests: 1 failed")
+
+    monkeypatch.setattr(steps, "run_tests", fails)
+    bench = Bench("contracts", tmp_path, 60.0, True, None)
+    with pytest.raises(RuntimeError, match="1 failed"):
+        steps.contracts(bench)
+    assert bench.found["stress"] == {"selections": 2, "wrong": 0}
 
 
 def test_stored_messages_want_nothing_that_a_borrowed_machine_lacks() -> None:

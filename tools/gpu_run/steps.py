@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gpu_run.counters import counters
 from gpu_run.graphs import graphs
 from gpu_run.machine import machine
 from gpu_run.sweeps import sweeps
+from gpu_run.tests import run_tests
 from gpu_run.ties import ties
 from gpu_run.waits import waits
 
@@ -26,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 3
 #: What the step of this name runs instead of the contracts.
 _LARGE = "more_than_2_to_the_31"
-#: Seconds before a step's deadline at which no further test begins.
-_LEFT_TO_TESTS = 3.0
+#: Files of tests/gpu, the most worth knowing first.
+_WORTH = ("contracts", "on_device", "private", "coding", "nccl")
+#: Seconds of selections under stress, at most.
+_STRESS = 15.0
 
 
 def build(bench: Bench) -> None:
@@ -55,44 +59,14 @@ def build(bench: Bench) -> None:
     bench.note(extension="built here")
 
 
-def run_tests(bench: Bench, *arguments: str, settings: dict[str, Any] | None = None) -> str:
-    """The last line of a run of tests. Nothing of tests/conftest.py: it wants further packages."""
-    import pytest
-
-    class Last:
-        line = ""
-
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.failed:
-                failures.append(report.nodeid)
-                bench.note(failures=failures)
-
-        def pytest_runtest_teardown(self, item: Any) -> None:
-            if bench.left() < _LEFT_TO_TESTS:
-                item.session.shouldstop = "no time left"
-
-        def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-            counts = terminalreporter.stats
-            kinds = ("passed", "failed", "error", "skipped")
-            self.line = ", ".join(f"{len(counts[k])} {k}" for k in kinds if counts.get(k))
-            failures.extend(r.nodeid for r in counts.get("error", []) if r.nodeid not in failures)
-            if bench.left() < _LEFT_TO_TESTS:
-                self.line += ", then no time left"
-
-    failures: list[str] = []
-    last = Last()
-    fixed = ["-q", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests' / 'gpu'}", "--tb=short"]
-    with tuned(settings or {}):
-        code = pytest.main([*fixed, *arguments], plugins=[last])
-    bench.note(tests=last.line, code=int(code), failures=failures)
-    if failures or code not in (0, 2, 5):  # 2: stopped
-        raise RuntimeError(f"tests: {last.line}")
-    return last.line
-
-
 def contracts(bench: Bench) -> None:
-    run_tests(bench, str(ROOT / "tests" / "gpu"), "-k", f"not {_LARGE}")
-    stress(bench)
+    """The tests in order of worth, then stress, which has its time whatever became of them."""
+    folder = ROOT / "tests" / "gpu"
+    paths = [str(folder / f"test_{name}.py") for name in _WORTH]
+    try:
+        run_tests(bench, *paths, "-k", f"not {_LARGE}", seconds=bench.left() - _STRESS)
+    finally:
+        stress(bench)
 
 
 def stress(bench: Bench) -> None:
@@ -105,7 +79,8 @@ def stress(bench: Bench) -> None:
     wrong, rounds = torch.zeros((), dtype=torch.int64, device=bench.device), 0
     side = torch.cuda.Stream() if bench.real else None
     noise = torch.empty(1 << 26 if bench.real else 16, device=bench.device)
-    while bench.left() > 10 and rounds < (100_000 if bench.real else 2):
+    end = time.monotonic() + min(_STRESS, bench.left() - 1)
+    while time.monotonic() < end and rounds < (100_000 if bench.real else 2):
         for _ in range(500 if bench.real else 1):
             got = ops.magnitude_mask(values, values.numel() // 10, backend=backend).words
             wrong += (got != want).any()
@@ -225,7 +200,7 @@ def large(bench: Bench) -> None:
         raise Skip("runs whole ops")
     times = _large_us(bench, (1 << 31) + 4999 if bench.real else 20_000)
     bench.note(us=times)
-    run_tests(bench, str(ROOT / "tests" / "gpu" / "test_on_device.py"), "-k", _LARGE)
+    run_tests(bench, str(ROOT / "tests" / "gpu" / "test_on_device.py"), "-k", _LARGE, workers=1)
 
 
 def _large_us(bench: Bench, n: int) -> dict[str, float]:

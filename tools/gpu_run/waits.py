@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,8 +26,15 @@ from gpu_run.bench import Bench
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PARTS = ("", "tools", "tests/gpu_free")
-#: Ops that are captured in a process that has compiled none of their kernels.
-CAPTURED = ("select", "select of 8", "pack", "unpack", "extract", "deposit", "masked_sgd")
+#: Ops that are captured in a process that has compiled none of their kernels. A selection of a list
+#: fetches the number of survivors of each tensor, which no capture allows.
+CAPTURED = ("select", "select within", "pack", "unpack", "extract", "deposit", "masked_sgd")
+#: Such processes at a time: each takes 6 s on a GPU's host of 16 cores, most of it one import.
+_AT_ONCE = 4
+#: Seconds that are kept for what comes after them.
+_HOST = 6.0
+#: What torch warns of at each wait that it sees. That its watch is a prototype is another warning.
+_SYNC = "called a synchronizing CUDA operation"
 
 
 def calls(n: int, device: torch.device, by: str) -> dict[str, Callable[[], Any]]:
@@ -69,9 +81,7 @@ def fetched(device: torch.device) -> Iterator[list[str]]:
             yield seen
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    seen += [
-        f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
-    ]
+    seen += [f"{Path(w.filename).name}:{w.lineno}" for w in caught if _SYNC in str(w.message)]
 
 
 def host_us(run: Callable[[], object], repeats: int = 50) -> float:
@@ -87,18 +97,29 @@ def host_us(run: Callable[[], object], repeats: int = 50) -> float:
 
 
 def waits(bench: Bench) -> None:
-    """Captures first, each in a process of its own; then what each op fetches, and host time."""
-    captures: dict[str, str] = {}
+    """Captures first, each in a process of its own; then what each op fetches, and host time, on a
+    machine with nothing else to do."""
     by = "triton" if bench.real else "reference"
-    for name in CAPTURED:
-        if bench.left() < 5:
-            bench.note(left_out=f"from the capture of {name} on: no time left")
-            break
-        captures[name] = elsewhere(name, bench.left()) if bench.real else attempt(name, False)
-        bench.note(captures=captures)
+    captures: dict[str, str] = {}
+
+    def capture(name: str) -> None:
+        if bench.left() < 2 * _HOST:
+            captures[name] = "not tried: no time left"
+        elif bench.real:
+            captures[name] = elsewhere(name, bench.left() - _HOST)
+        else:
+            captures[name] = attempt(name, False)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(capture, CAPTURED):
+            bench.note(captures=captures)
     syncs: dict[str, list[str]] = {}
     host: dict[str, float] = {}
-    for name, run in calls(1 << 20 if bench.real else 5000, bench.device, by).items():
+    found = calls(1 << 20 if bench.real else 5000, bench.device, by)
+    for name, run in found.items():
+        if bench.left() < 1:
+            bench.note(left_out=f"from the host time of {name} on: no time left")
+            return
         run()  # compiles
         with fetched(bench.device) as seen:
             run()
@@ -106,6 +127,63 @@ def waits(bench: Bench) -> None:
         if bench.real:
             host[name] = host_us(run)
         bench.note(syncs=syncs, host_us=host)
+    if bench.real:
+        bench.note(parts_us={name: host_us(run) for name, run in parts(found["pack"]).items()})
+        bench.note(profile={name: profiled(found[name]) for name in ("select", "masked_sgd")})
+
+
+def parts(pack: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """What a call's host time is made of: allocations, guards, the driver's own launch."""
+    from triton.runtime import driver
+
+    from fedmap_sparse.triton_kernels import _launch
+
+    taken: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def spy(compiled: Any) -> Callable[..., object]:
+        return lambda *given: taken.append((compiled, given)) or compiled.run(*given)
+
+    with mock.patch.dict(_launch._compiled):
+        for key, compiled in _launch._compiled.items():
+            _launch._compiled[key] = SimpleNamespace(
+                run=spy(compiled), function=compiled.function,
+                packed_metadata=compiled.packed_metadata,
+            )  # fmt: skip
+        pack()
+    kernel, given = taken[0]
+    device, active = torch.device("cuda", torch.cuda.current_device()), driver.active
+    some = torch.empty(1024, device=device)
+
+    def guarded() -> None:
+        with torch.cuda.device(device):
+            pass
+
+    return {
+        "pack, all of it": pack,
+        "its launch by the driver": lambda: kernel.run(*given),
+        "torch.empty": lambda: torch.empty(1024, device=device),
+        "torch.zeros": lambda: torch.zeros(1024, device=device),
+        "a view": lambda: some.view(torch.int32),
+        "data_ptr": some.data_ptr,
+        "the current device": active.get_current_device,
+        "its stream": lambda: active.get_current_stream(device.index),
+        "a device guard": guarded,
+    }
+
+
+def profiled(run: Callable[[], object], repeats: int = 200) -> list[str]:
+    """Where a call's Python goes: microseconds a call, and how often, by function."""
+    watch = cProfile.Profile()
+    torch.cuda.synchronize()
+    with watch:
+        for _ in range(repeats):
+            run()
+    torch.cuda.synchronize()
+    rows = sorted(pstats.Stats(watch).stats.items(), key=lambda row: -row[1][2])  # type: ignore[attr-defined]  # not in the stubs
+    return [
+        f"{1e6 * own / repeats:.1f} us, {calls / repeats:g} x {Path(file).name}:{line} {name}"
+        for (file, line, name), (_, calls, own, _, _) in rows[:20]
+    ]
 
 
 def elsewhere(name: str, seconds: float) -> str:
@@ -117,7 +195,7 @@ def elsewhere(name: str, seconds: float) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
-            capture_output=True, text=True, timeout=max(5.0, seconds), check=False,
+            capture_output=True, text=True, timeout=max(1.0, seconds), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "no end in time"
@@ -134,7 +212,9 @@ def attempt(name: str, real: bool) -> str:
     try:
         out, replay = captured(run, real)
     except Exception as error:  # which is what is to be known
-        return f"refused: {type(error).__name__}: {str(error)[:200]}"
+        # The end of a broken capture raises again: the first error says why.
+        first = error.__context__ or error
+        return f"refused: {type(first).__name__}: {str(first)[:200]}"
     replay()
     got = flat(out)
     if got != flat(run()):
