@@ -1,20 +1,17 @@
-"""Values under rANS: exponents coded, signs and mantissas in planes. docs/format.md, 5."""
+"""Values into rANS: exponents coded, signs and mantissas in planes. docs/format.md, 5."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fedmap_sparse.triton_kernels._bits import exclusive, load_words, popcount
+from fedmap_sparse.triton_kernels._bits import load_words, popcount
 from fedmap_sparse.triton_kernels._rans import (
     _STEPS,
     _ballot,
-    _decode_tile,
-    _decoding_table,
     _encode_tile,
     _encoding_table,
     _none,
-    _open_stream,
     _with,
 )
 
@@ -229,15 +226,6 @@ def _encode_values(nibbles, n, directory, states, scratch, counts, CHUNK: tl.con
     tl.store(counts + 1 + c, words.to(tl.int64))
 
 
-@triton.jit
-def _symbols(nibbles, element, BLOCK: tl.constexpr):
-    """The symbols of BLOCK elements from a multiple of 256 on, and their registers."""
-    eight = tl.load(nibbles + element // 8 + tl.arange(0, BLOCK // 8)).to(tl.uint32, bitcast=True)
-    i = tl.arange(0, BLOCK)
-    mine = tl.gather(eight, (i >> 8) * 32 + (i & 31), 0)
-    return ((mine >> (((i >> 5) & 7) * 4).to(tl.uint32)) & 15).to(tl.int32)
-
-
 @triton.jit(
     do_not_specialize=["n", "base", "limit", "chunks"],
     do_not_specialize_on_alignment=["offsets", "escapes"],
@@ -305,116 +293,3 @@ def _put_escapes(
         tl.store(out + place, exponents[j].to(tl.uint8), mask=flags[j] & (place < limit))
         to += popcount(lanes)
     return to
-
-
-@triton.jit(
-    do_not_specialize=["pairs", "states", "n"],
-    do_not_specialize_on_alignment=["offsets", "broken"],
-)
-def _decode_values(
-    payload, directory, pairs, states, offsets, n, nibbles, broken, CHUNK: tl.constexpr
-):
-    """A chunk's symbols: 8 steps of a lane a register."""
-    c = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, 32)
-    bit = tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)
-    size = tl.minimum(n - c * CHUNK, CHUNK).to(tl.int32)
-    each, table, s4, s8, s12 = _decoding_table(_frequencies(directory, c, lane), lane)
-    x = tl.load(payload + states + c * 32 + lane).to(tl.uint32, bitcast=True)
-    begin = tl.load(offsets + c)
-    stream, left, now, then, ahead, base, at = _open_stream(payload, begin, pairs, lane)
-    for tile in range((size + 255) // 256):
-        live = size - tile * 256
-        x, symbols, now, then, ahead, base, at = _decode_tile(
-            x, live, table, each, s4, s8, s12, stream, left, now, then, ahead, base, at, lane, bit
-        )
-        to = nibbles + c * (CHUNK // 8) + tile * 32 + lane
-        tl.store(to, symbols.to(tl.int32, bitcast=True))
-    taken = 2 * base + at - (begin & 1)
-    sound = (x == (1 << 15)) & (taken == tl.load(offsets + c + 1) - begin)
-    tl.store(broken + c, tl.max(1 - sound.to(tl.int32), 0))
-
-
-@triton.jit
-def _three_bits(plane, first, words, BLOCK: tl.constexpr):
-    """Three bits each of BLOCK elements, whose first are in word `first` of the plane."""
-    eighth = tl.arange(0, BLOCK // 8)
-    w = load_words(plane, first + eighth, tl.minimum(first + BLOCK // 32 * 3, words))
-    place, shift = 24 * eighth >> 5, (24 * eighth & 31).to(tl.uint32)
-    high = tl.gather(w, place + 1, 0) << ((32 - shift) & 31)
-    eights = (tl.gather(w, place, 0) >> shift) | tl.where(shift > 0, high, 0)
-    i = tl.arange(0, BLOCK)
-    return (tl.gather(eights, i >> 3, 0) >> (3 * (i & 7)).to(tl.uint32)) & 7
-
-
-@triton.jit
-def _joined(
-    nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape, last_escape,
-    EXPONENT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    """Stores BLOCK values; returns the number of the next escape and which lanes are impossible.
-    FULL: as in `_split`."""
-    i = start + tl.arange(0, BLOCK)
-    inside = i >= 0 if FULL else i < size
-    s = _symbols(nibbles, start, BLOCK)
-    escaped = inside & (s == _ESCAPE)
-    flags = escaped.to(tl.int32)
-    at = next_escape + exclusive(flags)
-    e = tl.load(escapes + at, mask=escaped & (at < last_escape), other=0).to(tl.int32)
-    next_escape += tl.sum(flags, 0)
-    impossible = (s > top) & (s != _ESCAPE)
-    wrong = (inside & (impossible | (e >= (1 << EXPONENT)))).to(tl.int32)
-    e = tl.where(escaped, e, top - s).to(tl.uint32)
-    if HIGH == 8:
-        h = tl.load(high + begin + i, mask=inside, other=0).to(tl.uint32)
-    else:
-        h = _three_bits(high, 3 * (begin + start) // 32, (3 * n + 31) // 32, BLOCK)
-    v = ((h >> (HIGH - 1)) << (LOW + HIGH + EXPONENT - 1)) | (e << (LOW + HIGH - 1))
-    v = v | ((h & ((1 << (HIGH - 1)) - 1)) << LOW)
-    if LOW > 0:
-        v = v | tl.load(low + begin + i, mask=inside, other=0).to(tl.uint32)
-    tl.store(out + begin + i, v.to(out.dtype.element_ty), mask=inside)
-    return next_escape, wrong
-
-
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["offsets", "broken"])
-def _join(
-    nibbles,
-    directory,
-    low,
-    high,
-    offsets,
-    escapes,
-    n,
-    out,
-    broken,
-    CHUNK: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Values from symbols, escapes and planes."""
-    c = tl.program_id(0).to(tl.int64)
-    begin = c * CHUNK
-    size = tl.minimum(n - begin, CHUNK).to(tl.int32)
-    top = tl.load(directory + c * _ENTRY + 2).to(tl.int32) & 255
-    next_escape = tl.load(offsets + c)
-    last_escape = tl.load(offsets + c + 1)
-    wrong = tl.zeros((BLOCK,), tl.int32)
-    nibbles += c * (CHUNK // 8)
-    for start in range(0, size, BLOCK):
-        if start + BLOCK <= size:
-            next_escape, more = _joined(
-                nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape,
-                last_escape, EXPONENT, LOW, HIGH, BLOCK, True,
-            )  # fmt: skip
-        else:
-            next_escape, more = _joined(
-                nibbles, low, high, escapes, n, out, begin, start, size, top, next_escape,
-                last_escape, EXPONENT, LOW, HIGH, BLOCK, False,
-            )  # fmt: skip
-        wrong = wrong | more
-    ragged = (next_escape != last_escape).to(tl.int32)
-    tl.store(broken + c, tl.maximum(tl.max(wrong, 0), ragged))

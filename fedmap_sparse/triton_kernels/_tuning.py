@@ -52,6 +52,8 @@ TRIM_BLOCKS = 4
 #: Values of which a program that describes a chunk stores the planes at a time, tiles of 256 values
 #: whose symbols it stores at a time, and its warps.
 DESCRIBE = (2048, 32, 8)
+#: Tiles that a program joins, and its warps: four values a thread suit streams of any width.
+JOIN = (32, 8)
 
 
 def pack_shape(density: float) -> Shape:

@@ -18,14 +18,9 @@ from torch import Tensor
 
 from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import load_words, popcount
+from fedmap_sparse.triton_kernels._entropy_join import _decode_values, _join, _restore
 from fedmap_sparse.triton_kernels._entropy_masks import _decode_mask, _encode_mask, _fill, _inside
-from fedmap_sparse.triton_kernels._entropy_values import (
-    _decode_values,
-    _describe,
-    _encode_values,
-    _escapes,
-    _join,
-)
+from fedmap_sparse.triton_kernels._entropy_values import _describe, _encode_values, _escapes
 from fedmap_sparse.triton_kernels._launch import cdiv, launch
 
 LANES = 32
@@ -299,7 +294,8 @@ def decode_values(
     out = torch.empty(numel, dtype=dtype, device=payload.device)
     nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=payload.device)
     broken = torch.empty(2, chunks, dtype=torch.int32, device=payload.device)
-    shorts = payload.view(torch.uint16)
+    shorts, bits = payload.view(torch.uint16), _raw(out)
+    tiles, warps = _tuning.JOIN
     launch(
         _decode_values,
         (chunks,),
@@ -314,23 +310,37 @@ def decode_values(
         CHUNK=CHUNK,
         num_warps=1,
     )
+    tiles = min(tiles, CHUNK // 256)
     launch(
         _join,
-        (chunks,),
+        (cdiv(numel, 256 * tiles),),
         nibbles,
         shorts,
         payload[low:].view(low_type),
-        payload[high:].view(torch.uint8 if high_bits == 8 else torch.int32),
-        places[1],
-        payload,
+        payload[high:],
         numel,
-        _raw(out),
-        broken[1],
+        bits,
         CHUNK=CHUNK,
         EXPONENT=exponent,
         LOW=low_bits,
         HIGH=high_bits,
-        BLOCK=min(2048, CHUNK),
-        num_warps=8,
+        TILES=tiles,
+        num_warps=warps,
+    )
+    launch(
+        _restore,
+        (chunks,),
+        nibbles,
+        shorts,
+        places[1],
+        payload,
+        numel,
+        bits,
+        broken[1],
+        CHUNK=CHUNK,
+        EXPONENT=exponent,
+        MANTISSA=low_bits + high_bits - 1,
+        TILES=min(8, CHUNK // 256),
+        num_warps=1,
     )
     return out, broken

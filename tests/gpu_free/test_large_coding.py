@@ -10,7 +10,12 @@ from gpucheck.far import before, run
 from torch import Tensor
 
 from fedmap_sparse.ops._payload import density_table
-from fedmap_sparse.triton_kernels import _entropy_masks, _entropy_values, entropy
+from fedmap_sparse.triton_kernels import (
+    _entropy_join,
+    _entropy_masks,
+    _entropy_values,
+    entropy,
+)
 
 FAR = 5_000_000_000  # words of the chunks before
 
@@ -143,8 +148,9 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
     n, bits = (chunk + 1) * size, entropy._raw(values)
     kind, low_kind = (f"*u{8 * t.itemsize}" for t in (bits.dtype, low_type))
     high_kind = "*u8" if high_bits == 8 else "*i32"
-    split: dict[str, Any] = {"CHUNK": size, "EXPONENT": exponent, "BLOCK": size}
+    split: dict[str, Any] = {"CHUNK": size, "EXPONENT": exponent, "TILES": size // 256}
     planes: dict[str, Any] = {**split, "LOW": low_bits, "HIGH": high_bits}
+    found: dict[str, Any] = {**split, "MANTISSA": low_bits + high_bits - 1}
     directory, states, nibbles = zeros(20, torch.uint16), zeros(32), zeros(size // 8)
     low, high = zeros(size, low_type), zeros(size * high_bits // 8, torch.uint8)
     counts, escapes = zeros(1, torch.int64), torch.tensor([begin, begin])
@@ -160,7 +166,7 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
             "values": kind, "n": "i64", "directory": "*u16", "low": low_kind, "high": high_kind,
             "escapes": "*i64", "nibbles": "*i32",
         },
-        planes,
+        {**planes, "BLOCK": size, "SAMPLE": size // 2},
         everywhere | {"escapes": before(escapes, chunk)},
         shown,
         [chunk],
@@ -188,7 +194,7 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
             "values": kind, "n": "i64", "nibbles": "*i32", "offsets": "*i64", "escapes": "*i64",
             "out": "*u8", "base": "i64", "limit": "i64", "chunks": "i32",
         },
-        {**split, "MANTISSA": low_bits + high_bits - 1},
+        found,
         everywhere
         | {
             "offsets": before(offsets, chunk), "escapes": before(escapes, chunk),
@@ -196,11 +202,12 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
         },
         {**shown, "offsets": offsets, "escaped": escaped},
         [chunk],
+        warps=1,
     )  # fmt: skip
     back, broken = torch.zeros_like(bits), torch.ones(2, dtype=torch.int32)
     got, payload = zeros(size // 8), before(coded, begin)
     run(
-        _entropy_values._decode_values,
+        _entropy_join._decode_values,
         {
             "payload": "*i32", "directory": "*u16", "pairs": "i64", "states": "i64",
             "offsets": "*i64", "n": "i64", "nibbles": "*i32", "broken": "*i32",
@@ -219,12 +226,23 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
     )  # fmt: skip
     assert torch.equal(got, nibbles)
     run(
-        _entropy_values._join,
+        _entropy_join._join,
         {
-            "nibbles": "*i32", "directory": "*u16", "low": low_kind, "high": high_kind,
-            "offsets": "*i64", "escapes": "*u8", "n": "i64", "out": kind, "broken": "*i32",
+            "nibbles": "*i32", "directory": "*u16", "low": low_kind, "high": "*u8", "n": "i64",
+            "out": kind,
         },
         planes,
+        everywhere | {"out": before(back, chunk * size)},
+        {**shown, "out": back},
+        [chunk],
+    )  # fmt: skip
+    run(
+        _entropy_join._restore,
+        {
+            "nibbles": "*i32", "directory": "*u16", "offsets": "*i64", "escapes": "*u8",
+            "n": "i64", "out": kind, "broken": "*i32",
+        },
+        found,
         everywhere
         | {
             "offsets": before(escapes, chunk), "escapes": before(escaped, begin),
@@ -232,6 +250,7 @@ def code_values(values: Tensor, chunk: int) -> tuple[Tensor, ...]:
         },
         {**shown, "offsets": escapes, "escaped": escaped, "out": back, "broken": broken},
         [chunk],
+        warps=1,
     )  # fmt: skip
     assert not broken.any()
     return directory, states, low, high, coded[:count], escaped, back

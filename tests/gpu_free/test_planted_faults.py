@@ -124,6 +124,11 @@ def _values32(show: Any) -> None:
     coding.values(300, F32, "cpu", show)
 
 
+def _values_far_apart(show: Any) -> None:
+    with coding.small_chunks(16, 512):
+        coding.values_far_apart("cpu", show, by="reference")
+
+
 def _values_refused(show: Any) -> None:
     coding.values_refused("cpu", show)
 
@@ -162,9 +167,10 @@ def _plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "_bits": ["_scan"],
         "_scan": ["extract", "select"],
         "_search": ["select"],
-        "_rans": ["_entropy_masks", "_entropy_values", "entropy"],
+        "_rans": ["_entropy_masks", "_entropy_values", "_entropy_join", "entropy"],
         "_entropy_masks": ["entropy"],
-        "_entropy_values": ["entropy"],
+        "_entropy_values": ["_entropy_join", "entropy"],
+        "_entropy_join": ["entropy"],
     }.get(fault.stem, [])
     for name in names:
         full = f"fedmap_sparse.triton_kernels.{name}"

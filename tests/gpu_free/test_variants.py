@@ -23,6 +23,7 @@ CONTRACTS: dict[str, Callable[[Any], None]] = {
     "STEP_SPARSE": lambda show: contracts.masked_sgd(0.02, F32, "cpu", show),
     "EXTRACT_WORDS": lambda show: contracts.deposit(40000, 0.05, "cpu", show),
     "DEPOSIT_WARPS": lambda show: contracts.deposit(40000, 0.3, "cpu", show),
+    "JOIN": lambda show: coding.values(34_000, torch.float16, "cpu", show),
     "DESCRIBE": lambda show: coding.values(34_000, F32, "cpu", show),
 }
 

@@ -17,6 +17,7 @@ _SHAPES = ((256, 256, 8, 2048), (128, 64, 1, 256), (64, 64, 1, 256), (128, 32, 1
 _SELECT = ("select float32", "select bfloat16", "select within 0.3")
 _SPARSE = ("pack float32 0.1", "masked_adamw float32 0.1", "masked_adamw float32 0.01")
 _ENCODE = ("encode_values float32", "encode_values float16", "encode_values bfloat16")
+_DECODE = ("decode_values float32", "decode_values float16", "decode_values bfloat16")
 _ALLOWED = 1.02
 
 
@@ -51,6 +52,7 @@ SWEEPS = (
     Sweep("SETTLE_LANES", (64,), _SELECT),
     Sweep("TRIM_BLOCKS", (1, 2), _SELECT),
     Sweep("DESCRIBE", ((2048, 64, 8), (4096, 64, 16), (1024, 32, 4)), _ENCODE),
+    Sweep("JOIN", ((16, 4), (64, 8), (8, 1)), _DECODE),
     Sweep("PACK_MIDDLE", _SHAPES, ("pack float32 0.1", "pack bfloat16 0.1")),
     Sweep("PACK_DENSE", ((128, 64, 1, 256), (256, 1024, 4, 2048)), ("pack float32 0.5",)),
 )
