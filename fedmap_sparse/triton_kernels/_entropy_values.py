@@ -267,6 +267,10 @@ def _escapes(
                             values + tile * 256, size - tile * 256, marks, lane, bit, out, to,
                             limit, EXPONENT, MANTISSA,
                         )  # fmt: skip
+    if c == chunks - 1:
+        padding = to + tl.arange(0, 4)
+        beyond = (padding < (to + 3) // 4 * 4) & (padding < limit)
+        tl.store(out + padding, tl.zeros((4,), tl.uint8), mask=beyond)
 
 
 @triton.jit

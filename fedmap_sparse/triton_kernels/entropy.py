@@ -1,12 +1,12 @@
 """rANS on the device: one warp per chunk, one lane per state. Bytes: docs/format.md, 4.1 and 5.
 
 What limits it is latency. A chunk is a chain of steps, each waiting for the one before, and a mask
-of 26 M weights is 50 chunks of 4096 steps at density 0.1 (13 of 16384 at 0.01), its survivors 80
-chunks of 1024: fewer warps than a large device has multiprocessors. So a step is kept short. The
-words that lanes take or put are placed by a ballot (a sum of distinct bits: one REDUX on sm_80 and
-later) and its popcounts; a symbol is found by three comparisons and four shuffles side by side, not
-by four halvings one after another; words come from registers, 64 in each, the next on their way;
-nibbles of eight steps are read, transposed and written together.
+of 26 M weights is 200 chunks of 1024 steps at density 0.1 (50 of 4096 at 0.01), its survivors 80
+chunks of 1024: warps for a part of an H200's 528 schedulers. So a step is kept short. The words
+that lanes take or put are placed by a ballot (a sum of distinct bits: one REDUX on sm_80 and later)
+and its popcounts, those of eight steps side by side where words are put; a slot's frequency is
+found by adds and minima, and its symbol afterwards; words come from registers, 64 in each, the next
+on their way; nibbles of eight steps are read, transposed and written together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _WORDS = 1024  # that a program copies at once
     do_not_specialize_on_alignment=["offsets", "escapes"],
 )
 def _compact(scratch, room, offsets, escapes, out, base, limit, size, chunks, BLOCK: tl.constexpr):
-    """The words of all chunks side by side, from word `base` of the payload on; and its size."""
+    """The words of all chunks side by side, from word `base` of the payload on, with a zero if they
+    are odd; and its size."""
     c = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + c)
     count = (tl.load(offsets + c + 1) - begin).to(tl.int32)
@@ -45,8 +46,10 @@ def _compact(scratch, room, offsets, escapes, out, base, limit, size, chunks, BL
         word = tl.load(source + i, mask=i < count, other=0)
         tl.store(out + to, word, mask=(i < count) & (to < limit))
     if (c == 0) & (tl.program_id(1) == 0):
-        total = 2 * (base + tl.load(offsets + chunks))
+        end = base + tl.load(offsets + chunks)
+        total = 2 * end
         if escapes is not None:
+            tl.store(out + end, tl.zeros((), tl.uint16), mask=(end % 2 == 1) & (end < limit))
             total = (total + 3) // 4 * 4 + (tl.load(escapes + chunks) + 3) // 4 * 4
         tl.store(size, total)
 
@@ -75,13 +78,6 @@ def _raw(t: Tensor) -> Tensor:
     return t.view(-1).view(torch.uint32 if t.dtype == torch.float32 else torch.uint16)
 
 
-def _room(capacity: int, head: Tensor, device: torch.device) -> Tensor:
-    """Zeros for a payload of `capacity` bytes that begins with `head`."""
-    out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
-    out[: head.numel()].copy_(head)
-    return out
-
-
 def encode_mask(
     words: Tensor, plan: Tensor, steps: int, chunk: int, head: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +91,7 @@ def encode_mask(
         head: uint8, the payload up to the directory. Head, directory and states fit.
     """
     device, chunks = words.device, cdiv(steps, chunk)
-    out = _room(capacity, head, device)
+    out = torch.empty(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
     room = LANES * min(chunk, steps)
     scratch = torch.empty(chunks * room, dtype=torch.int16, device=device).view(torch.uint16)
     counts = torch.zeros(chunks + 1, dtype=torch.int64, device=device)
@@ -131,6 +127,8 @@ def encode_mask(
         chunks,
         BLOCK=_WORDS,
     )
+    # Last, as the host waits for the device here.
+    out[: head.numel()].copy_(head)
     return out, size
 
 
@@ -203,7 +201,10 @@ def encode_values(values: Tensor, parts: tuple[int, ...], capacity: int) -> tupl
     chunks = cdiv(n, CHUNK)
     exponent, low_bits, high_bits, low_type = _SPLIT[values.dtype]
     states, low, high, base = parts
-    out = torch.zeros(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
+    out = torch.empty(-(-capacity // 4) * 4, dtype=torch.uint8, device=device)
+    for at, bits_each, end in ((low, low_bits, high), (high, high_bits, base)):
+        if at + n * bits_each // 8 < end:
+            out[at + n * bits_each // 8 : end].zero_()  # the padding, and bits before it
     scratch = torch.empty(chunks * CHUNK, dtype=torch.int16, device=device).view(torch.uint16)
     nibbles = torch.empty(chunks * CHUNK // 8, dtype=torch.int32, device=device)
     counts = torch.zeros(2, chunks + 1, dtype=torch.int64, device=device)
