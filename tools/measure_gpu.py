@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Everything to be measured on a borrowed GPU, in one command of about eight minutes.
+"""Everything to be measured on a borrowed GPU, in one command of five to eight minutes.
 
     python tools/measure_gpu.py --out build/gpu-run            on a machine with a GPU
     python tools/measure_gpu.py --out build/gpu-dry --dry-run  the same steps without one, tiny
 
 Each step is a process of its own with a time limit. It writes OUT/STEP.json after each piece, so a
-step that fails, hangs or is killed leaves what it had, and the next one starts. OUT/run.json says
+step that fails, hangs or is killed leaves what it had, and the next one starts. What is most worth
+knowing comes first; limits grow with --minutes, and below five much is left out. OUT/run.json says
 how each step ended. `benchmarks/gpu_report.py --run OUT` makes a page of it.
 
 Needed: torch with CUDA, triton, pytest. The C++ extension, whose bytes some contracts compare, is
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What a failed step's record keeps of its output, in characters.
 _TAIL = 4000
 #: Of its limit, the seconds in which a step ought to have ended by itself.
-_GRACE = 5.0
+_GRACE = 1.5
 #: Minutes that the limits are planned for.
 _MINUTES = 8.0
 
@@ -52,23 +53,24 @@ class Step:
     command: tuple[str, ...] = ()
 
 
-#: Their limits add up to eight minutes: a run that is killed at each of them ends in time.
+#: By what they are worth. Without the first, which mostly has nothing to do, their limits add up to
+#: eight minutes: a run that is killed at each of them ends in time.
 STEPS = (
-    Step("build", 40, "the C++ extension, whose bytes some contracts compare"),
-    Step("machine", 15, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
-    Step("contracts", 80, "tests/gpu, and selections under stress"),
-    Step("waits", 30, "captures without a warm-up, numbers that ops fetch, host time of a call"),
-    Step("baseline", 40, "device time and kernels of every workload"),
-    Step("counters", 40, "ncu, one launch per kernel, where it is allowed"),
-    Step("sweeps", 60, "each constant of _tuning.py, one after another"),
-    Step("chunks", 15, "the entropy coder's masks in chunks of other lengths"),
-    Step("graphs", 15, "direct launches beside replays of a CUDA graph, of a local step too"),
-    Step("ties", 30, "selections of inputs with ties"),
-    Step("winners", 20, "contracts with the fastest values"),
-    Step("scale", 25, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
-    Step("large", 20, "more than 2^31 elements: the contracts, and times"),
-    Step("peers", 25, "fedmap-sparse bench beside its peers"),
-    Step("experiment", 20, "fedmap-sparse run device=cuda"),
+    Step("build", 60, "the C++ extension, whose bytes some contracts compare"),
+    Step("machine", 12, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
+    Step("contracts", 115, "tests/gpu, and selections under stress"),
+    Step("baseline", 54, "device time and kernels of every workload"),
+    Step("ties", 23, "selections of inputs with ties"),
+    Step("sweeps", 54, "each constant of _tuning.py, one after another"),
+    Step("waits", 23, "host time of a call, numbers that ops fetch, captures without a warm-up"),
+    Step("graphs", 12, "direct launches beside replays of a CUDA graph, of a local step too"),
+    Step("peers", 38, "fedmap-sparse bench beside its peers"),
+    Step("scale", 15, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
+    Step("experiment", 29, "fedmap-sparse run device=cuda"),
+    Step("chunks", 9, "the entropy coder's masks in chunks of other lengths"),
+    Step("winners", 29, "contracts with the fastest values"),
+    Step("large", 21, "more than 2^31 elements: the contracts, and times"),
+    Step("counters", 46, "ncu, one launch per kernel, where it is allowed"),
 )
 
 
@@ -90,8 +92,8 @@ def command_of(step: Step, out: Path, mode: Sequence[str], limit: float) -> list
         step.name,
         "--out",
         str(out),
-        "--limit",
-        str(max(1.0, limit - _GRACE)),
+        "--until",
+        str(time.time() + max(1.0, limit - _GRACE)),
         *mode,
     ]
 
@@ -150,7 +152,7 @@ def conduct(
     write(out / "run.json", run)
     for step in steps:
         left = end - time.monotonic()
-        if left < 5:
+        if left < 4:
             record: dict[str, Any] = {"state": "skipped", "seconds": 0.0, "output": "no time left"}
         else:
             print(f"{step.name}: {step.what}", flush=True)
@@ -181,14 +183,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=_MINUTES,
                         help="of all steps, whose limits grow with it; default 8")  # fmt: skip
     parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
-    parser.add_argument("--limit", type=float, default=60.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     mode = ["--dry-run"] * given.dry_run + (["--compile", given.compile] if given.compile else [])
     if given.step:
         sys.path[:0] = [str(ROOT / part) for part in ("", "tools", "tests/gpu_free", "build/carry")]
         from gpu_run import steps
 
-        return steps.run(given.step, given.out, given.limit, given.dry_run, given.compile)
+        until = given.until or time.time() + 60
+        return steps.run(given.step, given.out, until, given.dry_run, given.compile)
     wanted = given.steps.split(",")
     if unknown := set(wanted) - set(names):
         parser.error(f"--steps: expected any of {', '.join(names)}, got {', '.join(unknown)}")

@@ -58,6 +58,7 @@ def test_times_of_the_device_and_of_a_call(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("device"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: waits.append("queue"))
+    monkeypatch.setattr(timing, "flush", lambda: waits.append("flush"))
     calls: list[int] = []
     ours = timing.Contender("ours", [lambda: calls.append(0), lambda: calls.append(1)])
     copy = timing.Contender("floor", [floors.device_copy(1000, torch.device("cpu"))])
@@ -65,7 +66,7 @@ def test_times_of_the_device_and_of_a_call(monkeypatch: pytest.MonkeyPatch) -> N
     assert ours.samples == copy.samples == [2e-3] * 3
     assert len(ours.call_samples) == 3
     assert calls == [0, 1] + [0, 1] * 3  # warmed up, then each turn the device's and the call's
-    assert waits[:3] == ["device", "queue", "device"]
+    assert waits[:4] == ["device", "flush", "queue", "device"]
     record = {"op": "pack", "n": 1, "density": 0.1, "dtype": "float32", "median_s": 2e-3,
               "p20_s": 1e-3, "p80_s": 3e-3, "gbps": 1.0, "ratio_to_floor": 1.25, "call_s": 5e-3,
               "peers": {}}  # fmt: skip

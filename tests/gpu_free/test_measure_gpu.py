@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import measure_gpu
 import pytest
-from gpu_run import chunks, counters, steps, sweeps, tests, ties, waits
+from gpu_run import chunks, counters, extras, peers, steps, sweeps, tests, ties, waits
 from gpu_run.bench import Bench
 from measure_gpu import Step
 
 from fedmap_sparse.triton_kernels import _tuning
 
+#: Of the bench's ops, those that know no density.
+WHOLE = ("cast_bfloat16", "quantize_int8")
 _HANGS = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -71,14 +74,16 @@ def test_no_step_starts_without_time(tmp_path: Path) -> None:
 
 
 def test_the_limits_of_all_steps_are_the_eight_minutes() -> None:
-    assert sum(step.limit for step in measure_gpu.STEPS) <= 60 * measure_gpu._MINUTES
+    build, *others = measure_gpu.STEPS
+    assert build.name == "build"
+    assert sum(step.limit for step in others) <= 60 * measure_gpu._MINUTES
     assert [step.name for step in measure_gpu.STEPS] == list(steps.STEPS)
     assert all(step.limit > 2 * measure_gpu._GRACE for step in measure_gpu.STEPS)
 
 
 @pytest.mark.parametrize("name", [n for n in steps.STEPS if n not in ("contracts", "winners")])
 def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
-    code = steps.run(name, tmp_path, 60.0, True, None)
+    code = steps.run(name, tmp_path, time.time() + 60, True, None)
     nothing = {"counters", "peers", "experiment"}
     assert code == (steps.SKIPPED if name in nothing else 0)
     path = tmp_path / f"{name}.json"
@@ -88,13 +93,20 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
     assert found["dry"] is True
     if name == "baseline":
         assert len(found["workloads"]) > 40
+        assert {"select of 8", "digest", "message out 0.1"} < set(found["workloads"])
         assert {row["us"] for row in found["workloads"].values()} == {0.0}
+        assert found["missing"]["select (CUDA C++)"]
     if name == "sweeps":
         assert set(found["sweeps"]) == {sweep.constant for sweep in sweeps.SWEEPS}
         assert found["winners"] == {}
     if name == "waits":
         assert found["captures"] == dict.fromkeys(waits.CAPTURED, "replayed")
         assert set(waits.CAPTURED) < set(found["syncs"])
+    if name == "peers":
+        assert found["cases"][: len(peers.OPS)] == [
+            f"{op} {0.5 if op == 'accumulate' else 1.0 if op in WHOLE else 0.1}" for op in peers.OPS
+        ]
+        assert "select 0.01" in found["cases"]
     if name == "graphs":
         assert set(found["wall_us"]) == {"local step", "select", "pack", "masked_sgd"}
     if name == "ties":
@@ -108,14 +120,14 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
 
 
 def test_a_step_minds_its_deadline(tmp_path: Path) -> None:
-    assert steps.run("sweeps", tmp_path, 0.0, True, None) == 0
+    assert steps.run("sweeps", tmp_path, 0, True, None) == 0
     assert "no time left" in json.loads((tmp_path / "sweeps.json").read_text())["left_out"]
 
 
 def test_without_a_device_nothing_is_timed(tmp_path: Path) -> None:
     if importlib.import_module("torch").cuda.is_available():
         pytest.skip("there is a device")
-    assert steps.run("baseline", tmp_path, 60.0, False, None) == steps.SKIPPED
+    assert steps.run("baseline", tmp_path, time.time() + 60, False, None) == steps.SKIPPED
     assert not (tmp_path / "baseline.json").exists()
 
 
@@ -222,17 +234,52 @@ def test_counters_are_read() -> None:
             '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
             '"0","_read","gpu__time_duration.sum","nsecond","61,234"',
             '"0","_read","launch__registers_per_thread","register/thread","96"',
-            '"1","step","gpu__time_duration.sum","nsecond","9.5"',
+            '"1","void spin_kernel(long)","gpu__time_duration.sum","nsecond","2"',
+            '"2","step","gpu__time_duration.sum","nsecond","9.5"',
+            'workloads under ncu: ["select float32", "masked_sgd"]',
         ]
     )
+    text = text.replace('"0","_read"', '"x","spin_kernel","a","","1"\n"0","_read"', 1)
     assert counters.table(text) == [
         {
+            "workload": "select float32",
             "kernel": "_read",
             "gpu__time_duration.sum": 61234.0,
             "launch__registers_per_thread": 96.0,
         },
-        {"kernel": "step", "gpu__time_duration.sum": 9.5},
+        {"workload": "masked_sgd", "kernel": "step", "gpu__time_duration.sum": 9.5},
     ]
+
+
+def test_counters_are_of_workloads_that_there_are() -> None:
+    code = counters._CHILD.format(n=9, names=counters.WORKLOADS, seconds=1, heading="x")
+    compile(code, "child", "exec")
+    device = importlib.import_module("torch").device("cpu")
+    every = importlib.import_module("ladder.catalogue").each_workload(4096, device)
+    names = {w.name for w in every} | {f"select float32{extras.MARK}"}
+    assert set(counters.WORKLOADS) <= names
+
+
+def test_cuda_selections_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(extras, "cuda_select", lambda: (lambda *given: calls.append(given[3]), ""))
+    device = importlib.import_module("torch").device("cpu")
+    names = [w.name for w in extras.each_extra(4096, device)]
+    assert names[:5] == [f"select {what} (CUDA C++)" for what in (
+        "float32", "bfloat16", "within 0.3", "of 8")] + ["select of 8"]  # fmt: skip
+    assert steps.run("ties", tmp_path, time.time() + 60, True, None) == 0
+    rows = json.loads((tmp_path / "ties.json").read_text())["ties"]
+    assert list(rows)[:2] == ["normal float32 0.1 (CUDA C++)", "normal float32 0.1"]
+    assert calls[:2] == [410, 2048]
+
+
+def test_peers_lack_what_takes_too_long() -> None:
+    @dataclass
+    class Trial:
+        peers: dict[str, int]
+
+    got = peers.without(lambda setting: Trial({"torch.topk": 1, "torch.kthvalue": 2}))(None)
+    assert got.peers == {"torch.topk": 1}
 
 
 _PAGE = Path(__file__).parents[2] / "benchmarks" / "gpu_page.py"

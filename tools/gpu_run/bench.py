@@ -14,15 +14,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+
+from fedmap_sparse.bench.timing import QUEUE_CYCLES, flush
 
 #: Elements of a workload: on a device 105 MB of float32, which no L2 cache holds.
 SIZE, DRY_SIZE, COMPILE_SIZE = 26_214_400, 4096, 65536
-#: The device idles for so many cycles before what is timed, while Python's launches queue up: a
-#: selection of eleven launches took its caller 0.87 ms on a slow host.
-_QUEUE_CYCLES = 2_000_000
-#: Written between timings, so that no input of the next one lies in L2 (50 MB on an H100).
-_FLUSHED = 1 << 28
 
 
 class Skip(Exception):
@@ -39,7 +35,6 @@ class Bench:
         self.device = torch.device("cuda" if self.real else "cpu")
         self.n = SIZE if self.real else DRY_SIZE if dry else COMPILE_SIZE
         self.found: dict[str, Any] = {"dry": not self.real}
-        self._flushed: Tensor | None = None
         if self.real and not torch.cuda.is_available():
             raise Skip("torch finds no CUDA device; --dry-run goes through the steps without one")
 
@@ -77,19 +72,20 @@ class Bench:
                 yield
 
     def clock(self, run: Callable[[], object], repeats: int = 15) -> list[float]:
-        """Microseconds of the device's own time, one per repeat; of a stand-in one zero."""
+        """Microseconds of the device's own time, one per repeat; of a stand-in one zero.
+
+        Launches are queued while the device idles, and its L2 was filled by reads before.
+        """
         with self.launches():
             run()  # compiles
         if not self.real:
             return [0.0]
         run()
         torch.cuda.synchronize()
-        if self._flushed is None:
-            self._flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
         pairs = []
         for _ in range(repeats):
-            self._flushed.zero_()
-            torch.cuda._sleep(_QUEUE_CYCLES)
+            flush()
+            torch.cuda._sleep(QUEUE_CYCLES)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()

@@ -23,7 +23,7 @@ def chunks(bench: Bench) -> None:
 
     rows: dict[str, Any] = {}
     for steps in STEPS:
-        if bench.left() < 2:
+        if bench.left() < 0.5:
             bench.note(left_out=f"from {steps} steps on: no time left")
             return
         with (

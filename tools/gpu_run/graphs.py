@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from gpu_run.bench import Bench
+from gpu_run.extras import MARK
 from gpu_run.waits import calls, captured
 
 #: Calls between two looks at the clock.
 _CALLS = 200
-_OPS = ("select", "pack", "masked_sgd")
+_OPS = (f"select{MARK}", "select", "pack", "masked_sgd")
 
 
 def local_step(device: torch.device, by: str) -> Callable[[], Any]:
@@ -63,11 +64,14 @@ def graphs(bench: Bench) -> None:
     by = "triton" if bench.real else "reference"
     n = 1 << 20 if bench.real else 5000
     found = calls(n, bench.device, by)
-    work = {"local step": local_step(bench.device, by), **{name: found[name] for name in _OPS}}
+    work = {
+        "local step": local_step(bench.device, by),
+        **{name: found[name] for name in _OPS if name in found},
+    }
     rows: dict[str, Any] = {}
     failed = []
     for name, run in work.items():
-        if bench.left() < 3:
+        if bench.left() < 1:
             bench.note(left_out=f"from {name} on: no time left")
             break
         try:

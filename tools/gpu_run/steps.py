@@ -17,8 +17,10 @@ import torch
 from gpu_run.bench import Bench, Skip, by_profiler, tuned
 from gpu_run.chunks import chunks
 from gpu_run.counters import counters
+from gpu_run.extras import MARK, cuda_select, each_extra, selections
 from gpu_run.graphs import graphs
 from gpu_run.machine import machine
+from gpu_run.peers import peers
 from gpu_run.sweeps import sweeps
 from gpu_run.tests import run_tests
 from gpu_run.ties import ties
@@ -99,61 +101,49 @@ def baseline(bench: Bench) -> None:
     from ladder.catalogue import each_workload
 
     rows: dict[str, Any] = {}
-    for workload in each_workload(bench.n, bench.device):
-        if bench.left() < 3:
-            bench.note(left_out=f"from {workload.name} on: no time left")
-            break
+    if why := cuda_select()[1]:
+        bench.note(missing={f"select{MARK}": why})
+    for make in (each_extra, each_workload):
         try:
-            rows[workload.name] = row = {
-                "floor_bytes": round(workload.floor * workload.numel),
-                "us": bench.median(workload.run),
-            }
-            if bench.real:
-                row["kernels_us"] = by_profiler(workload.run)
-        except Exception as error:  # the others may hold
-            rows[workload.name] = {"error": repr(error)[:500]}
-        bench.note(n=bench.n, workloads=rows)
+            for workload in make(bench.n, bench.device):
+                if bench.left() < 1.5:
+                    bench.note(left_out=f"from {workload.name} on: no time left")
+                    break
+                rows[workload.name] = measured(bench, workload)
+                bench.note(n=bench.n, workloads=rows)
+        except Exception as error:  # in making one: those of the other kind may hold
+            rows[f"more of {make.__name__}"] = {"error": repr(error)[:500]}
+            bench.note(n=bench.n, workloads=rows)
     if any("error" in row for row in rows.values()):
         raise RuntimeError(f"failed: {[name for name, row in rows.items() if 'error' in row]}")
 
 
+def measured(bench: Bench, workload: Any) -> dict[str, Any]:
+    """Its median, its floor and its kernels; or its error, as the others may hold."""
+    try:
+        row: dict[str, Any] = {
+            "floor_bytes": round(workload.floor * workload.numel),
+            "us": bench.median(workload.run),
+        }
+        if bench.real:
+            row["kernels_us"] = by_profiler(workload.run)
+    except Exception as error:
+        return {"error": repr(error)[:500]}
+    return row
+
+
 def winners(bench: Bench) -> None:
     """The contracts with every fastest value at once, and what a selection takes with them."""
-    from fedmap_sparse.triton_kernels import select
-
     best = bench.earlier("sweeps").get("winners", {})
     n, drawn = bench.n, torch.randn(bench.n, device=bench.device)
     times: dict[str, float] = {}
-    for which, settings in (("defaults", {}), ("winners", best)):
-        with tuned(settings):
-            times[which] = bench.median(lambda: select.magnitude_mask([drawn], [None], n, n // 10))
+    for mark, select in selections().items():
+        # No constant of Triton's kernels touches those of CUDA C++.
+        for which, settings in (("defaults", {}), ("winners", best))[: 1 if mark else 2]:
+            with tuned(settings):
+                times[which + mark] = bench.median(lambda s=select: s([drawn], [None], n, n // 10))
     bench.note(settings=best, select_us=times)
     run_tests(bench, str(ROOT / "tests" / "gpu" / "test_contracts.py"), settings=best)
-
-
-def peers(bench: Bench) -> None:
-    """`fedmap-sparse bench --device cuda`, without the table that wants rich."""
-    from fedmap_sparse.bench import runner, timing
-
-    cases = [c for c in runner.registry().values() if "cuda" in c.devices and c.fixed_n is None]
-    options = runner.Options(
-        cases=cases, sizes=[bench.n], densities=None, dtypes=[torch.float32],
-        device=torch.device("cuda"), inputs="normal", plan=timing.Plan(),
-        most_sets=runner.MOST_SETS,
-    )  # fmt: skip
-    if not bench.real:
-        bench.note(cases=[one.op for one in cases])
-        raise Skip("peers are timed on a device only")
-    records, refused = [], []
-    bench.note(header=runner.header(options, ["device=cuda"]))
-    for result in runner.run(options):
-        kept = refused if isinstance(result, runner.Refused) else records
-        kept.append(result.as_dict() if isinstance(result, runner.Refused) else result)
-        bench.note(records=records, refused=refused)
-        if bench.left() < 5:
-            break
-    if refused:
-        raise RuntimeError(f"{len(refused)} cases failed their check")
 
 
 def scale(bench: Bench) -> None:
@@ -240,18 +230,19 @@ def experiment(bench: Bench) -> None:
 STEPS: dict[str, Callable[[Bench], None]] = {
     step.__name__: step
     for step in (
-        build, machine, contracts, waits, baseline, counters, sweeps, chunks, graphs, ties, winners,
-        scale, large, peers, experiment,
+        build, machine, contracts, baseline, ties, sweeps, waits, graphs, peers, scale, experiment,
+        chunks, winners, large, counters,
     )
 }  # fmt: skip
 
 
-def run(name: str, out: Path, limit: float, dry: bool, arch: str | None) -> int:
-    """The exit code of a step: 0, 3 for nothing to do; a traceback and 1 for a failure."""
+def run(name: str, out: Path, until: float, dry: bool, arch: str | None) -> int:
+    """The exit code of a step that has until that time: 0, 3 for nothing to do; a traceback and 1
+    for a failure."""
     if (cache := ROOT / "build" / "triton").exists() or arch:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
     try:
-        bench = Bench(name, out, limit, dry, arch)
+        bench = Bench(name, out, until - time.time(), dry, arch)
         STEPS[name](bench)
     except Skip as why:
         print(f"skipped: {why}")

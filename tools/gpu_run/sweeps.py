@@ -86,7 +86,7 @@ def sweeps(bench: Bench) -> None:
         chosen, base = default, times(sweep, default)
         rows[sweep.constant] = row = {"default": default, "us": {str(default): base}}
         for value in sweep.values if not bench.dry else sweep.values[:1]:
-            if bench.left() < 5:
+            if bench.left() < 1:
                 bench.note(left_out=f"from {sweep.constant} = {value} on: no time left")
                 return
             try:

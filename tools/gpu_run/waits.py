@@ -23,16 +23,15 @@ import torch
 from torch import Tensor
 
 from gpu_run.bench import Bench
+from gpu_run.extras import MARK, cuda_select
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PARTS = ("", "tools", "tests/gpu_free")
 #: Ops that are captured in a process that has compiled none of their kernels. A selection of a list
 #: fetches the number of survivors of each tensor, which no capture allows.
-CAPTURED = ("select", "select within", "pack", "unpack", "extract", "deposit", "masked_sgd")
+CAPTURED = ("select", "masked_sgd", "select within", "pack", "unpack", "extract", "deposit")
 #: Such processes at a time: each takes 6 s on a GPU's host of 16 cores, most of it one import.
-_AT_ONCE = 4
-#: Seconds that are kept for what comes after them.
-_HOST = 6.0
+_AT_ONCE = 7
 #: What torch warns of at each wait that it sees. That its watch is a prototype is another warning.
 _SYNC = "called a synchronizing CUDA operation"
 
@@ -49,7 +48,10 @@ def calls(n: int, device: torch.device, by: str) -> dict[str, Callable[[], Any]]
     momentum, pruned = torch.zeros_like(packed), values * child.to_bool()
     parts = [torch.randn(n // 8, device=device) for _ in range(8)]
     keep = n // 10
+    by_cuda, _ = cuda_select()
+    direct = {f"select{MARK}": lambda: by_cuda([values], [None], n, keep)} if by_cuda else {}
     return {
+        **direct,
         "select": lambda: ops.magnitude_mask(values, keep, backend=by),
         "select within": lambda: ops.magnitude_mask(values, keep, within=parent, backend=by),
         "select of 8": lambda: ops.magnitude_mask(parts, keep, backend=by),
@@ -97,29 +99,16 @@ def host_us(run: Callable[[], object], repeats: int = 50) -> float:
 
 
 def waits(bench: Bench) -> None:
-    """Captures first, each in a process of its own; then what each op fetches, and host time, on a
-    machine with nothing else to do."""
+    """What each op fetches, and host time, on a machine with nothing else to do; then captures,
+    each in a process of its own."""
     by = "triton" if bench.real else "reference"
-    captures: dict[str, str] = {}
-
-    def capture(name: str) -> None:
-        if bench.left() < 2 * _HOST:
-            captures[name] = "not tried: no time left"
-        elif bench.real:
-            captures[name] = elsewhere(name, bench.left() - _HOST)
-        else:
-            captures[name] = attempt(name, False)
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(capture, CAPTURED):
-            bench.note(captures=captures)
     syncs: dict[str, list[str]] = {}
     host: dict[str, float] = {}
     found = calls(1 << 20 if bench.real else 5000, bench.device, by)
     for name, run in found.items():
         if bench.left() < 1:
             bench.note(left_out=f"from the host time of {name} on: no time left")
-            return
+            break
         run()  # compiles
         with fetched(bench.device) as seen:
             run()
@@ -130,6 +119,19 @@ def waits(bench: Bench) -> None:
     if bench.real:
         bench.note(parts_us={name: host_us(run) for name, run in parts(found["pack"]).items()})
         bench.note(profile={name: profiled(found[name]) for name in ("select", "masked_sgd")})
+    captures: dict[str, str] = {}
+
+    def capture(name: str) -> None:
+        if bench.left() < 2:
+            captures[name] = "not tried: no time left"
+        elif bench.real:
+            captures[name] = elsewhere(name, bench.left() - 0.5)
+        else:
+            captures[name] = attempt(name, False)
+
+    with ThreadPoolExecutor(_AT_ONCE if bench.real else 1) as pool:
+        for _ in pool.map(capture, CAPTURED):
+            bench.note(captures=captures)
 
 
 def parts(pack: Callable[[], object]) -> dict[str, Callable[[], object]]:

