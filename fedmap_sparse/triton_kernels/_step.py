@@ -117,6 +117,7 @@ def step(
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
     FLAT: tl.constexpr,
+    EACH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """One tile of one segment.
@@ -180,8 +181,12 @@ def step(
                 KIND,
             )
     else:
+        # The search may give a thread neighbouring lanes, which would ask
+        # for each sector once a lane: they stand for survivors as far apart as the warp is wide.
+        order = tl.arange(0, LANES)
+        order = order % EACH * (LANES // EACH) + order // EACH
         for begin in range(-skew, count, LANES):
-            j = begin + tl.arange(0, LANES)
+            j = begin + order
             live = (j >= 0) & (j < count)
             at = survivor(w, before, tl.maximum(j, 0), WORDS, STEPS)
             _update_lanes(
@@ -272,6 +277,7 @@ def walk(
         STEPS=size.bit_length() - 1,
         LANES=lanes,
         FLAT=flat,
+        EACH=max(1, lanes // (32 * warps)),
         ALIGNED=aligned,
         num_warps=warps,
     )

@@ -26,7 +26,6 @@ NAMES = [w.name for w in workloads(64)] if WHOLE else list(_QUICK)
 
 # Kernels with flat streams, and those streams' wide accesses that must survive at any size.
 _WIDE = {
-    "unpack": ("st128",),
     "step": ("ld128", "st128"),
     "weighted_mean": ("ld128", "st128"),
     "accumulate_add": ("ld128", "st128"),

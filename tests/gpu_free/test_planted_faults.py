@@ -45,6 +45,10 @@ def _pack(show: Any) -> None:
     contracts.pack(5001, 0.4, F32, "cpu", show)
 
 
+def _pack_sparse(show: Any) -> None:
+    contracts.pack(5001, 0.1, F32, "cpu", show)
+
+
 def _deposit(show: Any) -> None:
     contracts.deposit(5001, 0.4, "cpu", show)
 

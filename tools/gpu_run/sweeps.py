@@ -14,10 +14,15 @@ from gpu_run.machine import l2_fetch
 
 _SHAPES = ((256, 256, 8, 2048), (128, 64, 1, 256), (64, 64, 1, 256), (128, 32, 1, 256),
            (256, 128, 4, 1024))  # fmt: skip
+_STEPS = ((32, 64, 1, 256), (64, 128, 1, 512), (64, 64, 2, 512), (128, 128, 2, 512),
+          (256, 256, 8, 2048))  # fmt: skip
 _SELECT = ("select float32", "select bfloat16", "select within 0.3")
 _SPARSE = ("pack float32 0.1", "masked_adamw float32 0.1", "masked_adamw float32 0.01")
 _ENCODE = ("encode_values float32", "encode_values float16", "encode_values bfloat16")
 _DECODE = ("decode_values float32", "decode_values float16", "decode_values bfloat16")
+_PACKS = ("pack float32 0.5", "pack bfloat16 0.5", "pack float32 0.1", "pack bfloat16 0.1")
+_UNPACKS = ("unpack float32 0.5", "unpack bfloat16 0.5", "unpack float32 0.1", "unpack bfloat16 0.1",
+            "unpack float32 1.0", "unpack bfloat16 1.0")  # fmt: skip
 _ALLOWED = 1.02
 
 
@@ -32,9 +37,9 @@ class Sweep:
 
 SWEEPS = (
     Sweep("READ_REGISTERS", (96, 80, 64), _SELECT),
-    Sweep("STEP_SPARSE", _SHAPES, ("masked_sgd float32 0.01", "masked_adamw float32 0.01")),
-    Sweep("STEP_MIDDLE", _SHAPES, ("masked_sgd float32 0.1", "masked_adamw float32 0.1")),
-    Sweep("STEP_DENSE", _SHAPES, ("masked_sgd float32 0.5", "masked_adamw float32 0.5")),
+    Sweep("STEP_SPARSE", _STEPS, ("masked_sgd float32 0.01", "masked_adamw float32 0.01")),
+    Sweep("STEP_MIDDLE", _STEPS, ("masked_sgd float32 0.1", "masked_adamw float32 0.1")),
+    Sweep("STEP_DENSE", _STEPS, ("masked_sgd float32 0.5", "masked_adamw float32 0.5")),
     Sweep(
         "STEP_WHOLE",
         ((128, 64, 1, 256), (128, 64, 1, 512), (256, 256, 4, 1024)),
@@ -53,8 +58,11 @@ SWEEPS = (
     Sweep("TRIM_BLOCKS", (1, 2), _SELECT),
     Sweep("DESCRIBE", ((2048, 64, 8), (4096, 64, 16), (1024, 32, 4)), _ENCODE),
     Sweep("JOIN", ((16, 4), (64, 8), (8, 1)), _DECODE),
+    Sweep("PACK_ROWS", (0.05, 2.0), _PACKS),
+    Sweep("UNPACK_ROWS", (0.25, 2.0), _UNPACKS),
+    Sweep("ROWS_WARPS", (1, 2, 8), (*_PACKS[:2], *_UNPACKS[:4])),
     Sweep("PACK_MIDDLE", _SHAPES, ("pack float32 0.1", "pack bfloat16 0.1")),
-    Sweep("PACK_DENSE", ((128, 64, 1, 256), (256, 1024, 4, 2048)), ("pack float32 0.5",)),
+    Sweep("PACK_DENSE", ((256, 1024, 4, 2048),), ("pack float32 1.0", "pack bfloat16 1.0")),
 )
 
 
