@@ -15,6 +15,7 @@ _ROWS = 32
 _CHUNK = 1024
 # Chunks that one step of a sum loads at a time: one by one, each waited for the one before.
 _AT_ONCE = tl.constexpr(8)
+_IN_FLIGHT = tl.constexpr(16)
 #: Programs of a scan, at most: each adds up what lies before its span by itself.
 _PROGRAMS = 64
 
@@ -30,10 +31,26 @@ def sum_before(counts, end, CHUNK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-def spread(blocks: int) -> tuple[int, int, int]:
+@triton.jit
+def sum_of_chunks(counts, end, CHUNK: tl.constexpr):
+    """Of counts[:end], a multiple of CHUNK: no mask splits its loads, and many are on their way.
+
+    A lane's sum has 32 bits: less than the elements of the mask by a factor of CHUNK.
+    """
+    lane = tl.arange(0, CHUNK)
+    total = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, end, CHUNK * _IN_FLIGHT):
+        for i in tl.static_range(_IN_FLIGHT):
+            chunk = start + i * CHUNK
+            total += tl.load(counts + chunk + lane, mask=(chunk < end) & (lane >= 0), other=0)
+    return tl.sum(total.to(tl.int64), 0)
+
+
+def spread(blocks: int, chunk: int | None = None) -> tuple[int, int, int]:
     """Programs of a scan over so many blocks, the blocks of each, and how many it takes at once."""
-    span = cdiv(max(blocks, 1), _PROGRAMS * _CHUNK) * _CHUNK
-    return max(1, cdiv(blocks, span)), span, _CHUNK
+    chunk = chunk or _CHUNK
+    span = cdiv(max(blocks, 1), _PROGRAMS * chunk) * chunk
+    return max(1, cdiv(blocks, span)), span, chunk
 
 
 @triton.jit(do_not_specialize=["num_words", "num_blocks"], do_not_specialize_on_alignment=["words"])
@@ -49,15 +66,17 @@ def _add_up(counts, rank, num_blocks, span, CHUNK: tl.constexpr):
     """The running sums of `span` blocks a program, behind a zero."""
     begin = tl.program_id(0).to(tl.int64) * span
     end = tl.minimum(begin + span, num_blocks)
-    carry = sum_before(counts, begin, CHUNK)
-    if tl.program_id(0) == 0:
+    lane = tl.arange(0, CHUNK)
+    here = tl.load(counts + begin + lane, mask=begin + lane < end, other=0)
+    carry = sum_of_chunks(counts, begin, CHUNK)
+    if begin == 0:
         tl.store(rank, carry)
     for start in range(begin, end, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        inside = at < end
-        here = tl.load(counts + at, mask=inside, other=0).to(tl.int64)
-        tl.store(rank + 1 + at, carry + tl.cumsum(here, 0), mask=inside)
-        carry += tl.sum(here, 0)
+        at = start + lane
+        tl.store(rank + 1 + at, carry + tl.cumsum(here, 0).to(tl.int64), mask=at < end)
+        if start + CHUNK < end:
+            carry += tl.sum(here, 0)
+            here = tl.load(counts + CHUNK + at, mask=CHUNK + at < end, other=0)
 
 
 def add_up(counts: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ PACK_MIDDLE: Shape = (256, 1024, 4, 2048)
 PACK_SPARSE: Shape = (128, 64, 1, 128)
 
 #: Densities from which lanes stand for elements and not for survivors, who each search theirs. The
-#: search was 60 instructions a survivor: on an H200 87 us of 26 M float32 at density 0.5, whose bytes
-#: take 37. By elements it is 18 an element, counted in the machine code.
+#: search was 60 instructions a survivor: on an H200 87 us of 26 M float32 at density 0.5, whose
+#: bytes take 37. By elements it is 18 an element, counted in the machine code.
 PACK_ROWS = 0.25
 UNPACK_ROWS = 0.0
 #: Warps per program of those: 64 words, of which a warp takes one at a time.
@@ -36,7 +36,7 @@ STEP_MIDDLE: Shape = (64, 64, 1, 256)
 STEP_SPARSE: Shape = (64, 64, 1, 256)
 
 #: Words of the parent per program of `extract`.
-EXTRACT_WORDS = 64
+EXTRACT_WORDS = 256
 #: Warps per program of `deposit`, which takes 256 words: each asks for the rank index again.
 DEPOSIT_WARPS = 2
 

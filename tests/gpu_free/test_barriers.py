@@ -23,13 +23,16 @@ _WHOLE = (*_QUICK, "extract 0.5", "pack float32 0.5", "deposit 0.5", "masked_sgd
 
 _ROUND = "guards scratch against the round before; a program's loop runs once at these sizes"
 _OWN = "a warp's 256 elements gather the 32 registers of symbols that it stored itself"
+_SAME = (
+    "between a gather and a scan whose addresses the layout fixes: no byte of scratch is "
+    "touched by two warps on its two sides"
+)
 # Survivors, and why: nothing goes wrong without them at these sizes.
 EXPLAINED = {
     "_add_up 0": f"{_ROUND} (with chunks of 512 and one program for 1100 blocks it is noticed)",
     **{f"_join {i}": _OWN for i in (0, 1, 2, 14)},
     "_refine 0": _ROUND,
-    "_unpack 4": "between a gather and a scan whose addresses the layout fixes: no byte of scratch "
-    "is touched by two warps on its two sides",
+    **dict.fromkeys(("_unpack_rows 1", "_pack_rows 1", "_pack_rows 6"), _SAME),
 }
 
 

@@ -29,7 +29,7 @@ def test_pack_at_the_extremes(rung: Any) -> None:
         assert torch.equal(ops.unpack(packed, mask, backend="triton"), want)
 
 
-@pytest.mark.parametrize(("n", "density"), [(1, 1.0), (65, 0.5), (5001, 0.4), (9000, 0.05)])
+@pytest.mark.parametrize(("n", "density"), [(1, 1.0), (65, 0.5), (5001, 0.4), (20000, 0.05)])
 def test_deposit(rung: Any, n: int, density: float) -> None:
     contracts.deposit(n, density, "cpu", rung.show)
 
@@ -81,6 +81,7 @@ def test_distances(rung: Any, count: int, n: int) -> None:
 
 def test_scans_in_chunks(rung: Any) -> None:
     contracts.rank_index(2048 * 1100 + 5, "cpu", rung.show)
+    contracts.extract_in_chunks("cpu", rung.show)
     contracts.select_places_in_chunks("cpu", rung.show)
 
 

@@ -53,6 +53,10 @@ def _deposit(show: Any) -> None:
     contracts.deposit(5001, 0.4, "cpu", show)
 
 
+def _deposit_far(show: Any) -> None:
+    contracts.deposit(20001, 0.4, "cpu", show)
+
+
 def _sgd(show: Any) -> None:
     contracts.masked_sgd(0.5, F32, "cpu", show)
 

@@ -21,8 +21,8 @@ _SPARSE = ("pack float32 0.1", "masked_adamw float32 0.1", "masked_adamw float32
 _ENCODE = ("encode_values float32", "encode_values float16", "encode_values bfloat16")
 _DECODE = ("decode_values float32", "decode_values float16", "decode_values bfloat16")
 _PACKS = ("pack float32 0.5", "pack bfloat16 0.5", "pack float32 0.1", "pack bfloat16 0.1")
-_UNPACKS = ("unpack float32 0.5", "unpack bfloat16 0.5", "unpack float32 0.1", "unpack bfloat16 0.1",
-            "unpack float32 1.0", "unpack bfloat16 1.0")  # fmt: skip
+_UNPACKS = ("unpack float32 0.5", "unpack bfloat16 0.5", "unpack float32 0.1",
+            "unpack bfloat16 0.1", "unpack float32 1.0", "unpack bfloat16 1.0")  # fmt: skip
 _ALLOWED = 1.02
 
 
@@ -45,7 +45,7 @@ SWEEPS = (
         ((128, 64, 1, 256), (128, 64, 1, 512), (256, 256, 4, 1024)),
         ("masked_sgd float32 1.0", "masked_adamw float32 1.0"),
     ),
-    Sweep("EXTRACT_WORDS", (128, 256), ("extract 0.5", "extract 0.1")),
+    Sweep("EXTRACT_WORDS", (64, 128, 512), ("extract 0.5", "extract 0.1")),
     Sweep("DEPOSIT_WARPS", (1, 4), ("deposit 0.5", "deposit 0.1")),
     Sweep("HISTOGRAMS", (1, 4, 32), _SELECT),
     Sweep("SAMPLES", (8192, 16384, 32768), _SELECT),

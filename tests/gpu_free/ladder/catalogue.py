@@ -98,11 +98,12 @@ def _nesting(n: int, device: torch.device) -> Iterator[Workload]:
             f"extract {density}",
             n,
             lambda c=child, p=parent: extract.extract(c.words, p.words, p.rank, p.numel, p.nnz),
-            0.25 + 2 * density / 8 + index + 3 * index * density,
+            # Counts of a program and of four blocks, for 256 words, written and read.
+            0.25 + density / 8 + index + index * density + 2 * 20 / 8192,
             1.05,
-            # A program of 64 words of the parent reads 32 more for its last word, which the next
-            # program reads too, from a cache.
-            1.65,
+            # A program reads on for its last word, and one iteration ahead: 64 words of 256 that
+            # the next program reads too, from a cache.
+            1.4,
         )
         yield Workload(
             f"deposit {density}",

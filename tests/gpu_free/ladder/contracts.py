@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fedmap_sparse.mask import digest_reference
 from fedmap_sparse.ops import masked_adamw as adamw
 from fedmap_sparse.ops import masked_sgd as sgd
 from fedmap_sparse.ops._segments import ZEROED, Segments
+from fedmap_sparse.triton_kernels import _tuning
 
 Show = Callable[..., None]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,6 +84,21 @@ def pack(n: int, density: float, dtype: torch.dtype, device: str, show: Show) ->
         assert same(packed, expected, wider)
         expected = ops.unpack(want, mask, out=torch.empty_like(dense), backend="reference")
         assert same(dense, expected, wider)
+
+
+def extract_in_chunks(device: str, show: Show) -> None:
+    """By one program that joins the counts of several chunks, as from 134 million elements on."""
+    scan = importlib.import_module("fedmap_sparse.triton_kernels._scan")
+    parent = mask_of(2048 * 258, 0.02, device)
+    child = fs.Mask.from_bool(parent.to_bool() & (torch.rand(parent.numel) < 0.5).to(device))
+    whole = scan._PROGRAMS
+    try:
+        scan._PROGRAMS = 1
+        with mock.patch.object(_tuning, "EXTRACT_WORDS", 64):
+            kept = ops.extract(child, parent, backend="triton")
+    finally:
+        scan._PROGRAMS = whole
+    assert same_mask(kept, ops.extract(child, parent, backend="reference"))
 
 
 def deposit(n: int, density: float, device: str, show: Show) -> None:
