@@ -48,7 +48,7 @@ lint: $(VENV)/dev.stamp ## ruff, mypy, clang-format, typos, and what GitHub read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h tests/native/selfcheck/*.cpp tests/native/selfcheck/*.h tools/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu tests/native/*/*.cpp tests/native/*/*.h tools/*.cpp)
 	$(BIN)/typos
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \

@@ -1,7 +1,9 @@
 """Which implementations of an op this machine has, and the compiled module itself.
 
 `reference` is plain torch, on any device. `cpu` is the C++ extension, for CPU tensors. `triton` is
-for CUDA tensors (and for CPU tensors under Triton's interpreter). The device decides, through
+for CUDA tensors (and for CPU tensors under Triton's interpreter). `cuda` is CUDA C++ for CUDA
+tensors, of those ops that have it (selection); where it is forced, Triton serves the others. The
+device decides, through
 torch's dispatcher (see `ops/_library.py`); `backend=` or the environment variable
 `FEDMAP_SPARSE_BACKEND` (read at import) force one. A forced backend that cannot serve raises, and
 nothing falls back after a failure. In a tree whose extension is not built, `reference` serves CPU
@@ -23,7 +25,7 @@ import torch
 
 #: The oldest torch that hands out DLPack's C exchange API, by which C++ reads tensors.
 MIN_TORCH = (2, 11)
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
 _forced = os.environ.get("FEDMAP_SPARSE_BACKEND") or None
 
 
@@ -61,6 +63,9 @@ def _missing(name: str) -> str:
             return "triton is not installed (`pip install fedmap-sparse[triton]`)"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no CUDA device is available and TRITON_INTERPRET is not 1"
+    if name == "cuda":
+        # By its name: what is lowest imports nothing from above.
+        return str(importlib.import_module("fedmap_sparse.cuda_kernels._driver").missing())
     return ""
 
 
@@ -68,7 +73,7 @@ def backends() -> dict[str, str]:
     """Every backend by name, with `"available"` or the reason why it is not.
 
     Returns:
-        A dict with the keys "reference", "cpu" and "triton".
+        A dict with the keys "reference", "cpu", "triton" and "cuda".
 
     >>> import fedmap_sparse as fs
     >>> fs.backends()["reference"]
@@ -98,6 +103,8 @@ def forced(backend: str | None, device: torch.device) -> str | None:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' serves CPU tensors, got a tensor on {device}")
+    if name == "cuda" and device.type != "cuda":
+        raise ValueError(f"backend 'cuda' serves CUDA tensors, got a tensor on {device}")
     # Dynamo traces through the cache into what it cannot trace: there a missing backend fails when
     # the graph runs.
     if not torch.compiler.is_compiling():
@@ -119,12 +126,18 @@ def pick(backend: str | None, device: torch.device) -> str:
         name = "triton"
         if not torch.compiler.is_compiling():
             require(name)
-    return name
+    return "triton" if name == "cuda" else name
 
 
-def kernels(stem: str) -> ModuleType:
-    """The Triton kernels of one stem; imported at first use, as `import fedmap_sparse` must not."""
-    return importlib.import_module(f"fedmap_sparse.triton_kernels.{stem}")
+def available(name: str) -> bool:
+    """Whether `name` can run on this machine."""
+    return not _missing(name)
+
+
+def kernels(stem: str, language: str = "triton") -> ModuleType:
+    """The kernels of one stem in "triton" or "cuda"; imported at first use, as `import
+    fedmap_sparse` must not."""
+    return importlib.import_module(f"fedmap_sparse.{language}_kernels.{stem}")
 
 
 def threads() -> int:

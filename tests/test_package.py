@@ -94,6 +94,7 @@ LAYERS = [
 #: Modules that are a part of another's.
 PART_OF = {
     "triton_kernels": "ops",
+    "cuda_kernels": "ops",
     "_layout_text": "layout",
     "_module_tree": "flat",
     "_writes": "flat",

@@ -1,7 +1,8 @@
 """How an op is registered with torch, and the one way past torch's dispatcher.
 
 An op has one schema. The plain-torch reference is its default, for every device; C++ is registered
-for CPU tensors, Triton for CUDA tensors, and anyone may register a kernel for another device:
+for CPU tensors, Triton or CUDA C++ for CUDA tensors, and anyone may register a kernel for another
+device:
 `torch.library.Library("fedmap_sparse", "IMPL").impl("pack_out", kernel, "PrivateUse1")`. Beside
 the default overload, which the device decides, there is one overload for each implementation
 (`torch.ops.fedmap_sparse.pack_out.reference`): that is what `backend=` calls.
@@ -77,6 +78,8 @@ class Op:
             arguments as those do: `threads`, and `attempt`, true if nothing was checked yet; the
             result is then None if C++ declined.
         triton: the op by Triton kernels. None: the reference serves CUDA tensors too.
+        cuda: the op by CUDA C++, which serves CUDA tensors where NVRTC is at hand; Triton does
+            otherwise, and where it returns NotImplemented, unless it was forced.
         rules: what the public function's arguments have to be, for `check`. C++ holds the same
             rules; tests/ops/test_rules.py compares the two.
     """
@@ -89,6 +92,7 @@ class Op:
         reference: Callable[..., Any],
         cpu: Callable[..., Any] | str | None = None,
         triton: Callable[..., Any] | None = None,
+        cuda: Callable[..., Any] | None = None,
         rules: Sequence[Rule] = (),
     ) -> None:
         self.name, arguments = schema.split("(", 1)
@@ -102,16 +106,22 @@ class Op:
         self._changed = [i for i, a in enumerate(of_schema.arguments) if a.is_write]
         self._void = not of_schema.returns
         self._forms: dict[str, Any] = {}
-        keys = {"reference": "CompositeExplicitAutograd", "cpu": "CPU", "triton": "CUDA"}
+        keys = {"reference": "CompositeExplicitAutograd", "cpu": "CPU", "": "CUDA"}
         given = {
             "reference": reference,
             "cpu": None if native is None or cpu is None else self._checked,
-            "triton": None if triton is None else _on_device(triton),
+            "triton": None if triton is None else _on_device("triton", triton),
+            "cuda": None if cuda is None else _on_device("cuda", cuda),
+            # What a CUDA device has by itself.
+            "": None if triton is None else _by_device(triton, cuda),
         }
         for backend, implementation in given.items():
             if implementation is not None:
                 run = self._run(implementation)
-                LIBRARY.impl(self.name, run, keys[backend])
+                if backend in keys:
+                    LIBRARY.impl(self.name, run, keys[backend])
+                if not backend:
+                    continue
                 form = f"{self.name}.{backend}"
                 self._forms[backend] = self._define(form, arguments)
                 LIBRARY.impl(form, run, "CompositeExplicitAutograd")
@@ -166,14 +176,31 @@ class Op:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         name = _backends.forced(backend, first.device)
         form = self._forms.get(name)  # type: ignore[arg-type]  # one of the two is not None
+        if form is None and name == "cuda":
+            form = self._forms.get("triton")
         if form is None:
             there = ", ".join(self._forms)
             raise NotImplementedError(f"{self.name}: no backend {name!r}; there are: {there}")
         return form(*args)
 
 
-def _on_device(triton: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device(backend: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
+        _backends.require(backend)
+        result = _backends.on_device(implementation, args)
+        if result is NotImplemented:
+            raise NotImplementedError(f"backend {backend!r} does not take these arguments")
+        return result
+
+    return run
+
+
+def _by_device(triton: Callable[..., Any], cuda: Callable[..., Any] | None) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if cuda is not None and _backends.available("cuda"):
+            result = _backends.on_device(cuda, args)
+            if result is not NotImplemented:
+                return result
         _backends.require("triton")
         return _backends.on_device(triton, args)
 

@@ -123,6 +123,7 @@ _mask = Op(
     reference=_mask_reference,
     cpu=_mask_cpu,
     triton=lambda *a: _backends.kernels("select").magnitude_mask(*a),
+    cuda=lambda *a: _backends.kernels("select", "cuda").magnitude_mask(*a),
     rules=(*_LISTS, Keep()),
 )
 _threshold = Op(
@@ -132,6 +133,7 @@ _threshold = Op(
     reference=_threshold_reference,
     cpu=_threshold_cpu,
     triton=lambda *a: _backends.kernels("select").magnitude_threshold(*a),
+    cuda=lambda *a: _backends.kernels("select", "cuda").magnitude_threshold(*a),
     rules=(*_LISTS, Keep(least=1)),
 )
 _zero = Op(
@@ -217,7 +219,7 @@ def magnitude_mask(
         within: only survivors of this mask are eligible; the result is a subset of it. None: every
             element. Over a FlatParameters' `.prunable` pass `layout.initial_mask()` or the current
             mask, since padding is not eligible. With a list: a list, whose members may be None.
-        backend: "reference", "cpu" or "triton"; None: by device.
+        backend: "reference", "cpu", "triton" or "cuda"; None: by device.
 
     Returns:
         A Mask over `values.numel()` elements with `nnz == keep`, or a list of them.
@@ -269,7 +271,7 @@ def magnitude_threshold(
         values: contiguous float32, float16 or bfloat16 tensor, or a list of them, ranked globally.
         keep: 1 for the largest, at most the number of eligible elements.
         within: only survivors of this mask are eligible; None: every element. With a list: a list.
-        backend: "reference", "cpu" or "triton"; None: by device.
+        backend: "reference", "cpu", "triton" or "cuda"; None: by device.
 
     Returns:
         A 0-d tensor of the values' dtype, on their device.
@@ -324,7 +326,7 @@ def prune_(
         values: as in `magnitude_mask`; written.
         keep: number of survivors, exact.
         within: as in `magnitude_mask`. What it excludes is not touched.
-        backend: "reference", "cpu" or "triton"; None: by device.
+        backend: "reference", "cpu", "triton" or "cuda"; None: by device.
 
     Returns:
         The Mask of the survivors, or a list of masks for a list of tensors.
@@ -362,7 +364,7 @@ def zero_pruned_(
         values: contiguous float32, float16 or bfloat16 tensor, any shape.
         mask: over `values.numel()` elements, on the same device.
         before: likewise; None: every element was kept.
-        backend: "reference", "cpu" or "triton"; None: by device.
+        backend: "reference", "cpu", "triton" or "cuda"; None: by device.
 
     Raises:
         TypeError: another dtype.
