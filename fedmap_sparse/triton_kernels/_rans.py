@@ -138,14 +138,15 @@ def _decode_tile(
     for j in tl.static_range(_STEPS):
         x, keys, at = _decode_step(x, lane < live - 32 * j, table, keys, now, then, at, bit)
         if j % 2 == 1:
-            # Two steps take up to 64 words of the 65 or more that `now` and `then` have left.
-            # A branch: any other instruction that names `ahead` would wait for it.
-            if at >= 64:
-                at -= 64
-                base += 32
-                now = then
-                then = ahead
-                ahead = load_words(stream, base + 64 + lane, left)
+            # Two steps take up to 64 words of the 65 or more that `now` and `then` have left. No
+            # branch, which a lone warp would wait for, and which keeps steps apart: the same words
+            # are loaded again, from L1, until a register is used up.
+            used = at >= 64
+            at -= tl.where(used, 64, 0)
+            base += tl.where(used, 32, 0)
+            now = tl.where(used, then, now)
+            then = tl.where(used, ahead, then)
+            ahead = load_words(stream, base + 64 + lane, left)
     nibbles = tl.zeros((32,), tl.uint32)
     for j in tl.static_range(_STEPS):
         nibbles = nibbles | (_symbol_of(keys[j], search, s4, s8, s12) << (4 * j))
