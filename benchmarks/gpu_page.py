@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import gpu_tables as tables
+
 BEGIN, END = "<!-- a run of tools/measure_gpu.py -->", "<!-- end of the run -->"
 Json = dict[str, Any]
+#: Of a run's files, what is kept with the project; the rest is of use to who mends a kernel.
+_DROPPED = {"counters": ("code",), "waits": ("profile",), "contracts": ("longest",)}
+
+#: What stands before a table.
+_WORDS = {
+    "Ops": "{n:,} elements. Goals were set for an H100, beforehand. Coding is bound by chains of "
+    "dependent steps, which its floor does not count.",
+    "Beside peers": "In turns within one process: `fedmap-sparse bench --device cuda`. In brackets "
+    "what a caller waits who starts with an idle device.",
+    "Inputs with ties": "Selections, and times a normal input's of the same width, share and "
+    "implementation.",
+    "What a caller waits for": "Of 1,048,576 elements: time until a call returns, the device busy; "
+    "how often it waits for the device; whether a CUDA graph captures it in a process that has "
+    "compiled nothing.",
+    "Launched directly and replayed": "Per call, and as a CUDA graph; of 1,048,576 elements, and "
+    "of an MLP of 159,010 weights.",
+    "Constants tried": "One after another, the better kept while the next is tried: it saves over "
+    "all of its workloads and slows none by a fiftieth. `triton_kernels/_tuning.py` has what they "
+    "are now.",
+    "Bytes fetched from memory at a time": "The driver's hint, "
+    "`cuCtxSetLimit(MAX_L2_FETCH_GRANULARITY)`; the package never sets it. Microseconds.",
+    "Masks coded in chunks of other lengths": "At density 0.1.",
+    "10^9 parameters in bfloat16": "At density 0.1.",
+    "2^31 + 4,999 elements in bfloat16": "At density 0.1.",
+    "Hardware counters": "By ncu, one launch each, at base clocks and from an empty cache.",
+}
 
 
 def read(folder: Path) -> dict[str, Json]:
@@ -17,126 +47,148 @@ def read(folder: Path) -> dict[str, Json]:
         raise ValueError(f"{folder}: expected run.json, found {', '.join(found) or 'nothing'}")
     if found["run"]["mode"] or any(step.get("dry") for step in found.values()):
         raise ValueError(f"{folder}: a dry run measures nothing")
+    for name, keys in _DROPPED.items():
+        for key in keys:
+            found.get(name, {}).pop(key, None)
+    for row in found.get("baseline", {}).get("workloads", {}).values():
+        if "kernels_us" in row:
+            row["kernels_us"] = {tables.kernel(k): us for k, us in row["kernels_us"].items()}
+    if "counters" in found:  # what a run before this page's noted is of no workload
+        told = [one for one in found["counters"].get("launches", ()) if "workload" in one]
+        found["counters"]["launches"] = told
+        if not told:
+            del found["counters"]
+    for step in found["run"]["steps"].values():
+        step.pop("output", None)
     return found
 
 
-def table(head: list[str], rows: list[list[object]]) -> list[str]:
-    """Markdown; every column but the first to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+def card(found: dict[str, Json]) -> str:
+    """Such as "NVIDIA H200"."""
+    return str(found.get("machine", {}).get("card", "an unnamed card"))
 
 
-def _baseline(step: Json, copies: Json) -> list[str]:
-    rate = copies.get("copy 105 MB", {}).get("GB/s")
-    rows: list[list[object]] = []
-    for name, row in step.get("workloads", {}).items():
-        if "error" in row:
-            rows.append([name, "failed", "", "", row["error"].replace("|", "/")[:80]])
-            continue
-        floor = row["floor_bytes"] / rate / 1000 if rate else None
-        times = f"{row['us'] / floor:.2f}" if floor else ""
-        kernels = ", ".join(f"{k} {us}" for k, us in row.get("kernels_us", {}).items())
-        rows.append([name, row["us"], f"{floor:.1f}" if floor else "", times, kernels])
-    head = ["op", "us", "its bytes at the rate of a copy", "ratio", "kernels, by the profiler"]
-    return [f"{step['n']:,} elements.", "", *table(head, rows)] if rows else []
+def keep(found: dict[str, Json], results: Path) -> Path:
+    """Write the run's files, a line for each key, into the card's folder, in place of others."""
+    name = card(found).removeprefix("NVIDIA ").split()[0].lower()
+    folder = results / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    for step, content in found.items():
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in
+                           content.items())  # fmt: skip
+        (folder / f"{step}.json").write_text(f"{{\n{lines}\n}}\n")
+    return folder
 
 
-def _sweeps(step: Json) -> list[str]:
-    rows: list[list[object]] = []
-    for constant, sweep in step.get("sweeps", {}).items():
-        for value, times in sweep["us"].items():
-            text = (
-                times if isinstance(times, str) else ", ".join(f"{k} {v}" for k, v in times.items())
-            )
-            mark = " (kept)" if value == str(sweep.get("chosen", sweep["default"])) else ""
-            rows.append([constant, f"{value}{mark}", text])
-    return table(["constant", "value", "us"], rows) if rows else []
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _ties(step: Json) -> list[str]:
-    rows: list[list[object]] = []
-    for name, row in step.get("ties", {}).items():
-        kernels = ", ".join(f"{k} {us}" for k, us in row.get("kernels_us", {}).items())
-        rows.append([name, row["us"], row["of normal"], kernels])
-    return table(["input, width, kept", "us", "of normal", "kernels, by the profiler"], rows)
+def _ended(run: Json) -> str:
+    """Which steps there were, and which did not come to their end."""
+    steps = run["steps"]
+    states: dict[str, list[str]] = {}
+    for name, step in steps.items():
+        states.setdefault(step["state"], []).append(name)
+    parts = [f"{', '.join(names)} {state}" for state, names in states.items()]
+    seconds = sum(step["seconds"] for step in steps.values())
+    return f"Steps: {'; '.join(parts)}; {seconds:.0f} s."
 
 
-def _waits(step: Json) -> list[str]:
-    captures, host = step.get("captures", {}), step.get("host_us", {})
-    syncs = {name: len(seen) for name, seen in step.get("syncs", {}).items()}
-    rows: list[list[object]] = [
-        [name, host.get(name, ""), syncs.get(name, ""), captures.get(name, "").replace("|", "/")]
-        for name in dict.fromkeys([*syncs, *captures])
-    ]
-    head = ["op", "host, us", "numbers fetched", "captured without a warm-up"]
-    return table(head, rows)
+def _left_out(found: dict[str, Json]) -> list[str]:
+    lines = []
+    for name, step in found.items():
+        out = step.get("left_out")
+        if out:
+            lines.append(f"- {name}: {', '.join(out) if isinstance(out, list) else out}")
+        for what, why in step.get("missing", {}).items():
+            lines.append(f"- {name}: {what}: {why}")
+        if out := step.get("peers_left_out"):
+            lines.append(f"- {name}: {', '.join(out)}, which would have taken the others' time")
+    return lines
 
 
-def section(found: dict[str, Json]) -> str:
+def _tests(step: Json) -> list[str]:
+    if "tests" not in step:
+        return []
+    stress = step.get("stress")
+    told = ""
+    if stress:
+        many, wrong = stress["selections"], stress["wrong"]
+        told = f"; {many:,} selections beside a stream that writes, {wrong} wrong"
+    lines = [f"{step['tests']}{told}."]
+    failures = step.get("failures", {})
+    lines += [f"- {name}: {_line(text)}" for name, text in failures.items()]
+    return ["", *lines] if failures else lines
+
+
+def _line(text: str) -> str:
+    """The first line of a failure that says something."""
+    said = [line.strip() for line in text.splitlines() if re.match(r"E |\w*Error", line.strip())]
+    return (said[0] if said else text.strip().splitlines()[-1] if text.strip() else "")[:160]
+
+
+def section(found: dict[str, Json], note: str = "") -> str:
     """The page's part between BEGIN and END: card, versions, date, commit, then the figures."""
     run, machine = found["run"], found.get("machine", {})
     versions = ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items())
+    rate = tables.copy_rate(machine)
+    baseline = found.get("baseline", {})
     lines = [
         BEGIN,
-        f"## Measured on {machine.get('card', 'an unnamed card')}",
+        f"## Measured on one {card(found).removeprefix('NVIDIA ')}",
         "",
-        f"{run['time']}, commit {run['commit']}; {versions}.",
-        "Microseconds of the device's own time, medians of 15, launches queued, caches flushed.",
+        *_wrapped(
+            f"{card(found)}; {versions}; commit {run['commit'][:7]}, {run['time'][:10]}. {note} "
+            f"{_ended(run)} Raw figures: `benchmarks/results`, in the card's folder."
+        ),
         "",
-        *table(
-            ["step", "ended", "s"],
-            [[name, step["state"], step["seconds"]] for name, step in run["steps"].items()],
+        *_wrapped(
+            "Microseconds of the device's own time, medians of 15: launches are queued before, and "
+            "the L2 cache is full of what nobody wants. A floor is what any method must move, at "
+            "the rate of the card's copies " + (f"({rate:,.0f} GB/s)." if rate else "(not timed).")
         ),
     ]
-    rates = machine.get("bandwidth", {})
-    if rates:
-        lines += ["", "### Bandwidth", ""]
-        rows: list[list[object]] = [[k, r["us"], r["GB/s"]] for k, r in rates.items()]
-        lines += table(["what", "us", "GB/s"], rows)
     parts = {
-        "Ops": _baseline(found.get("baseline", {}), rates),
-        "Constants tried": _sweeps(found.get("sweeps", {})),
-        "Selection of inputs with ties": _ties(found.get("ties", {})),
-        "Masks coded in chunks of other lengths": table(
-            ["steps per chunk", "bytes", "encode, us", "decode, us"],
-            [
-                [steps, row["bytes"], row.get("encode_mask", ""), row.get("decode_mask", "")]
-                for steps, row in found.get("chunks", {}).get("chunks", {}).items()
-            ],
-        ),
-        "Launched directly and replayed": table(
-            ["work", "us per call, directly", "replayed"],
-            [
-                [k, row.get("direct", "failed"), row.get("replay", "failed")]
-                for k, row in found.get("graphs", {}).get("wall_us", {}).items()
-            ],
-        ),
-        "What a caller waits for": _waits(found.get("waits", {})),
-        "10^9 parameters in bfloat16": table(
-            ["op", "us"], [[k, v] for k, v in found.get("scale", {}).get("us", {}).items()]
-        ),
-        "2^31 + 4,999 elements in bfloat16": table(
-            ["op", "us"], [[k, v] for k, v in found.get("large", {}).get("us", {}).items()]
-        ),
+        "Ops": tables.ops(baseline, rate),
+        "Beside peers": tables.peers(found.get("peers", {})),
+        "Inputs with ties": tables.ties(found.get("ties", {})),
+        "What a caller waits for": tables.waits(found.get("waits", {})),
+        "Launched directly and replayed": tables.graphs(found.get("graphs", {})),
+        "Constants tried": tables.sweeps(found.get("sweeps", {})),
+        "Bytes fetched from memory at a time": tables.fetches(found.get("sweeps", {})),
+        "Masks coded in chunks of other lengths": tables.chunks(found.get("chunks", {})),
+        "10^9 parameters in bfloat16": tables.times(found.get("scale", {})),
+        "2^31 + 4,999 elements in bfloat16": tables.times(found.get("large", {})),
+        "Hardware counters": tables.counters(found.get("counters", {})),
+        "`tests/gpu` there": _tests(found.get("contracts", {})),
+        "With the fastest constants": _winners(found.get("winners", {})),
+        "Left out, for want of time or packages": _left_out(found),
     }
     for title, part in parts.items():
-        if len(part) > 2:
-            lines += ["", f"### {title}", "", *part]
-    tests = found.get("contracts", {})
-    if "tests" in tests:
-        lines += [
-            "",
-            f"`tests/gpu` there: {tests['tests']}; stress: {tests.get('stress', 'not run')}.",
-        ]
+        if part:
+            words = _WORDS.get(title, "").format(n=baseline.get("n", 0))
+            lines += ["", f"### {title}", "", *([*_wrapped(words), ""] if words else []), *part]
     return "\n".join([*lines, END])
 
 
+def _winners(step: Json) -> list[str]:
+    times = step.get("select_us", {})
+    told = ", ".join(f"{name} {us} us" for name, us in times.items())
+    lines = [f"A selection of float32, a tenth: {told}."] if told else []
+    if "tests" in step:
+        lines.append(f"`tests/gpu/test_contracts.py` with them: {step['tests']}.")
+    return lines
+
+
 def put(page: str, part: str) -> str:
-    """The page with its measured part replaced, or added before '## Counted'."""
+    """The page with its measured part replaced, or added before the first '## Measured on'."""
     if BEGIN in page:
         before, after = page.split(BEGIN, 1)[0], page.split(END, 1)[1]
         return before + part + after
-    before, mark, after = page.partition("## Counted")
+    before, mark, after = page.partition("## Measured on")
     if not mark:
-        raise ValueError("the page has no heading '## Counted' to put the run before")
+        raise ValueError("the page has no heading '## Measured on' to put the run before")
     return f"{before}{part}\n\n{mark}{after}"

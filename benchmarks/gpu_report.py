@@ -3,7 +3,8 @@
 python benchmarks/gpu_report.py             the report, from the emulator and the compiler
 python benchmarks/gpu_report.py --budgets   and the table that tests/gpu_free holds them to
 python benchmarks/gpu_report.py --accesses "deposit 0.5"   what each access of one op asks for, only
-python benchmarks/gpu_report.py --run DIR   put what tools/measure_gpu.py wrote there into the page
+python benchmarks/gpu_report.py --run DIR   what tools/measure_gpu.py wrote there, in place of the
+    last run: benchmarks/results/CARD, the page's first section, the README's picture and paragraph
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "gpu_free")]
 
 import gpu_page  # noqa: E402  # beside this file
+import gpu_picture  # noqa: E402  # likewise
 from ladder import measure  # noqa: E402  # tests are no package
 from ladder.catalogue import workloads  # noqa: E402  # likewise
 
@@ -69,17 +71,30 @@ def code_table(codes: list[measure.Code]) -> list[str]:
     return lines
 
 
+def publish(run: Path, note: str) -> None:
+    """A measured run everywhere that shows one."""
+    found = gpu_page.read(run)
+    card = gpu_page.card(found)
+    folder = gpu_page.keep(found, ROOT / "benchmarks" / "results")
+    part = gpu_page.section(found, note)
+    for name in ("GPU.head.md", "GPU.md"):
+        page = ROOT / "benchmarks" / name
+        page.write_text(gpu_page.put(page.read_text(), part))
+    (ROOT / "docs" / "images" / "gpu.svg").write_text(gpu_picture.picture(found, card))
+    readme = ROOT / "README.md"
+    readme.write_text(gpu_picture.put(readme.read_text(), gpu_picture.paragraph(found, card)))
+    print(f"written: {folder}, benchmarks/GPU.md, docs/images/gpu.svg, README.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--budgets", action="store_true", help="write tests/gpu_free/budgets.csv")
     parser.add_argument("--accesses", metavar="OP", help="print what an op's accesses ask for")
     parser.add_argument("--run", metavar="DIR", type=Path, help="put a measured run into the page")
+    parser.add_argument("--note", default="", help="with --run: a sentence on that run")
     arguments = parser.parse_args()
     if arguments.run:
-        part = gpu_page.section(gpu_page.read(arguments.run))
-        for name in ("GPU.head.md", "GPU.md"):
-            page = Path(__file__).parent / name
-            page.write_text(gpu_page.put(page.read_text(), part))
+        publish(arguments.run, arguments.note)
         return
     if arguments.accesses:
         (workload,) = [w for w in workloads(SIZE) if w.name == arguments.accesses]
