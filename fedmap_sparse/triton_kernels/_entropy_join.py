@@ -110,7 +110,10 @@ def _join(
     size = tl.minimum(n - begin, TILES * 256).to(tl.int32)
     nibbles += begin // 8
     low += begin
-    high += begin // 8 * HIGH
+    # Planes of bytes are read by four, at which all parts of a payload begin.
+    if LOW == 8:
+        low = tl.multiple_of(low, 4)
+    high = tl.multiple_of(high + begin // 8 * HIGH, 4)
     out += begin
     if size == TILES * 256:
         _joined(nibbles, low, high, out, size, top, EXPONENT, LOW, HIGH, TILES, True)

@@ -36,6 +36,8 @@ class Sweep:
 
 
 SWEEPS = (
+    Sweep("DESCRIBE", ((2048, 64, 8), (4096, 64, 16), (1024, 32, 4)), _ENCODE),
+    Sweep("JOIN", ((16, 4), (64, 8), (8, 1)), _DECODE),
     Sweep("READ_REGISTERS", (96, 80, 64), _SELECT),
     Sweep("STEP_SPARSE", _STEPS, ("masked_sgd float32 0.01", "masked_adamw float32 0.01")),
     Sweep("STEP_MIDDLE", _STEPS, ("masked_sgd float32 0.1", "masked_adamw float32 0.1")),
@@ -56,8 +58,6 @@ SWEEPS = (
     Sweep("REFINE_LANES", (512, 2048), _SELECT),
     Sweep("SETTLE_LANES", (64,), _SELECT),
     Sweep("TRIM_BLOCKS", (1, 2), _SELECT),
-    Sweep("DESCRIBE", ((2048, 64, 8), (4096, 64, 16), (1024, 32, 4)), _ENCODE),
-    Sweep("JOIN", ((16, 4), (64, 8), (8, 1)), _DECODE),
     Sweep("PACK_ROWS", (0.05, 2.0), _PACKS),
     Sweep("UNPACK_ROWS", (0.25, 2.0), _UNPACKS),
     Sweep("ROWS_WARPS", (1, 2, 8), (*_PACKS[:2], *_UNPACKS[:4])),
