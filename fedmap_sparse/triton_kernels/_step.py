@@ -118,6 +118,7 @@ def step(
     LANES: tl.constexpr,
     FLAT: tl.constexpr,
     EACH: tl.constexpr,
+    ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """One tile of one segment.
@@ -181,29 +182,52 @@ def step(
                 KIND,
             )
     else:
-        # The search may give a thread neighbouring lanes, which would ask
-        # for each sector once a lane: they stand for survivors as far apart as the warp is wide.
+        # Gathers may give a thread neighbouring lanes, which would ask for each sector once a lane:
+        # they stand for what lies as far apart as the program is wide.
         order = tl.arange(0, LANES)
         order = order % EACH * (LANES // EACH) + order // EACH
-        for begin in range(-skew, count, LANES):
-            j = begin + order
-            live = (j >= 0) & (j < count)
-            at = survivor(w, before, tl.maximum(j, 0), WORDS, STEPS)
-            _update_lanes(
-                values + start,
-                gradient,
-                at,
-                base + j,
-                live,
-                first,
-                second,
-                optional,
-                master,
-                use_optional,
-                rule,
-                UPDATE,
-                KIND,
-            )
+        if ROWS:
+            # Lanes stand for elements, and a survivor counts those before it: no search.
+            for part in range(0, WORDS * 32, LANES):
+                at = part + order
+                held = tl.gather(w, at >> 5, 0)
+                bit = 1 << (at & 31).to(tl.uint32)
+                state = tl.gather(before, at >> 5, 0) + popcount(held & (bit - 1))
+                _update_lanes(
+                    values + start,
+                    gradient,
+                    at,
+                    base + state,
+                    (held & bit) != 0,
+                    first,
+                    second,
+                    optional,
+                    master,
+                    use_optional,
+                    rule,
+                    UPDATE,
+                    KIND,
+                )
+        else:
+            for begin in range(-skew, count, LANES):
+                j = begin + order
+                live = (j >= 0) & (j < count)
+                at = survivor(w, before, tl.maximum(j, 0), WORDS, STEPS)
+                _update_lanes(
+                    values + start,
+                    gradient,
+                    at,
+                    base + j,
+                    live,
+                    first,
+                    second,
+                    optional,
+                    master,
+                    use_optional,
+                    rule,
+                    UPDATE,
+                    KIND,
+                )
         if (flags & _ZEROED) == 0:
             for begin in range(0, elements, LANES):
                 at = begin + tl.arange(0, LANES)
@@ -245,7 +269,11 @@ def walk(
     `rows` lies on the host, `scalars` there or on the device, where a captured CUDA graph reads
     what is in it at each replay.
     """
-    size, lanes, warps, flat = _tuning.step_shape(nnz / prunable if prunable else 1.0)
+    density = nnz / prunable if prunable else 1.0
+    # Where two states are updated, arithmetic on pruned lanes costs more than the search.
+    by_rows = states[0] is None and _tuning.STEP_ROWS < density < 0.98
+    shape = _tuning.STEP_BY_ROWS if by_rows else _tuning.step_shape(density)
+    size, lanes, warps, flat = shape
     pointers = tuple([0 if g is None else g.data_ptr() for g in grads])
     table, total, aligned = _table(rows.numpy().tobytes(), pointers, size)
     if not total:
@@ -278,6 +306,7 @@ def walk(
         LANES=lanes,
         FLAT=flat,
         EACH=max(1, lanes // (32 * warps)),
+        ROWS=by_rows,
         ALIGNED=aligned,
         num_warps=warps,
     )

@@ -21,6 +21,8 @@ CONTRACTS: dict[str, Callable[[Any], None]] = {
     "ROWS_WARPS": lambda show: contracts.pack(20000, 0.4, F32, "cpu", show),
     "PACK_MIDDLE": lambda show: contracts.pack(40000, 0.15, F32, "cpu", show),
     "STEP_WHOLE": lambda show: contracts.masked_sgd(1.0, F32, "cpu", show),
+    "STEP_ROWS": lambda show: contracts.masked_sgd(0.4, F32, "cpu", show),
+    "STEP_BY_ROWS": lambda show: contracts.masked_sgd(0.4, F32, "cpu", show),
     "STEP_DENSE": lambda show: contracts.masked_adamw(0.5, F32, "cpu", show, amsgrad=True),
     "STEP_MIDDLE": lambda show: contracts.masked_adamw(0.15, F32, "cpu", show),
     "STEP_SPARSE": lambda show: contracts.masked_sgd(0.02, F32, "cpu", show),

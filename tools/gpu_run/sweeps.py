@@ -41,6 +41,8 @@ SWEEPS = (
     Sweep("READ_REGISTERS", (96, 80, 64), _SELECT),
     Sweep("STEP_SPARSE", _STEPS, ("masked_sgd float32 0.01", "masked_adamw float32 0.01")),
     Sweep("STEP_MIDDLE", _STEPS, ("masked_sgd float32 0.1", "masked_adamw float32 0.1")),
+    Sweep("STEP_ROWS", (2.0, 0.05), ("masked_sgd float32 0.5", "masked_sgd float32 0.1")),
+    Sweep("STEP_BY_ROWS", ((64, 64, 1, 256), (64, 256, 1, 512)), ("masked_sgd float32 0.5",)),
     Sweep("STEP_DENSE", _STEPS, ("masked_sgd float32 0.5", "masked_adamw float32 0.5")),
     Sweep(
         "STEP_WHOLE",

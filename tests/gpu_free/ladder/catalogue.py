@@ -155,9 +155,10 @@ def _stepping(n: int, device: torch.device) -> Iterator[Workload]:
                 run,
                 0.125 + 8 * held * density + streams * size * touched(density, 32 // size),
                 1.05,
-                # At density 0.5 a warp's survivors span eight sectors and a part; at 0.01 each
-                # program asks for its segment's row and scalars as for a tenth of its survivors.
-                {0.5: 1.12, 0.01: 1.35}.get(density, 1.1),
+                # At density 0.5 a warp's survivors span eight sectors and a part, and SGD's, of one
+                # word, begin and end within a sector; at 0.01 each program asks for its segment's
+                # row and scalars as for a tenth of its survivors.
+                {0.5: 1.3 if rule == "masked_sgd" else 1.12, 0.01: 1.35}.get(density, 1.1),
                 {"grad": grads[0]},  # type: ignore[dict-item]
             )
 
