@@ -120,12 +120,12 @@ def _decode_step(x, on, table, keys, now, then, at, bit):
     least = tl.min(key[None, :] - table[:, None], 0)
     y = ((least & 0xFFFF) ^ 0xFFFF) * (x >> 15) + (least >> 16)
     empty = on & (y < (1 << 15))
-    lanes = _ballot(empty, bit)
+    lanes = _ballot(y < (1 << 15), tl.where(on, bit, 0))
     place = at + popcount(lanes & (bit - 1))
     pair = place >> 1
     two = tl.where(pair < 32, tl.gather(now, pair & 31, 0), tl.gather(then, pair & 31, 0))
-    word = (two >> ((place & 1) * 16).to(tl.uint32)) & 0xFFFF
-    x = tl.where(empty, (y << 16) | word, tl.where(on, y, x))
+    word = two << (16 - (place & 1) * 16).to(tl.uint32)  # in the upper half: one funnel shift
+    x = tl.where(empty, (y << 16) | (word >> 16), tl.where(on, y, x))
     return x, _with(keys, key), at + popcount(lanes)
 
 
