@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_tables import Json, copy_rate, three
+from gpu_tables import MARK, Json, copy_rate, three
 
 BEGIN, END = "<!-- figures of a GPU -->", "<!-- end of the figures -->"
 #: What is shown: words, the workload, and the bench's op and density, which has peers.
@@ -46,16 +46,20 @@ def rows(found: dict[str, Json]) -> list[Row]:
             size = f", {record['n'] * density / 1e6:.1f} M each" if op == "accumulate" else ""
             ours, floor = 1e6 * record["median_s"], 1e6 * record["floor_s"]
             made.append(Row(words + size, op, ours, floor, best))
-        elif "us" in work.get(name, {}):
-            floor = work[name]["floor_bytes"] / rate / 1000 if rate else None
-            made.append(Row(words, op, work[name]["us"], floor, None))
+        else:
+            # CUDA C++ is what a device has by itself, where it can run.
+            row = next((work[n] for n in (name + MARK, name) if "us" in work.get(n, {})), None)
+            if row:
+                floor = row["floor_bytes"] / rate / 1000 if rate else None
+                made.append(Row(words, op, row["us"], floor, None))
     return made
 
 
 def picture(found: dict[str, Json], card: str) -> str:
     """An SVG file: bars on a logarithmic axis, the floor's mark across each."""
     from fedmap_sparse import page
-    from fedmap_sparse.page.drawing import MARK, OURS, THEIRS, bars, beside
+    from fedmap_sparse.page.drawing import MARK as LINE
+    from fedmap_sparse.page.drawing import OURS, THEIRS, bars, beside
 
     shown = rows(found)
 
@@ -72,14 +76,14 @@ def picture(found: dict[str, Json], card: str) -> str:
             for us, colour, _ in sorted(pairs, reverse=True):
                 axes.barh(at, us, height=0.4, color=colour)
             if one.floor:
-                axes.plot([one.floor] * 2, [at - 0.24, at + 0.24], color=MARK, linewidth=2.5)
+                axes.plot([one.floor] * 2, [at - 0.24, at + 0.24], color=LINE, linewidth=2.5)
             beside(axes, at, max(us for us, *_ in pairs), "; ".join(words for *_, words in pairs))
         ticks = [10**k * m for k in range(6) for m in (1, 3) if least <= 10**k * m <= 1.5 * most]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(f"microseconds on an {card.removeprefix('NVIDIA ')}, logarithmic")
 
-    legend = {"fedmap_sparse": OURS, "the fastest peer": THEIRS, "the floor": MARK}
+    legend = {"fedmap_sparse": OURS, "the fastest peer": THEIRS, "the floor": LINE}
     drawn = bars("gpu", [one.words for one in shown], draw, legend=legend)
     return page.alone(page.Picture(f"Ops on an {card}", "", drawn))
 

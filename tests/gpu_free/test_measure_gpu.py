@@ -100,8 +100,9 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
         assert set(found["sweeps"]) == {sweep.constant for sweep in sweeps.SWEEPS}
         assert found["winners"] == {}
     if name == "waits":
-        assert found["captures"] == dict.fromkeys(waits.CAPTURED, "replayed")
-        assert set(waits.CAPTURED) < set(found["syncs"])
+        here = [name for name in waits.CAPTURED if not name.endswith(extras.MARK)]
+        assert found["captures"] == dict.fromkeys(here, "replayed")
+        assert set(here) < set(found["syncs"])
     if name == "peers":
         assert found["cases"][: len(peers.OPS)] == [
             f"{op} {0.5 if op == 'accumulate' else 1.0 if op in WHOLE else 0.1}" for op in peers.OPS
@@ -167,9 +168,9 @@ def test_tests_of_a_step_end_in_time(tmp_path: Path, workers: int) -> None:
     )
     start = time.monotonic()
     settings = {"STEP_DENSE": (1, 2, 3, 4)}
-    line = tests.run_tests(bench, str(file), settings=settings, seconds=12, workers=workers)
+    line = tests.run_tests(bench, str(file), settings=settings, seconds=25, workers=workers)
     assert line == "1 passed, then no time left"
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 45
     assert bench.found["collected"] == 3
     assert next(iter(bench.found["longest"])).endswith("::test_a")
 
@@ -182,7 +183,12 @@ def test_stress_follows_tests_that_fail(tmp_path: Path, monkeypatch: pytest.Monk
     bench = Bench("contracts", tmp_path, 60.0, True, None)
     with pytest.raises(RuntimeError, match="1 failed"):
         steps.contracts(bench)
-    assert bench.found["stress"] == {"selections": 2, "wrong": 0}
+    assert bench.found["stress"] == {"selections": 2, "wrong": 0, "backends": ["reference"]}
+
+
+def test_every_file_of_tests_has_its_worth() -> None:
+    files = Path(__file__).parents[1].joinpath("gpu").glob("test_*.py")
+    assert {path.stem.removeprefix("test_") for path in files} == set(steps._WORTH)
 
 
 def test_stored_messages_want_nothing_that_a_borrowed_machine_lacks() -> None:

@@ -31,7 +31,7 @@ SKIPPED = 3
 #: What the step of this name runs instead of the contracts.
 _LARGE = "more_than_2_to_the_31"
 #: Files of tests/gpu, the most worth knowing first.
-_WORTH = ("contracts", "on_device", "private", "coding", "nccl")
+_WORTH = ("contracts", "select_cuda", "on_device", "private", "coding", "nccl")
 #: Seconds of selections under stress, at most.
 _STRESS = 15.0
 
@@ -72,28 +72,34 @@ def contracts(bench: Bench) -> None:
 
 
 def stress(bench: Bench) -> None:
-    """Selections by the ten thousand beside another stream that writes: the ticket must hold."""
+    """Selections by the ten thousand beside another stream that writes: tickets and barriers hold.
+
+    By each backend in turn.
+    """
     from fedmap_sparse import ops
 
     values = torch.randn(70_000 if bench.real else 5000, device=bench.device)
-    backend = "triton" if bench.real else "reference"
-    want = ops.magnitude_mask(values, values.numel() // 10, backend=backend).words.clone()
+    forms = ["triton"] if bench.real else ["reference"]
+    if not cuda_select()[1]:
+        forms.append("cuda")
+    want = ops.magnitude_mask(values, values.numel() // 10, backend="reference").words.clone()
     wrong, rounds = torch.zeros((), dtype=torch.int64, device=bench.device), 0
     side = torch.cuda.Stream() if bench.real else None
     noise = torch.empty(1 << 26 if bench.real else 16, device=bench.device)
     end = time.monotonic() + min(_STRESS, bench.left() - 1)
     while time.monotonic() < end and rounds < (100_000 if bench.real else 2):
+        form = forms[rounds // 500 % len(forms)]
         for _ in range(500 if bench.real else 1):
-            got = ops.magnitude_mask(values, values.numel() // 10, backend=backend).words
+            got = ops.magnitude_mask(values, values.numel() // 10, backend=form).words
             wrong += (got != want).any()
             rounds += 1
         if side is not None:
             with torch.cuda.stream(side):
                 for _ in range(20):
                     noise.mul_(1.0001)
-        bench.note(stress={"selections": rounds, "wrong": int(wrong)})
+        bench.note(stress={"selections": rounds, "wrong": int(wrong), "backends": forms})
     if int(wrong):
-        raise RuntimeError(f"{int(wrong)} of {rounds} selections differ from the first")
+        raise RuntimeError(f"{int(wrong)} of {rounds} selections differ from the reference's")
 
 
 def baseline(bench: Bench) -> None:
@@ -166,6 +172,8 @@ def scale(bench: Bench) -> None:
         bench.note(n=n, us=times, peak_bytes=peak())
         return out
 
+    if not cuda_select()[1]:
+        note(f"select{MARK}", lambda: ops.magnitude_mask(values, n // 10, backend="cuda"))
     mask = note("select", lambda: ops.magnitude_mask(values, n // 10, backend=backend))
     packed = note("pack", lambda: ops.pack(values, mask, backend=backend))
     note("unpack", lambda: ops.unpack(packed, mask, backend=backend))
@@ -209,6 +217,8 @@ def _large_us(bench: Bench, n: int) -> dict[str, float]:
         "pack": lambda: ops.pack(values, mask, backend=by),
         "unpack": lambda: ops.unpack(packed, mask, backend=by),
     }
+    if not cuda_select()[1]:
+        work[f"select{MARK}"] = lambda: ops.magnitude_mask(values, n // 10, backend="cuda")
     return {name: bench.median(run, repeats=3) for name, run in work.items()}
 
 

@@ -29,9 +29,18 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PARTS = ("", "tools", "tests/gpu_free")
 #: Ops that are captured in a process that has compiled none of their kernels. A selection of a list
 #: fetches the number of survivors of each tensor, which no capture allows.
-CAPTURED = ("select", "masked_sgd", "select within", "pack", "unpack", "extract", "deposit")
+CAPTURED = (
+    f"select{MARK}",
+    "select",
+    "masked_sgd",
+    "select within",
+    "pack",
+    "unpack",
+    "extract",
+    "deposit",
+)
 #: Such processes at a time: each takes 6 s on a GPU's host of 16 cores, most of it one import.
-_AT_ONCE = 7
+_AT_ONCE = 8
 #: What torch warns of at each wait that it sees. That its watch is a prototype is another warning.
 _SYNC = "called a synchronizing CUDA operation"
 
@@ -48,13 +57,18 @@ def calls(n: int, device: torch.device, by: str) -> dict[str, Callable[[], Any]]
     momentum, pruned = torch.zeros_like(packed), values * child.to_bool()
     parts = [torch.randn(n // 8, device=device) for _ in range(8)]
     keep = n // 10
-    by_cuda, _ = cuda_select()
-    direct = {f"select{MARK}": lambda: by_cuda([values], [None], n, keep)} if by_cuda else {}
-    return {
-        **direct,
-        "select": lambda: ops.magnitude_mask(values, keep, backend=by),
-        "select within": lambda: ops.magnitude_mask(values, keep, within=parent, backend=by),
-        "select of 8": lambda: ops.magnitude_mask(parts, keep, backend=by),
+    work: dict[str, Callable[[], Any]] = {}
+    for mark, form in ((MARK, "cuda"), ("", by)):
+        if form == "cuda" and cuda_select()[1]:
+            continue
+        work |= {
+            f"select{mark}": lambda b=form: ops.magnitude_mask(values, keep, backend=b),
+            f"select within{mark}": lambda b=form: ops.magnitude_mask(
+                values, keep, within=parent, backend=b
+            ),
+            f"select of 8{mark}": lambda b=form: ops.magnitude_mask(parts, keep, backend=b),
+        }
+    return work | {
         "pack": lambda: ops.pack(values, child, backend=by),
         "unpack": lambda: ops.unpack(packed, child, backend=by),
         "extract": lambda: ops.extract(child, parent, backend=by),
@@ -120,6 +134,7 @@ def waits(bench: Bench) -> None:
         bench.note(parts_us={name: host_us(run) for name, run in parts(found["pack"]).items()})
         bench.note(profile={name: profiled(found[name]) for name in ("select", "masked_sgd")})
     captures: dict[str, str] = {}
+    tried = [name for name in CAPTURED if name in found]
 
     def capture(name: str) -> None:
         if bench.left() < 2:
@@ -130,7 +145,7 @@ def waits(bench: Bench) -> None:
             captures[name] = attempt(name, False)
 
     with ThreadPoolExecutor(_AT_ONCE if bench.real else 1) as pool:
-        for _ in pool.map(capture, CAPTURED):
+        for _ in pool.map(capture, tried):
             bench.note(captures=captures)
 
 
