@@ -1,4 +1,4 @@
-"""Squared distances: a program adds up a part of some pairs, another the parts of each pair."""
+"""Squared distances: a program adds up blocks of some pairs, others the blocks of each pair."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ BLOCKS = tl.constexpr(32)
 _PART = 2048 * 32
 #: Vectors and others of a program: 16 pairs of 8 rows ask for a fourth of what single pairs would.
 _ROWS = 4
-#: Parts whose sums are loaded together.
-AHEAD = tl.constexpr(8)
+#: Blocks of a program: with a whole part of 32, an SM had nine warps or six, and waited for memory.
+_EACH = 4
+#: Parts whose sums are loaded together: one by one, each load waits for the one before.
+AHEAD = tl.constexpr(32)
 
 
 @triton.jit
@@ -47,38 +49,53 @@ def _fold(sums, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "width", "n"])
-def _part_distances(
+def _block_distances(
     table, sums, rows, width, n, AMONG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """`table` holds the addresses of the vectors, then of the others; `sums` [parts, rows, width].
+    """`table` holds the addresses of the vectors, then of the others; `sums` [blocks, rows, width].
 
-    The pairs of a part are neighbours in the grid, as they read the same memory.
+    The pairs of a block are neighbours in the grid, as they read the same memory.
     """
-    tiles = tl.cdiv(width, WIDTH)
-    first = (tl.program_id(0) // tiles) * ROWS
-    other = (tl.program_id(0) % tiles) * WIDTH
-    part = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(width, WIDTH)
+    tiles = tl.cdiv(rows, ROWS) * across
+    tile = tl.program_id(0) % tiles
+    first, other = tile // across * ROWS, tile % across * WIDTH
     if AMONG:
         if other > first:
             return
     row, column = first + tl.arange(0, ROWS), other + tl.arange(0, WIDTH)
     a_at = tl.load(table + tl.minimum(row, rows - 1))
     b_at = tl.load(table + rows + tl.minimum(column, width - 1))
-    start = part * (BLOCKS * BLOCK)
-    total = tl.zeros((ROWS, WIDTH), tl.float64)
-    for block in range(tl.minimum(tl.cdiv(n - start, BLOCK), BLOCKS).to(tl.int32)):
+    begin = (tl.program_id(0) // tiles).to(tl.int64) * EACH
+    for k in range(tl.minimum(tl.cdiv(n - begin * BLOCK, BLOCK), EACH).to(tl.int32)):
+        block = begin + k
         lanes = tl.zeros((ROWS, WIDTH, LANES), tl.float64)
         for i in range(0, BLOCK, STEPS * LANES):
-            for k in tl.static_range(STEPS):
-                offsets = start + block * BLOCK + i + k * LANES + tl.arange(0, LANES)
+            for step in tl.static_range(STEPS):
+                offsets = block * BLOCK + i + step * LANES + tl.arange(0, LANES)
                 a = _load_rows(a_at, offsets, offsets < n)
                 b = _load_rows(b_at, offsets, offsets < n)
                 x = (a[:, None, :] - b[None, :, :]).to(tl.float64)
                 lanes += x * x
-        total += _fold(lanes, ROWS, WIDTH)
-    at = (part * rows + row[:, None]) * width + column[None, :]
-    tl.store(sums + at, total, mask=(row < rows)[:, None] & (column < width)[None, :])
+        at = (block * rows + row[:, None]) * width + column[None, :]
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        tl.store(sums + at, _fold(lanes, ROWS, WIDTH), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pairs", "width", "blocks"])
+def _add_blocks(sums, out, pairs, width, blocks, AMONG: tl.constexpr, COUNT: tl.constexpr):
+    """Of one part: all of its blocks are loaded at once."""
+    pair = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    inside = pair < pairs
+    if AMONG:
+        inside = inside & (pair % width < pair // width)
+    part = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((COUNT,), tl.float64)
+    for k in tl.static_range(BLOCKS):
+        block = part * BLOCKS + k
+        total += tl.load(sums + block * pairs + pair, mask=inside & (block < blocks), other=0.0)
+    tl.store(out + part * pairs + pair, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pairs", "width", "parts"])
@@ -105,15 +122,17 @@ def squared_distances(vectors: list[Tensor], others: list[Tensor]) -> Tensor:
     out = torch.zeros(rows, width, dtype=torch.float64, device=device)
     if not n:
         return out
-    parts = cdiv(n, _PART)
-    sums = torch.empty(parts * pairs, dtype=torch.float64, device=device)
+    parts, blocks = cdiv(n, _PART), cdiv(n, BLOCK.value)
+    each, sums = torch.empty((blocks + parts) * pairs, dtype=torch.float64, device=device).split(
+        (blocks * pairs, parts * pairs)
+    )
     table = np.array([t.data_ptr() for t in (*vectors, *(others or vectors))], np.int64)
     tile = 1 if width == 1 else _ROWS
     launch(
-        _part_distances,
-        (cdiv(rows, _ROWS) * cdiv(width, tile), parts),
+        _block_distances,
+        (cdiv(rows, _ROWS) * cdiv(width, tile) * cdiv(blocks, _EACH),),
         to_device(table, device),
-        sums,
+        each,
         rows,
         width,
         n,
@@ -121,6 +140,19 @@ def squared_distances(vectors: list[Tensor], others: list[Tensor]) -> Tensor:
         ROWS=_ROWS,
         WIDTH=tile,
         STEPS=4,
+        EACH=_EACH,
+        num_warps=1,
+    )
+    launch(
+        _add_blocks,
+        (cdiv(pairs, 32), parts),
+        each,
+        sums,
+        pairs,
+        width,
+        blocks,
+        AMONG=among,
+        COUNT=32,
         num_warps=1,
     )
     launch(
