@@ -97,6 +97,7 @@ struct Shared {
 struct Stretch {
   i64 first, last; // of its blocks
   u32 low, shift;  // the wanted key lies in [low, low + 2^shift)
+  u32 top;         // and is at most this one: the last bin may reach beyond the bracket
   bool missed;     // the bracket
 };
 
@@ -328,10 +329,10 @@ __device__ void bracket(const Job& job, Shared& s, u32& low, u32& top, u32& shif
 }
 
 template <class Bits>
-__device__ void read(const Job& job, Shared& s, const Stretch& at, u32 top) {
+__device__ void read(const Job& job, Shared& s, const Stretch& at) {
   Bits* pool = (Bits*)job.pool + at.first * kShare;
   u32* places = job.places + at.first * kShare;
-  u32 room = (u32)((at.last - at.first) * kShare), lane = lane_id(), low = at.low;
+  u32 room = (u32)((at.last - at.first) * kShare), lane = lane_id(), low = at.low, top = at.top;
   u64 over_all = 0;
   for (int i = threadIdx.x; i < kBins; i += THREADS)
     s.bins[i] = 0;
@@ -506,7 +507,7 @@ __device__ void recount(const Job& job, Shared& s, const Stretch& at, u32 finer)
   for (int i = threadIdx.x; i < kBins; i += THREADS)
     s.bins[i] = 0;
   __syncthreads();
-  auto inside = [&](u32 k) { return k >= at.low && (k - at.low) >> at.shift == 0; };
+  auto inside = [&](u32 k) { return k >= at.low && k <= at.top && (k - at.low) >> at.shift == 0; };
   each_collected<Bits>(job, s, at, [&](u32 k, u32) {
     if (inside(k))
       atomicAdd(s.bins + ((k - at.low) >> finer), 1u);
@@ -680,17 +681,17 @@ __device__ void select(const Job& job, Shared& s) {
   if (job.counts)
     for (i64 i = at.first + threadIdx.x; i < at.last; i += THREADS)
       job.counts[i] = 0;
-  u32 top, bin = 0, times = 0;
+  u32 bin = 0, times = 0;
   int level = 0;
-  bracket<Bits>(job, s, at.low, top, at.shift);
-  read<Bits>(job, s, at, top);
+  bracket<Bits>(job, s, at.low, at.top, at.shift);
+  read<Bits>(job, s, at);
   flush(job, s, level);
   grid_sync(job.state, ++times);
   u64 above = LOAD_L2((const u64*)(job.state + 2));
   u64 wanted = job.keep > above ? job.keep - above : 0;
   at.missed = !narrow(job, s, level, wanted, bin);
   if (at.missed)
-    at.low = 0, at.shift = Keys<Bits>::kBits, wanted = job.keep;
+    at.low = 0, at.top = kFull, at.shift = Keys<Bits>::kBits, wanted = job.keep;
   else
     at.low += bin << at.shift;
   while (at.shift) {

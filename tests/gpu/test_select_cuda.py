@@ -33,9 +33,15 @@ def drawn(kind: str, n: int, dtype: torch.dtype) -> torch.Tensor:
         return (values * 4).round() / 4
     if kind == "sorted":
         return torch.randn(n, device="cuda").abs().sort().values.to(dtype)
-    if kind == "hidden":  # large values lie together, between what is sampled
-        at = torch.arange(n, device="cuda")
-        return torch.where(at % 2048 < 3, 3e4, values.nan_to_num(0, 0, 0) * 1e-3).to(dtype)
+    if kind == "hidden":  # small where the sample looks, so that the bracket misses
+        octets, run = (n + 2047) // 2048 * 256, torch.arange(2048)
+        begin = run * octets // 2048
+        mixed = (run * 0x9E3779B1 & 0xFFFFFFFF) * ((run + 1) * octets // 2048 - begin) >> 32
+        seen = torch.zeros(octets, dtype=torch.bool)
+        seen[begin + mixed] = True
+        seen = seen.repeat_interleave(8)[:n].cuda()
+        drawn = torch.randn(n, device="cuda")
+        return torch.where(seen, drawn * 1e-3, 1 + drawn.square()).to(dtype)
     return values
 
 
