@@ -12,10 +12,11 @@ how each step ended. `benchmarks/gpu_report.py --run OUT` makes a page of it.
 Needed: torch with CUDA, triton, pytest. The C++ extension, whose bytes some contracts compare, is
 built if pybind11 and a compiler are there. What can be carried to a machine without a network:
 
-    python -m pip install --target build/carry pybind11 setuptools     (then carry build/carry)
+    python -m pip install --target build/carry pybind11 setuptools pytest-xdist
     python tools/measure_gpu.py --out build/gpu-dry --compile 90       (then carry build/triton)
 
-The second fills a Triton cache for sm_90, under the triton that will be used there.
+The first fills build/carry, to be carried too: without pytest-xdist tests go one after another. The
+second fills a Triton cache for sm_90, under the triton that will be used there.
 """
 
 from __future__ import annotations

@@ -175,6 +175,13 @@ def test_tests_of_a_step_end_in_time(tmp_path: Path, workers: int) -> None:
     assert next(iter(bench.found["longest"])).endswith("::test_a")
 
 
+def test_tests_of_a_step_need_no_xdist(tmp_path: Path) -> None:
+    bench = Bench("tests", tmp_path, 60.0, True, None)
+    file = tmp_path / "test_one.py"
+    file.write_text("def test_it(): pass")
+    assert tests.run_tests(bench, str(file), "-p", "no:xdist", workers=1) == "1 passed"
+
+
 def test_stress_follows_tests_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: Any, **named: Any) -> None:
         raise RuntimeError("tests: 1 failed")

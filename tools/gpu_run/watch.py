@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: The environment variable with `settings` and `lines`, as JSON.
 GIVEN = "FEDMAP_SPARSE_GPU_RUN"
 #: What is kept of a failure's text, in characters.
@@ -50,5 +52,6 @@ class _Lines:
         if session.items:
             self.tell(collected=len(session.items))
 
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be missing
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         self.tell(collected=len(ids))
