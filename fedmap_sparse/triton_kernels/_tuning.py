@@ -44,6 +44,9 @@ EXTRACT_WORDS = 256
 #: Warps per program of `deposit`, which takes 256 words: each asks for the rank index again.
 DEPOSIT_WARPS = 2
 
+#: Of trimmed means of more than 16 vectors: warps, and values that a thread takes of each.
+TRIMMED_MANY = (4, 1)
+
 # Selection.
 #: Values of the sample, at most: with a quarter, twice as many become candidates.
 SAMPLES = 65536

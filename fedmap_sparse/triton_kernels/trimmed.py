@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import FLOAT32, raw
 from fedmap_sparse.triton_kernels._launch import cdiv, launch
 from fedmap_sparse.triton_kernels._tables import to_device
@@ -93,8 +94,9 @@ def trimmed_mean_out(vectors: list[Tensor], trim: int, out: Tensor) -> Tensor:
         return bad
     table = np.array([v.data_ptr() for v in vectors], np.int64)
     # Four values a thread, by one access of 16 bytes, while the rows leave registers for that.
-    wide = len(vectors) <= 16 and not any(t.data_ptr() % 16 for t in (*vectors, out))
-    block = 32 * _WARPS * (4 if wide else 1)
+    warps, each = (_WARPS, 4) if len(vectors) <= 16 else _tuning.TRIMMED_MANY
+    wide = each > 1 and not any(t.data_ptr() % 16 for t in (*vectors, out))
+    block = 32 * warps * (each if wide else 1)
     launch(
         _trimmed_mean,
         (cdiv(out.numel(), block),),
@@ -106,6 +108,6 @@ def trimmed_mean_out(vectors: list[Tensor], trim: int, out: Tensor) -> Tensor:
         TRIM=trim,
         ALIGNED=wide,
         BLOCK=block,
-        num_warps=_WARPS,
+        num_warps=warps,
     )
     return bad

@@ -26,6 +26,7 @@ CONTRACTS: dict[str, Callable[[Any], None]] = {
     "STEP_DENSE": lambda show: contracts.masked_adamw(0.5, F32, "cpu", show, amsgrad=True),
     "STEP_MIDDLE": lambda show: contracts.masked_adamw(0.15, F32, "cpu", show),
     "STEP_SPARSE": lambda show: contracts.masked_sgd(0.02, F32, "cpu", show),
+    "TRIMMED_MANY": lambda show: contracts.trimmed(17, 8, 1001, "cpu", show, aligned=True),
     "EXTRACT_WORDS": lambda show: contracts.deposit(40000, 0.05, "cpu", show),
     "DEPOSIT_WARPS": lambda show: contracts.deposit(40000, 0.3, "cpu", show),
     "JOIN": lambda show: coding.values(34_000, torch.float16, "cpu", show),

@@ -60,6 +60,7 @@ SWEEPS = (
     Sweep("REFINE_LANES", (512, 2048), _SELECT),
     Sweep("SETTLE_LANES", (64,), _SELECT),
     Sweep("TRIM_BLOCKS", (1, 2), _SELECT),
+    Sweep("TRIMMED_MANY", ((8, 1), (16, 1), (4, 2), (8, 2)), ("trimmed_mean 50 less 24",)),
     Sweep("PACK_ROWS", (0.05, 2.0), _PACKS),
     Sweep("UNPACK_ROWS", (0.25, 2.0), _UNPACKS),
     Sweep("ROWS_WARPS", (1, 2, 8), (*_PACKS[:2], *_UNPACKS[:4])),
