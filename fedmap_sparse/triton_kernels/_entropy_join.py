@@ -58,7 +58,8 @@ def _three_bits(plane, tile, lane, j, size, TILES: tl.constexpr):
     group = 32 * tile + 4 * j + tl.arange(0, 4)[None, :]
     eight = tl.zeros((TILES, 4), tl.uint32)
     for k in tl.static_range(3):
-        byte = tl.load(plane + 3 * group + k, mask=group * 8 < size, other=0)
+        at = 3 * group + k
+        byte = tl.load(plane + at, mask=at < (3 * size + 7) // 8, other=0)
         eight = eight | (byte.to(tl.uint32) << (8 * k))
     eights = tl.reshape(tl.broadcast_to(eight[:, :, None], (TILES, 4, 8)), (TILES, 32))
     return (eights >> (3 * (lane & 7)).to(tl.uint32)) & 7
