@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 #: Most of a test's time on a GPU is a compiler's, of one core.
 _WORKERS = 6
 #: Nothing of tests/conftest.py: it wants further packages.
-_FIXED = ("-q", "-p", "no:cacheprovider", "-p", "gpu_run.watch", "--tb=short",
+_FIXED = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "gpu_run.watch", "--tb=short",
           f"--confcutdir={_ROOT / 'tests' / 'gpu'}")  # fmt: skip
 #: How many of the longest tests are told.
 _LONGEST = 8
