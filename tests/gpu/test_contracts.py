@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ladder import contracts
+from ladder.syncs import watched
 
 import fedmap_sparse as fs
 from fedmap_sparse import ops
@@ -100,11 +101,8 @@ def test_select_does_not_wait_for_the_device() -> None:
     values = torch.randn(1 << 20, device="cuda")
     within = fs.Mask.full(1 << 20, "cuda")
     ops.magnitude_mask(values, 1000, within=within)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with watched("error"):
         ops.magnitude_mask(values, 1000, within=within)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_in_a_cuda_graph_reads_scalars_from_the_device() -> None:

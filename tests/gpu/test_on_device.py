@@ -180,6 +180,8 @@ def test_a_selection_in_a_cuda_graph() -> None:
         assert equal(packed, ops.pack(drawn, expected))
 
 
+# torch's own, of what its compiler imports.
+@pytest.mark.filterwarnings(r"ignore:`torch.jit.\w+` is deprecated:DeprecationWarning")
 def test_compiled_whole() -> None:
     values, grad = torch.randn(2, 5000, device="cuda").unbind()
     segments = Segments([0], [5000])

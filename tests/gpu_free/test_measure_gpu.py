@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import measure_gpu
 import pytest
 from gpu_run import chunks, counters, extras, peers, steps, sweeps, tests, ties, waits
 from gpu_run.bench import Bench
+from ladder import syncs
 from measure_gpu import Step
 
 from fedmap_sparse.triton_kernels import _tuning
@@ -140,6 +142,26 @@ def test_a_capture_that_fails_or_goes_wrong_is_told(monkeypatch: pytest.MonkeyPa
     assert waits.attempt("pack", False).startswith("refused: RuntimeError: operation not permitted")
     monkeypatch.setattr(waits, "captured", lambda run, real: (run() + 1, lambda: None))
     assert waits.attempt("pack", False) == "replayed, other values"
+
+
+def test_the_watch_for_waits_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        if mode == "warn":
+            raise RuntimeError("with the mode set")
+
+    monkeypatch.setattr(importlib.import_module("torch").cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(ZeroDivisionError), syncs.watched("error"):
+        assert modes == ["error"]
+        with pytest.warns(UserWarning, match="synchronizing"):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="mode set"), syncs.watched("warn"):
+        pass
+    assert modes == ["error", "default", "warn", "default"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

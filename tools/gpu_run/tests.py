@@ -1,4 +1,4 @@
-"""Tests as a part of a step: in six processes where pytest-xdist is installed, ended in time."""
+"""Tests as a part of a step: in eight processes where pytest-xdist is installed, ended in time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gpu_run import watch
 from gpu_run.bench import Bench
 
 _ROOT = Path(__file__).resolve().parents[2]
-#: Most of a test's time on a GPU is a compiler's, of one core.
-_WORKERS = 6
+#: Most of a test's time on a GPU is a compiler's, of one core, and the host of the H200 has 16.
+_WORKERS = 8
 #: Nothing of tests/conftest.py: it wants further packages.
 _FIXED = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "gpu_run.watch", "--tb=short",
           f"--confcutdir={_ROOT / 'tests' / 'gpu'}")  # fmt: skip

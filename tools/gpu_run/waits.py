@@ -41,7 +41,7 @@ CAPTURED = (
 )
 #: Such processes at a time: each takes 6 s on a GPU's host of 16 cores, most of it one import.
 _AT_ONCE = 8
-#: What torch warns of at each wait that it sees. That its watch is a prototype is another warning.
+#: What torch warns of at each wait that it sees.
 _SYNC = "called a synchronizing CUDA operation"
 
 
@@ -90,13 +90,12 @@ def fetched(device: torch.device) -> Iterator[list[str]]:
     if device.type != "cuda":
         yield seen
         return
+    from ladder.syncs import watched
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+        with watched("warn"):
             yield seen
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     seen += [f"{Path(w.filename).name}:{w.lineno}" for w in caught if _SYNC in str(w.message)]
 
 
