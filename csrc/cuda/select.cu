@@ -34,12 +34,13 @@ namespace {
 
 constexpr u32 kFull = 0xffffffffu;
 constexpr int kWarps = THREADS / 32;
-constexpr int kBins = 2048;       // of a histogram: 11 bits per level
-constexpr int kSampleBins = 8192; // the highest 13 bits of a key
-constexpr u32 kRuns = 2048;       // of the sample, of eight elements each: a sector of float32
-constexpr int kParts = 48;        // tensors of one launch, whose table is an argument of it
-constexpr u32 kShare = 128;       // candidates that a block has room for: a sixteenth of it
-constexpr int kLevels = 4;        // histograms: one of the read, three if the bracket missed
+constexpr int kBins = 2048;                      // of a histogram: 11 bits per level
+constexpr int kSampleBins = 8192;                // the highest 13 bits of a key
+constexpr int kNear = (kSampleBins - kBins) / 2; // of a block's list, which shares the memory
+constexpr u32 kRuns = 2048; // of the sample, of eight elements each: a sector of float32
+constexpr int kParts = 48;  // tensors of one launch, whose table is an argument of it
+constexpr u32 kShare = 128; // candidates that a block has room for: a sixteenth of it
+constexpr int kLevels = 4;  // histograms: one of the read, three if the bracket missed
 // In place of where a unit's candidates begin.
 constexpr u32 kReread = 0xffffffffu, kUniform = 0xfffffffeu;
 constexpr u32 kNowhere = 0xffffffffu;
@@ -90,15 +91,16 @@ struct Shared {
   u64 scan[kWarps];
   u64 total, wanted;
   i64 torn; // the block some of whose ties are kept
-  u32 low, high, used, filled, special;
+  u32 low, high, used, filled, special, near;
 };
 
 // What a block of the grid goes by.
 struct Stretch {
-  i64 first, last; // of its blocks
-  u32 low, shift;  // the wanted key lies in [low, low + 2^shift)
-  u32 top;         // and is at most this one: the last bin may reach beyond the bracket
-  bool missed;     // the bracket
+  i64 first, last;        // of its blocks
+  u32 low, shift;         // the wanted key lies in [low, low + 2^shift)
+  u32 top;                // of the bracket, beyond which its last bin may reach
+  u32 near_low, near_top; // of the first bin that was found
+  bool missed;            // the bracket
 };
 
 __device__ u32 lane_id() {
@@ -180,10 +182,32 @@ __device__ int part_of(const Job& job, i64 block) {
 template <class Bits>
 struct Keys {
   static constexpr int kBits = 8 * sizeof(Bits) - 1;
-  static __device__ u32 at(const void* values, i64 i) {
-    return LOAD_ONCE((const Bits*)values + i) & ((1u << kBits) - 1);
+  static constexpr u32 kMask = (1u << kBits) - 1;
+  static __device__ u32 raw(const void* values, i64 i) {
+    return LOAD_ONCE((const Bits*)values + i);
   }
+  static __device__ u32 at(const void* values, i64 i) { return raw(values, i) & kMask; }
 };
+
+// Whether the bits of a value are above a key, or no less than it.
+template <class Bits>
+struct Edge {
+  u32 key;
+  __device__ explicit Edge(u32 k) : key(k) {}
+  __device__ bool below(u32 bits) const { return (bits & Keys<Bits>::kMask) > key; }
+  __device__ bool reached(u32 bits) const { return (bits & Keys<Bits>::kMask) >= key; }
+};
+
+// By floats, whose absolute value costs no instruction. Above infinity, the highest key of a
+// bracket of theirs, is NaN.
+template <>
+struct Edge<u32> {
+  float key;
+  __device__ explicit Edge(u32 k) : key(__uint_as_float(k)) {}
+  __device__ bool below(u32 bits) const { return !(fabsf(__uint_as_float(bits)) <= key); }
+  __device__ bool reached(u32 bits) const { return fabsf(__uint_as_float(bits)) >= key; }
+};
+constexpr u32 kInfinity = 0x7f800000u;
 
 // Bit j of lane l becomes bit l of lane j.
 __device__ u32 transpose(u32 x) {
@@ -205,18 +229,18 @@ __device__ u32 held_in(const Part& p, i64 base) {
   return p.within ? LOAD_ONCE(p.within + word) & inside : inside;
 }
 
-// A unit's keys, of lane l those of elements 32 j + l; where `live` has no bit j it may be any.
+// A unit's values, of lane l those of elements 32 j + l; where `live` has no bit j it may be any.
 template <class Bits>
-__device__ void load_unit(const Part& p, i64 base, u32 live, bool all, u32 (&key)[32]) {
+__device__ void load_unit(const Part& p, i64 base, u32 live, bool all, u32 (&bits)[32]) {
   i64 at = base + lane_id();
   if (all) {
 #pragma unroll
     for (int j = 0; j < 32; j++)
-      key[j] = Keys<Bits>::at(p.values, at + j * 32);
+      bits[j] = Keys<Bits>::raw(p.values, at + j * 32);
   } else {
 #pragma unroll
     for (int j = 0; j < 32; j++)
-      key[j] = (live >> j) & 1 ? Keys<Bits>::at(p.values, at + j * 32) : 0;
+      bits[j] = (live >> j) & 1 ? Keys<Bits>::raw(p.values, at + j * 32) : 0;
   }
 }
 
@@ -322,6 +346,11 @@ __device__ void bracket(const Job& job, Shared& s, u32& low, u32& top, u32& shif
   u32 first = s.low, last = s.high > first ? s.high : first + 1;
   low = first << kDown;
   top = (last << kDown) - 1;
+  if (sizeof(Bits) == 4) {
+    // NaN of float32 is left to what is done when a bracket misses.
+    low = (u32)least(low, kInfinity);
+    top = (u32)least(top, kInfinity);
+  }
   shift = 0;
   while ((top - low) >> shift >= (u32)kBins)
     shift++;
@@ -332,7 +361,8 @@ template <class Bits>
 __device__ void read(const Job& job, Shared& s, const Stretch& at) {
   Bits* pool = (Bits*)job.pool + at.first * kShare;
   u32* places = job.places + at.first * kShare;
-  u32 room = (u32)((at.last - at.first) * kShare), lane = lane_id(), low = at.low, top = at.top;
+  u32 room = (u32)((at.last - at.first) * kShare), lane = lane_id(), low = at.low;
+  Edge<Bits> above(at.top), within(at.low);
   u64 over_all = 0;
   for (int i = threadIdx.x; i < kBins; i += THREADS)
     s.bins[i] = 0;
@@ -346,22 +376,24 @@ __device__ void read(const Job& job, Shared& s, const Stretch& at) {
     u32 held = plain ? kFull : held_in(p, base);
     u32 live = plain ? kFull : transpose(held);
     bool all = plain || (whole && warp_sum((u32)__popc(held)) >= kSparse);
-    u32 key[32], columns = 0, row = 0;
-    load_unit<Bits>(p, base, live, all, key);
+    u32 bits[32], columns = 0, overs = 0;
+    load_unit<Bits>(p, base, live, all, bits);
     if (unit + kWarps < at.last * 2)
       fetch_ahead<Bits>(job, unit + kWarps);
 #pragma unroll
     for (int j = 0; j < 32; j++) {
-      u32 over = __ballot_sync(kFull, key[j] > top);
-      if (lane == (u32)j)
-        row = over;
-      if (key[j] - low <= top - low)
+      if (above.below(bits[j]))
+        overs |= 1u << j;
+      else if (within.reached(bits[j]))
         columns |= 1u << j;
     }
-    row &= held;
+    overs &= live;
     columns &= live;
-    u32 mine = (u32)__popc(columns), before = warp_before(mine);
-    u32 count = __shfl_sync(kFull, before + mine, 31), over = warp_sum((u32)__popc(row));
+    // Both counts in one sum: of either there are at most 1024.
+    u32 mine = (u32)__popc(columns) | (u32)__popc(overs) << 16, before = warp_before(mine);
+    u32 sums = __shfl_sync(kFull, before + mine, 31), count = sums & 0xffff, over = sums >> 16;
+    before &= 0xffff;
+    u32 row = transpose(overs);
     if (p.words && (base / 32 + lane) * 32 < p.n)
       p.words[base / 32 + lane] = row;
     u32 begin = 0, one = 0;
@@ -370,8 +402,9 @@ __device__ void read(const Job& job, Shared& s, const Stretch& at) {
 #pragma unroll
       for (int j = 0; j < 32; j++)
         if ((columns >> j) & 1) {
-          least = key[j] < least ? key[j] : least;
-          most = key[j] > most ? key[j] : most;
+          u32 k = bits[j] & Keys<Bits>::kMask;
+          least = k < least ? k : least;
+          most = k > most ? k : most;
         }
       for (int d = 16; d; d >>= 1) {
         u32 a = __shfl_xor_sync(kFull, least, d), b = __shfl_xor_sync(kFull, most, d);
@@ -397,7 +430,7 @@ __device__ void read(const Job& job, Shared& s, const Stretch& at) {
       over_all += over;
       if (begin >= kUniform)
         atomicAdd(&s.special, 1u);
-      if (job.counts && over && begin != kReread)
+      if (job.counts && over)
         atomicAdd(job.counts + unit / 2, (u64)over << 32);
     }
     u32 to = begin + before, from = (u32)((unit - at.first * 2) * 1024 + lane);
@@ -501,14 +534,109 @@ __device__ void each_special(const Job& job, Shared& s, const Stretch& at, Unifo
   }
 }
 
-// Counts, in bins of 2^finer keys, what lies within 2^shift of `low`.
+// Of all candidates, those of the first histogram's bin are near: only they are looked at again.
+__device__ bool is_near(const Stretch& at, u32 k) {
+  return k >= at.near_low && k <= at.near_top;
+}
+
+// The near ones of those that were collected, from the list of them if it holds all.
+template <class Bits, class See>
+__device__ void each_near(const Job& job, Shared& s, const Stretch& at, See see) {
+  if (s.near <= (u32)kNear) {
+    for (u32 i = threadIdx.x; i < s.near; i += THREADS)
+      see(s.bins[kBins + 2 * i], s.bins[kBins + 2 * i + 1]);
+  } else {
+    each_collected<Bits>(job, s, at, [&](u32 k, u32 place) {
+      if (is_near(at, k))
+        see(k, place);
+    });
+  }
+}
+
+__device__ void keep(const Job& job, const Stretch& at, u32 place) {
+  i64 block = at.first + place / 2048;
+  const Part& p = job.part[part_of(job, block)];
+  atomicOr(p.words + (block - p.first) * 64 + place % 2048 / 32, 1u << (place & 31));
+}
+
+// Settles what is above the near ones, lists these, and counts them in bins of 2^finer keys.
+template <class Bits>
+__device__ void sift(const Job& job, Shared& s, const Stretch& at, u32 finer) {
+  u32 lane = lane_id();
+  for (int i = threadIdx.x; i < kBins; i += THREADS)
+    s.bins[i] = 0;
+  if (threadIdx.x == 0)
+    s.near = 0;
+  if (at.missed && job.counts)
+    for (i64 block = at.first + threadIdx.x; block < at.last; block += THREADS) {
+      const Part& p = job.part[part_of(job, block)];
+      i64 word = (block - p.first) * 64;
+      for (int i = 0; i < 64 && (word + i) * 32 < p.n; i++)
+        p.words[word + i] = 0;
+      job.counts[block] = 0;
+    }
+  __syncthreads();
+  each_collected<Bits>(job, s, at, [&](u32 k, u32 place) {
+    if (k < at.near_low)
+      return;
+    if (k > at.near_top) {
+      if (!job.counts)
+        return;
+      atomicAdd(job.counts + at.first + place / 2048, 1ull << 32);
+      keep(job, at, place);
+      return;
+    }
+    u32 to = atomicAdd(&s.near, 1u);
+    if (to < (u32)kNear) {
+      s.bins[kBins + 2 * to] = k;
+      s.bins[kBins + 2 * to + 1] = place;
+    }
+    atomicAdd(s.bins + ((k - at.low) >> finer), 1u);
+  });
+  each_special<Bits>(
+      job, s, at,
+      [&](i64 unit, const Unit& u) {
+        if (is_near(at, u.key)) {
+          if (lane == 0)
+            atomicAdd(s.bins + ((u.key - at.low) >> finer), u.count);
+        } else if (u.key > at.near_top && job.counts) {
+          const Part& p = job.part[part_of(job, unit / 2)];
+          u32 bits = job.marks[unit * 32 + lane];
+          if (bits)
+            p.words[(unit - p.first * 2) * 32 + lane] |= bits;
+          if (lane == 0)
+            atomicAdd(job.counts + unit / 2, (u64)u.count << 32);
+        }
+      },
+      [&](i64 unit, const Part& p, i64 base, u32 live) {
+        u32 row = 0;
+        each_key<Bits>(p, base, live, [&](int j, u32 k, bool on) {
+          u32 over = __ballot_sync(kFull, on && k > at.near_top && k <= at.top);
+          if (lane == (u32)j)
+            row = over;
+          count_in(s.bins, (k - at.low) >> finer, on && is_near(at, k));
+        });
+        if (!job.counts)
+          return;
+        if (row)
+          p.words[base / 32 + lane] |= row;
+        u32 over = warp_sum((u32)__popc(row));
+        if (lane == 0 && over)
+          atomicAdd(job.counts + unit / 2, (u64)over << 32);
+      });
+}
+
+// Counts the near ones, in bins of 2^finer keys, that lie within 2^shift of `low`.
 template <class Bits>
 __device__ void recount(const Job& job, Shared& s, const Stretch& at, u32 finer) {
+  __syncthreads();
   for (int i = threadIdx.x; i < kBins; i += THREADS)
     s.bins[i] = 0;
   __syncthreads();
-  auto inside = [&](u32 k) { return k >= at.low && k <= at.top && (k - at.low) >> at.shift == 0; };
-  each_collected<Bits>(job, s, at, [&](u32 k, u32) {
+  auto inside = [&](u32 k) {
+    return is_near(at, k) && k >= at.low && (k - at.low) >> at.shift == 0;
+  };
+  each_near<Bits>(job, s, at, [&](u32 k, u32) {
     if (inside(k))
       atomicAdd(s.bins + ((k - at.low) >> finer), 1u);
   });
@@ -531,24 +659,20 @@ template <class Bits>
 __device__ void count_blocks(const Job& job, Shared& s, const Stretch& at) {
   u32 exact = at.low;
   auto one = [&](u32 k) { return k > exact ? 1ull << 32 : (u64)(k == exact); };
-  if (at.missed) {
-    for (i64 i = at.first + threadIdx.x; i < at.last; i += THREADS)
-      job.counts[i] = 0;
-    __syncthreads();
-  }
-  each_collected<Bits>(job, s, at, [&](u32 k, u32 place) {
+  each_near<Bits>(job, s, at, [&](u32 k, u32 place) {
     if (k >= exact)
       atomicAdd(job.counts + at.first + place / 2048, one(k));
   });
   each_special<Bits>(
       job, s, at,
       [&](i64 unit, const Unit& u) {
-        if (u.key >= exact && lane_id() == 0)
+        if (u.key >= exact && is_near(at, u.key) && lane_id() == 0)
           atomicAdd(job.counts + unit / 2, one(u.key) * u.count);
       },
       [&](i64 unit, const Part& p, i64 base, u32 live) {
         u64 sum = 0;
-        each_key<Bits>(p, base, live, [&](int, u32 k, bool on) { sum += on ? one(k) : 0; });
+        each_key<Bits>(p, base, live,
+                       [&](int, u32 k, bool on) { sum += on && is_near(at, k) ? one(k) : 0; });
         sum = warp_sum(sum);
         if (lane_id() == 0 && sum)
           atomicAdd(job.counts + unit / 2, sum);
@@ -602,50 +726,45 @@ __device__ u32 lowest(u32 x, u32 some) {
   return x ^ rest;
 }
 
-// Into the words that hold what is over the bracket: candidates over the key, and the first ties.
+// Into the words that hold what is over the near ones: those over the key, and the first ties.
 template <class Bits>
 __device__ void settle(const Job& job, Shared& s, const Stretch& at, u64 allowed) {
   u32 exact = at.low, lane = lane_id();
   u32* torn = s.bins; // the ties of the torn block
   auto kept = [&](i64 block) { return job.ties_before[block] < allowed && block != s.torn; };
-  each_collected<Bits>(job, s, at, [&](u32 k, u32 place) {
-    if (k < exact)
-      return;
+  each_near<Bits>(job, s, at, [&](u32 k, u32 place) {
     i64 block = at.first + place / 2048;
-    u32 bit = 1u << (place & 31);
     if (k == exact && block == s.torn)
-      atomicOr(torn + place % 2048 / 32, bit);
-    else if (k > exact || kept(block)) {
-      const Part& p = job.part[part_of(job, block)];
-      atomicOr(p.words + (block - p.first) * 64 + place % 2048 / 32, bit);
-    }
+      atomicOr(torn + place % 2048 / 32, 1u << (place & 31));
+    else if (k > exact || (k == exact && kept(block)))
+      keep(job, at, place);
   });
   each_special<Bits>(
       job, s, at,
       [&](i64 unit, const Unit& u) {
-        if (u.key < exact)
+        if (u.key < exact || !is_near(at, u.key))
           return;
         const Part& p = job.part[part_of(job, unit / 2)];
-        i64 word = (unit - p.first * 2) * 32 + lane;
         u32 bits = job.marks[unit * 32 + lane];
         if (u.key == exact && unit / 2 == s.torn)
           torn[(unit & 1) * 32 + lane] = bits;
         else if (bits && (u.key > exact || kept(unit / 2)))
-          p.words[word] |= bits;
+          p.words[(unit - p.first * 2) * 32 + lane] |= bits;
       },
       [&](i64 unit, const Part& p, i64 base, u32 live) {
         u32 row = 0, equal = 0;
         each_key<Bits>(p, base, live, [&](int j, u32 k, bool on) {
-          u32 over = __ballot_sync(kFull, on && k > exact);
+          u32 over = __ballot_sync(kFull, on && is_near(at, k) && k > exact);
           u32 same = __ballot_sync(kFull, on && k == exact);
           if (lane == (u32)j)
             row = over, equal = same;
         });
-        i64 word = base / 32 + lane;
         if (unit / 2 == s.torn)
           torn[(unit & 1) * 32 + lane] = equal;
-        if (word * 32 < p.n)
-          p.words[word] = row | (kept(unit / 2) ? equal : 0);
+        else if (kept(unit / 2))
+          row |= equal;
+        if (row)
+          p.words[base / 32 + lane] |= row;
       });
   __threadfence();
   __syncthreads();
@@ -694,19 +813,26 @@ __device__ void select(const Job& job, Shared& s) {
     at.low = 0, at.top = kFull, at.shift = Keys<Bits>::kBits, wanted = job.keep;
   else
     at.low += bin << at.shift;
+  at.near_low = at.low;
+  at.near_top = (u32)least(at.top, (u64)at.low + (1ull << at.shift) - 1);
+  u32 finer = at.shift > 11 ? at.shift - 11 : 0;
+  sift<Bits>(job, s, at, finer);
   while (at.shift) {
-    u32 finer = at.shift > 11 ? at.shift - 11 : 0;
-    recount<Bits>(job, s, at, finer);
     flush(job, s, ++level);
     grid_sync(job.state, ++times);
     narrow(job, s, level, wanted, bin);
     at.low += bin << finer;
     at.shift = finer;
+    if (finer == 0)
+      break;
+    finer = at.shift > 11 ? at.shift - 11 : 0;
+    recount<Bits>(job, s, at, finer);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0)
     *job.key = at.low;
   if (!job.counts)
     return;
+  __syncthreads();
   if (threadIdx.x < 64)
     s.bins[threadIdx.x] = 0;
   if (threadIdx.x == 0)

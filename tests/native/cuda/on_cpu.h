@@ -176,6 +176,12 @@ T __shfl_up_sync(unsigned, T x, unsigned by) {
   return on_cpu::exchange(x, on_cpu::lane() < by ? on_cpu::lane() : on_cpu::lane() - by);
 }
 
+inline float __uint_as_float(unsigned x) {
+  float out;
+  std::memcpy(&out, &x, 4);
+  return out;
+}
+
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
 }
