@@ -58,48 +58,6 @@ def _pack(
             tl.store(out + base + j, convert(bits, FROM, TO), mask=live)
 
 
-@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["words", "packed"])
-def _unpack(
-    packed,
-    words,
-    rank,
-    out,
-    numel,
-    num_words,
-    CHUNK: tl.constexpr,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
-):
-    """Lanes stand for elements, and write whole sectors; the survivors come in chunks that are
-    read side by side, then gathered."""
-    tile = tl.program_id(0).to(tl.int64)
-    w = load_words(words, tile * 64 + tl.arange(0, 64), num_words)
-    counts = popcount(w)
-    base = tl.load(rank + tile)
-    count = tl.sum(counts, 0)
-    lane = tl.arange(0, 2048)
-    bit = lane & 31
-    # Gathered: spread by broadcast and reshape, the words were loaded 16 times over.
-    mine = tl.gather(w, lane >> 5, 0)
-    keep = ((mine >> bit) & 1) != 0
-    below = popcount(mine & ((1 << bit.to(tl.uint32)) - 1))
-    local = tl.gather(exclusive(counts), lane >> 5, 0) + below
-    dense = tl.zeros((2048,), out.dtype.element_ty)
-    skew = (base & 15).to(tl.int32)
-    for start in range(-skew, count, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        bits = tl.load(packed + base + j, mask=(j >= 0) & (j < count), other=0)
-        at = local - start
-        here = keep & (at >= 0) & (at < CHUNK)
-        found = tl.gather(convert(bits, FROM, TO), tl.where(here, at, 0), 0)
-        dense = tl.where(here, found, dense)
-    offsets = tile * 2048 + lane
-    if (tile + 1) * 2048 <= numel:  # without a mask that the compiler cannot see through
-        tl.store(out + offsets, dense)
-    else:
-        tl.store(out + offsets, dense, mask=offsets < numel)
-
-
 @triton.jit
 def _places(words, rank, tile, num_words, WORDS: tl.constexpr):
     """Of each element of WORDS words: whether it survives, and how many do before it, from the
@@ -173,7 +131,7 @@ def pack_out(values: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None:
             WORDS=64,
             FROM=KINDS[values.dtype],
             TO=KINDS[out.dtype],
-            num_warps=_tuning.ROWS_WARPS,
+            num_warps=_tuning.PACK_WARPS,
         )
         return
     size, lanes, warps, flat = _tuning.pack_shape(density)
@@ -199,35 +157,17 @@ def unpack_out(packed: Tensor, words: Tensor, rank: Tensor, out: Tensor) -> None
     """`packed` at the survivors of `out`, +0.0 elsewhere."""
     if not out.numel():
         return
-    density = packed.numel() / out.numel()
-    if _tuning.UNPACK_ROWS < density:
-        launch(
-            _unpack_rows,
-            (cdiv(words.numel(), 64),),
-            raw(packed),
-            words,
-            rank,
-            raw(out),
-            out.numel(),
-            words.numel(),
-            WORDS=64,
-            FROM=KINDS[packed.dtype],
-            TO=KINDS[out.dtype],
-            num_warps=_tuning.ROWS_WARPS,
-        )
-        return
     launch(
-        _unpack,
-        (cdiv(out.numel(), 2048),),
+        _unpack_rows,
+        (cdiv(words.numel(), 64),),
         raw(packed),
         words,
         rank,
         raw(out),
         out.numel(),
         words.numel(),
-        # Not 2048, the size of a tile: the compiler would give both the layout of the stores, four
-        # elements a thread, and ask for each sector of the chunk four times.
-        CHUNK=1024 if density > 0.2 else 256,
+        WORDS=64,
         FROM=KINDS[packed.dtype],
         TO=KINDS[out.dtype],
+        num_warps=_tuning.UNPACK_WARPS,
     )

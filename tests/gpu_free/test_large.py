@@ -46,9 +46,9 @@ def test_pack_and_unpack(tile: dict[str, Tensor]) -> None:
     assert torch.equal(tile["packed"], tile["values"][tile["keep"]])
     dense = torch.full((2048,), 7.0)
     run(
-        pack._unpack,
+        pack._unpack_rows,
         {"packed": "*i32", "out": "*i32", "numel": "i64", **pointers},
-        {"CHUNK": 1024, "FROM": 0, "TO": 0},
+        {"WORDS": 64, "FROM": 0, "TO": 0},
         {
             "packed": before(tile["packed"], base),
             "out": before(dense, start),

@@ -17,8 +17,8 @@ F32 = torch.float32
 CONTRACTS: dict[str, Callable[[Any], None]] = {
     "PACK_DENSE": lambda show: contracts.pack(20000, 0.9, F32, "cpu", show),
     "PACK_ROWS": lambda show: contracts.pack(20000, 0.3, F32, "cpu", show),
-    "UNPACK_ROWS": lambda show: contracts.pack(20000, 0.2, F32, "cpu", show),
-    "ROWS_WARPS": lambda show: contracts.pack(20000, 0.4, F32, "cpu", show),
+    "PACK_WARPS": lambda show: contracts.pack(20000, 0.4, F32, "cpu", show),
+    "UNPACK_WARPS": lambda show: contracts.pack(20000, 0.2, F32, "cpu", show),
     "PACK_MIDDLE": lambda show: contracts.pack(40000, 0.15, F32, "cpu", show),
     "STEP_WHOLE": lambda show: contracts.masked_sgd(1.0, F32, "cpu", show),
     "STEP_ROWS": lambda show: contracts.masked_sgd(0.4, F32, "cpu", show),

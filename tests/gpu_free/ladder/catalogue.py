@@ -98,12 +98,12 @@ def _nesting(n: int, device: torch.device) -> Iterator[Workload]:
             f"extract {density}",
             n,
             lambda c=child, p=parent: extract.extract(c.words, p.words, p.rank, p.numel, p.nnz),
-            # Counts of a program and of four blocks, for 256 words, written and read.
-            0.25 + density / 8 + index + index * density + 2 * 20 / 8192,
+            # Counts of a program and of two blocks, for 128 words, written and read.
+            0.25 + density / 8 + index + index * density + 2 * 12 / 4096,
             1.05,
-            # A program reads on for its last word, and one iteration ahead: 64 words of 256 that
-            # the next program reads too, from a cache.
-            1.4,
+            # A program reads on for its last word, and one iteration ahead: 64 words of 128 that
+            # the next program reads too, from a cache. On an H200 programs of 256 took longer.
+            1.65,
         )
         yield Workload(
             f"deposit {density}",
@@ -157,8 +157,10 @@ def _stepping(n: int, device: torch.device) -> Iterator[Workload]:
                 1.05,
                 # At density 0.5 a warp's survivors span eight sectors and a part, and SGD's, of one
                 # word, begin and end within a sector; at 0.01 each program asks for its segment's
-                # row and scalars as for a tenth of its survivors.
-                {0.5: 1.3 if rule == "masked_sgd" else 1.12, 0.01: 1.35}.get(density, 1.1),
+                # row and scalars as for a tenth of its survivors, at 0.1 for a fiftieth.
+                {0.5: 1.3 if rule == "masked_sgd" else 1.12, 0.1: 1.13, 0.01: 1.35}.get(
+                    density, 1.1
+                ),
                 {"grad": grads[0]},  # type: ignore[dict-item]
             )
 
@@ -361,8 +363,10 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
             # Symbols are read twice, to join values and to find escapes.
             1.5,
             # A step of a plane is 32 bytes that begin at no sector's start: two sectors, of which
-            # the next step finds one in L1. Of three bits each byte is asked for by itself.
-            1.95 if dtype == torch.float16 else 1.3,
+            # the next step finds one in L1. Of three bits each byte is asked for by itself. One
+            # warp's threads join eight values of a tile at a time, and ask for symbols and planes
+            # twice, of L1: on an H200 1% faster than four values, which asked once.
+            {F32: 1.45, BF16: 1.75}.get(dtype, 2.4),
         )
 
 
