@@ -6,8 +6,9 @@
 
 Each step is a process of its own with a time limit. It writes OUT/STEP.json after each piece, so a
 step that fails, hangs or is killed leaves what it had, and the next one starts. What is most worth
-knowing comes first; limits grow with --minutes, and below five much is left out. OUT/run.json says
-how each step ended. `benchmarks/gpu_report.py --run OUT` makes a page of it.
+knowing comes first; limits grow with --minutes, and below five much is left out. What a step does
+not need the later ones share. OUT/run.json says how each step ended.
+`benchmarks/gpu_report.py --run OUT` makes a page of it.
 
 Needed: torch with CUDA, triton, pytest. The C++ extension, whose bytes some contracts compare, is
 built if pybind11 and a compiler are there. What can be carried to a machine without a network:
@@ -58,20 +59,20 @@ class Step:
 #: eight minutes: a run that is killed at each of them ends in time.
 STEPS = (
     Step("build", 60, "the C++ extension, whose bytes some contracts compare"),
-    Step("machine", 12, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
-    Step("contracts", 115, "tests/gpu, and selections under stress"),
-    Step("baseline", 54, "device time and kernels of every workload"),
-    Step("ties", 23, "selections of inputs with ties"),
-    Step("sweeps", 54, "each constant of _tuning.py, one after another"),
-    Step("waits", 23, "host time of a call, numbers that ops fetch, captures without a warm-up"),
-    Step("graphs", 12, "direct launches beside replays of a CUDA graph, of a local step too"),
-    Step("peers", 38, "fedmap-sparse bench beside its peers"),
-    Step("scale", 15, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
-    Step("experiment", 29, "fedmap-sparse run device=cuda"),
-    Step("chunks", 9, "the entropy coder's masks in chunks of other lengths"),
-    Step("winners", 29, "contracts with the fastest values"),
-    Step("large", 21, "more than 2^31 elements: the contracts, and times"),
-    Step("counters", 46, "ncu, one launch per kernel, where it is allowed"),
+    Step("machine", 24, "card, clocks, L2 fetch size, bandwidth of copies and of reads"),
+    Step("contracts", 120, "tests/gpu, and selections under stress"),
+    Step("baseline", 64, "device time and kernels of every workload"),
+    Step("ties", 36, "selections of inputs with ties"),
+    Step("sweeps", 20, "each constant of _tuning.py, one after another"),
+    Step("waits", 36, "host time of a call, numbers that ops fetch, captures without a warm-up"),
+    Step("graphs", 16, "direct launches beside replays of a CUDA graph, of a local step too"),
+    Step("peers", 50, "fedmap-sparse bench beside its peers"),
+    Step("scale", 20, "10^9 parameters in bfloat16: prune, pack, encode, decode, step"),
+    Step("experiment", 40, "fedmap-sparse run device=cuda"),
+    Step("chunks", 12, "the entropy coder's masks in chunks of other lengths"),
+    Step("winners", 16, "contracts with the fastest values"),
+    Step("large", 12, "more than 2^31 elements: the contracts, and times"),
+    Step("counters", 14, "ncu, one launch per kernel, where it is allowed"),
 )
 
 
@@ -140,9 +141,10 @@ def commit() -> str:
 def conduct(
     steps: Sequence[Step], out: Path, mode: Sequence[str] = (), minutes: float = _MINUTES
 ) -> dict[str, Any]:
-    """Play the steps in turn; each has its share of `minutes`."""
+    """Play the steps in turn; each has its share of the time that those before it left."""
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * minutes
+    planned = min(60.0, sum(step.limit for step in steps) / _MINUTES) * minutes
+    end = time.monotonic() + planned
     run: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -151,14 +153,15 @@ def conduct(
         "steps": {},
     }
     write(out / "run.json", run)
-    for step in steps:
-        left = end - time.monotonic()
-        if left < 4:
+    for at, step in enumerate(steps):
+        share = step.limit / sum(other.limit for other in steps[at:])
+        limit = share * (end - time.monotonic())
+        if limit <= _GRACE:
             record: dict[str, Any] = {"state": "skipped", "seconds": 0.0, "output": "no time left"}
         else:
             print(f"{step.name}: {step.what}", flush=True)
             try:
-                record = play(step, out, mode, min(step.limit * minutes / _MINUTES, left))
+                record = play(step, out, mode, limit)
             except Exception as error:  # such as a full disk: the next step may still go
                 record = {
                     "state": "failed",

@@ -54,10 +54,11 @@ def test_accumulate(dtype: torch.dtype, aligned: bool) -> None:
     contracts.mean_rounds_once("cuda", show)
 
 
-@pytest.mark.parametrize(("count", "trim"), [(1, 0), (10, 4), (50, 24), (64, 6), (65, 32)])
-def test_trimmed(count: int, trim: int) -> None:
-    for aligned in (True, False):
-        contracts.trimmed(count, trim, 300_001, "cuda", show, aligned=aligned)
+# Of 64 less 6 the compiler takes minutes.
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("count", "trim"), [(1, 0), (10, 4), (50, 24), (64, 31), (65, 32)])
+def test_trimmed(count: int, trim: int, aligned: bool) -> None:
+    contracts.trimmed(count, trim, 300_001, "cuda", show, aligned=aligned)
 
 
 @pytest.mark.parametrize("n", [1, 65_537, 1_000_001])

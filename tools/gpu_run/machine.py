@@ -51,13 +51,14 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(bench: Bench) -> None:
-    """Bandwidth at the sizes of float32 values and of what four of them take."""
-    bench.note(versions=versions(), smi=smi())
+    """Bandwidth at the sizes of float32 values and of what four of them take; then the clocks,
+    whose program may take seconds to start."""
+    bench.note(versions=versions())
     if bench.real:
         card = torch.cuda.get_device_properties(0)
         bench.note(
             card=card.name, memory=card.total_memory, multiprocessors=card.multi_processor_count,
-            l2=card.L2_cache_size, capability=f"{card.major}.{card.minor}", l2_fetch=l2_fetch(),
+            l2=card.L2_cache_size, capability=f"{card.major}.{card.minor}",
         )  # fmt: skip
     bandwidth: dict[str, Any] = {}
     for megabytes in (105, 420):
@@ -73,3 +74,4 @@ def machine(bench: Bench) -> None:
             rate = round(factor * moved / us / 1000, 1) if us else None
             bandwidth[f"{name} {megabytes} MB"] = {"us": us, "GB/s": rate}
             bench.note(bandwidth=bandwidth)
+    bench.note(l2_fetch=l2_fetch() if bench.real else None, smi=smi())  # there is a context now

@@ -33,7 +33,7 @@ _LARGE = "more_than_2_to_the_31"
 #: Files of tests/gpu, the most worth knowing first.
 _WORTH = ("contracts", "select_cuda", "on_device", "private", "coding", "nccl")
 #: Seconds of selections under stress, at most: 3000 a second on an H200.
-_STRESS = 7.0
+_STRESS = 5.0
 
 
 def build(bench: Bench) -> None:
