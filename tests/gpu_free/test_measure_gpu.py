@@ -84,7 +84,9 @@ def test_the_limits_of_all_steps_are_the_eight_minutes() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in steps.STEPS if n not in ("contracts", "winners")])
-def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
+def test_a_step_on_stand_ins(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    goals = importlib.import_module("gpu_tables")
     code = steps.run(name, tmp_path, time.time() + 60, True, None)
     nothing = {"counters", "peers", "experiment"}
     assert code == (steps.SKIPPED if name in nothing else 0)
@@ -95,7 +97,7 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
     assert found["dry"] is True
     if name == "baseline":
         assert len(found["workloads"]) > 40
-        assert {"select of 8", "digest", "message out 0.1"} < set(found["workloads"])
+        assert {"select of 8", *goals.GOALS} < set(found["workloads"])
         assert {row["us"] for row in found["workloads"].values()} == {0.0}
         assert found["missing"]["select (CUDA C++)"]
     if name == "sweeps":
@@ -105,6 +107,7 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
         here = [name for name in waits.CAPTURED if not name.endswith(extras.MARK)]
         assert found["captures"] == dict.fromkeys(here, "replayed")
         assert set(here) < set(found["syncs"])
+        assert set(goals.HOST_GOALS) < set(found["syncs"])
     if name == "peers":
         assert found["cases"][: len(peers.OPS)] == [
             f"{op} {0.5 if op == 'accumulate' else 1.0 if op in WHOLE else 0.1}" for op in peers.OPS
@@ -114,6 +117,7 @@ def test_a_step_on_stand_ins(name: str, tmp_path: Path) -> None:
         assert set(found["wall_us"]) == {"local step", "select", "pack", "masked_sgd"}
     if name == "ties":
         assert len(found["ties"]) == 2 * 2 * len(ties.INPUTS)
+        assert set(goals.TIES_GOALS) < set(found["ties"])
     if name == "chunks":
         sizes = [row["bytes"] for row in found["chunks"].values()]
         assert list(found["chunks"]) == [str(steps) for steps in chunks.STEPS]
