@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fedmap_sparse import ops
+from fedmap_sparse import _backends, ops
 from fedmap_sparse.codec.container import (
     NO_DIGEST,
     RANS,
@@ -19,7 +21,7 @@ from fedmap_sparse.codec.container import (
 from fedmap_sparse.codec.values import Coding
 from fedmap_sparse.errors import FormatError, NeedsMask, PayloadError
 from fedmap_sparse.layout import FlatLayout
-from fedmap_sparse.mask import Mask, num_words
+from fedmap_sparse.mask import Mask, num_words, settle
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.entropy import Runs
 
@@ -79,6 +81,7 @@ def read(
     layout: FlatLayout,
     have: Mask | None,
     device: torch.device,
+    meanwhile: Callable[[], None],
 ) -> Mask:
     """The message's mask, on `device`, where it is decoded.
 
@@ -86,6 +89,7 @@ def read(
         section: the message's MASK or DELTA, if any.
         dense: whether the header says that every eligible element survives.
         have: the receiver's mask.
+        meanwhile: called while a device decodes the bits, before they are waited for.
 
     Raises:
         NeedsMask: the message refers to a mask other than `have`.
@@ -98,12 +102,12 @@ def read(
     elif dense:
         raise FormatError("expected no mask section beside DENSE", section.offset)
     elif section.id == Id.MASK:
-        mask = _bits(section, layout.prunable_numel, _full_runs(layout), device)
-        if not mask <= layout.initial_mask(device):
-            raise FormatError("a bit is set for an element of padding", section.offset)
+        allowed = layout.initial_mask(device)
+        mask = _bits(section, layout.prunable_numel, _full_runs(layout), device, meanwhile, allowed)
     else:
         parent = _require(have, section.parent, section.offset - 40, device)
-        mask = ops.deposit(_bits(section, parent.nnz, _delta_runs(parent, layout), device), parent)
+        runs = _delta_runs(parent, layout)
+        mask = ops.deposit(_bits(section, parent.nnz, runs, device, meanwhile), parent)
     if mask.digest() != header.mask:
         wanted, got = header.mask.hex(), mask.digest().hex()
         raise FormatError(f"expected a mask of digest {wanted}, got {got}", 32)
@@ -116,7 +120,15 @@ def _require(have: Mask | None, wanted: bytes, offset: int, device: torch.device
     return have.to(device)
 
 
-def _bits(section: Section, numel: int, runs: Runs, device: torch.device) -> Mask:
+def _bits(
+    section: Section,
+    numel: int,
+    runs: Runs,
+    device: torch.device,
+    meanwhile: Callable[[], None],
+    allowed: Mask | None = None,
+) -> Mask:
+    """A mask of the section's bits, none outside of `allowed`."""
     name = Id(section.id).name
     if section.dtype != Wire.BIT or section.encoding not in (RAW, RANS):
         got = f"dtype {section.dtype}, encoding {section.encoding}"
@@ -125,8 +137,10 @@ def _bits(section: Section, numel: int, runs: Runs, device: torch.device) -> Mas
         raise FormatError(f"{name}: expected {numel} bits, got {section.count}", section.offset)
     if section.encoding == RANS:
         try:
+            if _backends.pick(None, device) == "triton":
+                return _on_device(section, numel, runs, device, meanwhile, allowed)
             words = entropy.decode_mask(section.coded(), runs, numel, device=device)
-            return Mask.from_words(words, numel)
+            return _inside(Mask.from_words(words, numel), allowed, section)
         except PayloadError as error:
             at = section.offset + error.offset
             raise FormatError(f"{name}: {error.reason}", at) from None
@@ -137,6 +151,38 @@ def _bits(section: Section, numel: int, runs: Runs, device: torch.device) -> Mas
     # A copy: the mask outlives the message, which may be much larger.
     words = torch.frombuffer(bytearray(section.payload) or bytearray(4), dtype=torch.int32)
     try:
-        return Mask.from_words(words[: num_words(numel)].to(device), numel)
+        mask = Mask.from_words(words[: num_words(numel)].to(device), numel)
     except ValueError as error:
         raise FormatError(f"{name}: {error}", section.offset) from None
+    return _inside(mask, allowed, section)
+
+
+def _on_device(
+    section: Section,
+    numel: int,
+    runs: Runs,
+    device: torch.device,
+    meanwhile: Callable[[], None],
+    allowed: Mask | None,
+) -> Mask:
+    """`_bits` that are coded. All that is asked of them is launched before any of it is waited for:
+    a wait costs 45 us beyond what the device needs."""
+    begun = entropy.begin_mask_back(section.coded(), runs, numel, device)
+    words, broken = begun.out, begun.broken.any()
+    outside = broken if allowed is None else (words & ~allowed.words).any()
+    meanwhile()
+    mask, (any_broken, any_outside) = settle(words, numel, broken, outside)
+    begun.checked(bool(any_broken))
+    if any_outside:
+        raise _padded(section)
+    return mask
+
+
+def _inside(mask: Mask, allowed: Mask | None, section: Section) -> Mask:
+    if allowed is not None and not mask <= allowed:
+        raise _padded(section)
+    return mask
+
+
+def _padded(section: Section) -> FormatError:
+    return FormatError("a bit is set for an element of padding", section.offset)

@@ -22,6 +22,7 @@ from fedmap_sparse.codec.values import Coding, Quantized
 from fedmap_sparse.errors import FormatError, NeedsMask
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, check_mask
+from fedmap_sparse.ops import entropy
 
 MaskSection = Literal["none", "full", "delta"]
 
@@ -62,7 +63,9 @@ class Message:
 
         Decoded when it is first asked for.
         """
-        wire = values.read(self._values, self.mask.device)
+        return self._of_wire(values.read(self._values, self.mask.device))
+
+    def _of_wire(self, wire: Tensor) -> Tensor:
         if self.base is None:
             return wire
         return self.base.packed.to(wire.device).float() + wire.float()
@@ -323,7 +326,12 @@ def decode(
         raise FormatError("expected MASK or DELTA, got both", sections[Id.DELTA].offset)
     dense = bool(header.flags & DENSE)
     carried = sections.pop(Id.MASK, None) or sections.pop(Id.DELTA, None)
-    own = masks.read(header, carried, dense, layout, mask, place)
+    begun: list[entropy.Decoding | None] = []
+
+    def meanwhile() -> None:
+        begun.append(values.begin(sections.get(Id.VALUES), layout.eligible, place))
+
+    own = masks.read(header, carried, dense, layout, mask, place, meanwhile)
     if dense is not (own.nnz == layout.eligible):
         raise FormatError(f"expected DENSE to say {not dense} of {own.nnz} survivors", 12)
     coded, rest = sections[Id.VALUES], sections[Id.TAIL]
@@ -342,6 +350,8 @@ def decode(
         mask_section=carried,
         base=_check_base(header, base),
     )
+    if begun and begun[0] is not None:
+        message.__dict__["packed"] = message._of_wire(values.finish(coded, begun[0]))
     if materialize:
         message.packed  # noqa: B018  # decoded now, so that what does not decode is refused
     else:

@@ -169,6 +169,32 @@ def read(section: Section, device: torch.device = CPU) -> Tensor:
         raise _refusal(section, error) from None
 
 
+def begin(section: Section | None, most: int, device: torch.device) -> entropy.Decoding | None:
+    """Launch what `read` does with coded values on a device, and do not wait for it.
+
+    Returns:
+        None where nothing is gained or something is wrong, which `check` and `read` then say: the
+        section was not checked, and its elements may be more than `most`.
+    """
+    if section is None or section.dtype not in FLOATS or section.encoding != RANS:
+        return None
+    if not 0 < section.count <= most or _backends.pick(None, device) != "triton":
+        return None
+    dtype = TORCH_OF_WIRE[Wire(section.dtype)]
+    try:
+        return entropy.begin_values_back(section.coded(), section.count, dtype, device)
+    except PayloadError:
+        return None
+
+
+def finish(section: Section, begun: entropy.Decoding) -> Tensor:
+    """What `read` gives or raises, of values that `begin` began with."""
+    try:
+        return begun.finished()
+    except PayloadError as error:
+        raise _refusal(section, error) from None
+
+
 def peak(values: Tensor) -> float:
     """The largest magnitude; infinity if an element is NaN or infinite, 0.0 for none. One read."""
     if not values.numel():

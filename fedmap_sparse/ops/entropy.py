@@ -8,7 +8,7 @@ the same chunks, and a GPU cuts masks into shorter ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
+from fedmap_sparse import _backends, _checks, _transfer
 from fedmap_sparse._backends import native
 from fedmap_sparse.errors import PayloadError
 from fedmap_sparse.mask import Mask, bool_from_words, num_words
@@ -62,13 +62,14 @@ def ranks_at(mask: Mask, positions: Tensor) -> Tensor:
     out = torch.empty_like(positions)
     backend = _backends.pick(None, mask.device)
     if backend == "triton":
-        out.copy_(_run("ranks_at", mask.words, mask.rank, positions.to(mask.device)))
-        return out
+        at = _table(positions.numpy(), mask.device)
+        before = _transfer.fetch(_run("ranks_at", mask.words, mask.rank, at))
+        return torch.tensor(before, dtype=torch.int64, device="cpu")
     if backend == "cpu":
         native.ranks_at(mask.words, mask.rank, positions, out)
         return out
-    before = torch.nn.functional.pad(bool_from_words(mask.words, mask.numel).cumsum(0), (1, 0))
-    return before.cpu()[positions]
+    found = torch.nn.functional.pad(bool_from_words(mask.words, mask.numel).cumsum(0), (1, 0))
+    return found.cpu()[positions]
 
 
 def encode_mask(
@@ -103,6 +104,31 @@ def encode_mask(
     return None if size < 0 else out[:size]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a device may still be decoding.
+
+    Attributes:
+        out: the bitmap's words, or the values.
+        broken: int32[rows, chunks], not 0 for chunks that do not decode.
+        fault: what is wrong with a chunk.
+    """
+
+    out: Tensor
+    broken: Tensor
+    fault: Callable[[int], PayloadError]
+
+    def finished(self) -> Tensor:
+        """`out`, once the device is done. Raises PayloadError for the first broken chunk."""
+        return self.checked(bool(self.broken.any()))
+
+    def checked(self, any_broken: bool) -> Tensor:
+        """`finished`, where it is known already whether any chunk is broken."""
+        if any_broken:
+            raise self.fault(int(self.broken.any(0).nonzero()[0]))
+        return self.out
+
+
 def decode_mask(
     payload: Tensor,
     runs: Runs,
@@ -123,7 +149,7 @@ def decode_mask(
     device = device or payload.device
     backend = _backends.pick(backend, device)
     if backend == "triton":
-        return _decode_mask_triton(payload, runs, numel, device)
+        return begin_mask_back(payload, runs, numel, device).finished()
     if backend == "reference":
         return reference.decode_mask(payload.cpu(), runs, numel).to(device)
     words = torch.empty(num_words(numel), dtype=torch.int32, device="cpu")
@@ -148,7 +174,7 @@ class Coding:
     def sizes(codings: Sequence[Coding | None]) -> list[int]:
         """Their sizes in bytes, 0 for None; the device is waited for once."""
         under_way = [coding.size for coding in codings if coding is not None]
-        known = iter(torch.cat(under_way).tolist() if under_way else ())
+        known = iter(_transfer.fetch(torch.cat(under_way)) if under_way else ())
         return [0 if coding is None else next(known) for coding in codings]
 
 
@@ -202,7 +228,7 @@ def decode_values(
     device = device or payload.device
     backend = _backends.pick(backend, device)
     if backend == "triton":
-        return _decode_values_triton(payload, numel, dtype, device)
+        return begin_values_back(payload, numel, dtype, device).finished()
     if backend == "reference":
         return reference.decode_values(payload.cpu(), numel, dtype).to(device)
     out = torch.empty(numel, dtype=dtype, device="cpu")
@@ -278,7 +304,7 @@ def _encode_mask_triton(
         return None
     if not steps:
         return head.to(words.device)
-    plan = _device_plan(coded).to(words.device)
+    plan, head = _plan_and(head, coded, words.device)
     return _finished(
         Coding(*_run("encode_mask", words, plan, steps, chunk, head, capacity)), capacity
     )
@@ -294,48 +320,65 @@ def _device_plan(coded: list[tuple[int, int, int]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), 20)
 
 
-def _decode_mask_triton(payload: Tensor, runs: Runs, numel: int, device: torch.device) -> Tensor:
+def _plan_and(
+    head: Tensor, coded: list[tuple[int, int, int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`_device_plan` and a payload's first bytes on the device: one copy, not waited for."""
+    plan, size = _device_plan(coded), head.numel()
+    first = np.frombuffer(bytes(head.numpy()).ljust(-(-size // 8) * 8, b"\0"), np.int64)
+    there = _table(np.concatenate([first, plan.numpy().ravel()]), device)
+    return there[first.size :].view(plan.shape), there[: first.size].view(torch.uint8)[:size]
+
+
+def begin_mask_back(payload: Tensor, runs: Runs, numel: int, device: torch.device) -> Decoding:
+    """Launch what `decode_mask` does on a device, and do not wait for it."""
     opened = open_mask(payload, runs)
-    words: Tensor
+    plan = _device_plan(opened.coded)
+    places = _offsets(opened.sizes, opened.words_at // 2)
+    there = _table(np.concatenate([places, plan.numpy().ravel()]), device)
     words, broken = _run(
         "decode_mask",
         _padded(payload, device),
         opened.states_at,
-        _offsets(opened.sizes, opened.words_at // 2).to(device),
-        _device_plan(opened.coded).to(device),
+        there[: places.size],
+        there[places.size :].view(plan.shape),
         opened.steps,
         opened.chunk,
         torch.tensor(all_ones(runs, opened.codes), dtype=torch.int64, device="cpu").view(-1, 2),
         num_words(numel),
     )
-    for chunk in broken.nonzero()[:1].flatten().tolist():
-        raise opened.broken(chunk)
-    return words
+    return Decoding(words, broken.view(1, -1), opened.broken)
 
 
-def _decode_values_triton(
+def begin_values_back(
     payload: Tensor, numel: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+) -> Decoding:
+    """Launch what `decode_values` does on a device, and do not wait for it."""
     opened = open_values(payload, numel, dtype)
     words = _offsets(opened.sizes, opened.parts[-1] // 2)
     escapes = _offsets(opened.entries["escapes"].astype(np.int64), opened.escapes_at)
-    places = torch.stack([words, escapes]).to(device)
+    places = _table(np.concatenate([words, escapes]), device).view(2, -1)
     room = _padded(payload, device)
-    values: Tensor
     values, broken = _run("decode_values", room, opened.parts, places, numel, dtype)
-    for chunk in broken.any(0).nonzero()[:1].flatten().tolist():
-        raise PayloadError("words or escapes that do not decode", 40 * chunk)
-    return values
+    return Decoding(values, broken, _broken_values)
 
 
-def _offsets(sizes: rans.Array, begin: int) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]) + begin)
+def _broken_values(chunk: int) -> PayloadError:
+    return PayloadError("words or escapes that do not decode", 40 * chunk)
+
+
+def _table(numbers: rans.Array, device: torch.device) -> Tensor:
+    """int64 numbers on the device, which is not waited for."""
+    content = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
+    return _transfer.to_device(content.view(torch.uint8), device).view(torch.int64)
+
+
+def _offsets(sizes: rans.Array, begin: int) -> rans.Array:
+    return np.concatenate([[0], np.cumsum(sizes)]) + begin
 
 
 def _padded(payload: Tensor, device: torch.device) -> Tensor:
     """On the device, in a multiple of 4 bytes: the one copy of a message's payload."""
     if payload.device == device and payload.numel() % 4 == 0 and payload.data_ptr() % 16 == 0:
         return payload
-    room = torch.empty(-(-payload.numel() // 4) * 4, dtype=torch.uint8, device=device)
-    room[: payload.numel()].copy_(payload)
-    return room
+    return _transfer.to_device(payload, device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import stored_messages
 import torch
 from ladder import WHOLE, coding
-from ladder.contracts import FLOATS
+from ladder.contracts import FLOATS, same
+from stored_messages import GOLDEN, MALFORMED
 
 import fedmap_sparse as fs
 from fedmap_sparse import _backends
@@ -73,3 +75,20 @@ def test_rounds(rung: Any, dtype: str, delta: bool, monkeypatch: pytest.MonkeyPa
     assert coded >= {"MASK", "TAIL"} | ({"VALUES"} if dtype != "int8" else set())
     monkeypatch.setattr(_backends, "_forced", "triton")
     assert coding.same_rounds(coding.rounds("cpu", 64, dtype, delta), want)
+
+
+@pytest.mark.parametrize("rung", _BOTH[:1], indirect=True)
+def test_stored_messages(rung: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device begins before it knows the mask: the same contents, and the same refusals."""
+    want = {name: stored_messages.decode(name, stored_messages.golden(name)) for name in GOLDEN}
+    monkeypatch.setattr(_backends, "_forced", "triton")
+    for name, message in want.items():
+        got = stored_messages.decode(name, stored_messages.golden(name))
+        assert same(got.mask.words, message.mask.words), name
+        assert got.mask.nnz == message.mask.nnz
+        assert same(got.packed, message.packed), name
+    for name, entry in MALFORMED.items():
+        with pytest.raises(fs.FormatError) as caught:
+            stored_messages.decode(entry["from"], stored_messages.malformed(name))
+        assert entry["reason"] in caught.value.reason, name
+        assert caught.value.offset == entry["offset"], name

@@ -18,7 +18,7 @@ from ladder.catalogue import Workload, workloads
 from torch import Tensor
 
 import fedmap_sparse as fs
-from fedmap_sparse import triton_kernels
+from fedmap_sparse import _transfer, triton_kernels
 from fedmap_sparse.mask import num_ranks, num_words
 from fedmap_sparse.ops._segments import ZEROED, Segments
 from fedmap_sparse.triton_kernels import (
@@ -149,9 +149,12 @@ def test_no_launcher_waits_for_the_device(
 def test_a_digest_waits_for_its_16_bytes_alone(
     launched: set[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The watch works: a digest is a number of the host, and is fetched once."""
+    """The watch works: a digest is a number of the host, and is fetched once, its sums not."""
     with no_waiting(monkeypatch) as calls:
-        _digest.digest(torch.zeros(64, dtype=torch.int32), 2048)
+        sums = _digest.digest_sums(torch.zeros(64, dtype=torch.int32))
+    assert calls == []
+    with no_waiting(monkeypatch) as calls:
+        _transfer.fetch(sums)
     assert calls == ["tolist"]
 
 

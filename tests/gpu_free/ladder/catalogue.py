@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -301,13 +302,13 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
     runs, nnz = _payload.Runs(torch.tensor([0]), torch.tensor([n])), torch.tensor([mask.nnz])
     codes = _payload.density_codes(runs.numel, nnz)
     coded, steps = _payload.coded_runs(runs, codes.tolist())
-    plan = coder._device_plan(coded).to(device)
     payload = coder.encode_mask(mask.words, runs, nnz, room, backend=by)
     assert payload is not None
     opened, size = _payload.open_mask(payload, runs), payload.numel()
     chunk = opened.chunk
     head = torch.frombuffer(bytearray(_payload.mask_head(codes, chunk, steps)), dtype=torch.uint8)
-    offsets = coder._offsets(opened.sizes, opened.words_at // 2).to(device)
+    plan, head = coder._plan_and(head, coded, device)
+    offsets = coder._table(coder._offsets(opened.sizes, opened.words_at // 2), device)
     inside = coder._padded(payload, device)
     none = torch.empty(0, 2, dtype=torch.int64)
     yield Workload(
@@ -336,12 +337,10 @@ def _coding(n: int, device: torch.device) -> Iterator[Workload]:
         valued = _payload.open_values(payload, n, dtype)
         inside = coder._padded(payload, device)
         escapes = valued.entries["escapes"].astype("int64")
-        places = torch.stack(
-            [
-                coder._offsets(valued.sizes, parts[-1] // 2),
-                coder._offsets(escapes, valued.escapes_at),
-            ]
-        ).to(device)
+        words = coder._offsets(valued.sizes, parts[-1] // 2)
+        places = coder._table(
+            np.concatenate([words, coder._offsets(escapes, valued.escapes_at)]), device
+        ).view(2, -1)
         each = payload.numel()
         floor = dtype.itemsize + each / n
         yield Workload(
