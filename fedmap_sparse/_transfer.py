@@ -6,6 +6,7 @@ any thread: only the first message of a size pays for making it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,22 @@ def to_device(payload: Tensor, device: torch.device) -> Tensor:
         copy(payload[at : at + _PIECE], piece)
         room[at : at + piece.numel()].copy_(piece, non_blocking=True)
     return room
+
+
+def to_host(payloads: Sequence[Tensor]) -> list[Tensor]:
+    """Bytes of tensors of one device, on the host: each is copied once, into pinned memory of one
+    block, and the device is waited for once. What is on the host stays where it is."""
+    if not payloads or payloads[0].device.type == "cpu":
+        return list(payloads)
+    starts = [0]
+    for payload in payloads:
+        starts.append(starts[-1] + -(-payload.numel() // 64) * 64)
+    block = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
+    parts = [block[at : at + p.numel()] for at, p in zip(starts, payloads, strict=False)]
+    for part, payload in zip(parts, payloads, strict=True):
+        part.copy_(payload, non_blocking=True)
+    torch.cuda.current_stream(payloads[0].device).synchronize()
+    return parts
 
 
 def fetch(numbers: Tensor) -> list[Any]:

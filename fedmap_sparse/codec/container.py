@@ -360,22 +360,6 @@ def tensor_bytes(t: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def to_host(payloads: Sequence[Tensor]) -> list[Tensor]:
-    """Bytes of tensors of one device, on the host: each is copied once, into pinned memory of one
-    block, and the device is waited for once. What is on the host stays where it is."""
-    if not payloads or payloads[0].device.type == "cpu":
-        return list(payloads)
-    starts = [0]
-    for payload in payloads:
-        starts.append(starts[-1] + padded(payload.numel()))
-    block = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
-    parts = [block[at : at + p.numel()] for at, p in zip(starts, payloads, strict=False)]
-    for part, payload in zip(parts, payloads, strict=True):
-        part.copy_(payload, non_blocking=True)
-    torch.cuda.current_stream(payloads[0].device).synchronize()
-    return parts
-
-
 def tensor_view(payload: memoryview, dtype: torch.dtype, align: int | None = None) -> Tensor:
     """A 1-D tensor over `payload`, which must not be written: it may be an immutable `bytes`.
 

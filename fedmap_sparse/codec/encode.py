@@ -8,14 +8,15 @@ from typing import Any, Protocol, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _checks, ops
-from fedmap_sparse.codec import container, message, meta
+from fedmap_sparse import _backends, _checks, ops
+from fedmap_sparse.codec import container, masks, message, meta
 from fedmap_sparse.codec.container import DENSE, NO_DIGEST, Header
 from fedmap_sparse.codec.message import MaskSection, Message
 from fedmap_sparse.codec.values import Coding, Quantized, check_coding
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, check_mask
+from fedmap_sparse.ops import entropy
 
 DTYPES = {_checks.short(dtype): dtype for dtype in _checks.FLOAT_DTYPES}
 
@@ -109,21 +110,28 @@ def encode(
     source = params.prunable.detach()
     wide = base is not None or dtype == "int8"
     out = source.new_empty(mask.nnz, dtype=torch.float32) if wide else None
+    dense = not mask.numel or mask.nnz == params.layout.eligible
+    plain = coding == "entropy" and mask_section == "full" and parent is None and not dense
+    # On a device the mask is coded beside the values, and both are waited for at once.
+    here = mask.device == params.tail.device
+    ahead = plain and here and _backends.pick(None, mask.device) == "triton"
+    lead = masks.begin_full(mask, params.layout) if ahead else None
     packed = ops.pack(source, mask, out=out)
-    made = compose(
+    made = _composed(
         params.layout,
         mask,
         packed,
         params.tail,
         params.buffers,
-        dtype=dtype,
-        base=base,
-        coding=coding,
-        block=block,
-        residual=residual,
-        **stamp,
+        dtype,
+        base,
+        coding,
+        block,
+        residual,
+        stamp,
+        lead,
     )
-    return made.encode(mask_section, parent)
+    return made.encode() if lead is not None else made.encode(mask_section, parent)
 
 
 def compose(
@@ -164,6 +172,26 @@ def compose(
 
     O(bytes): checksums are computed here, once.
     """
+    return _composed(
+        layout, mask, packed, tail, buffers, dtype, base, coding, block, residual, stamp, None
+    )
+
+
+def _composed(
+    layout: FlatLayout,
+    mask: Mask,
+    packed: Tensor | Quantized,
+    tail: Tensor,
+    buffers: Mapping[str, Any],
+    dtype: str | None,
+    base: Message | None,
+    coding: Coding,
+    block: int,
+    residual: Tensor | None,
+    stamp: Stamp,
+    lead: entropy.Coding | None,
+) -> Message:
+    """`compose`, with a mask section that a device is coding."""
     check_coding(coding)
     check_mask("mask", mask, layout.prunable_numel)
     _checks.check_tensor("tail", tail)
@@ -183,7 +211,7 @@ def compose(
     rest = _narrow_tail(layout.clean_tail(tail.detach()), dtype)
     header = _header(layout, mask, NO_DIGEST if base is None else base.broadcast_digest, stamp)
     return message.assemble(
-        layout, mask, wire, rest, buffers, header, stamp.get("meta"), coding, base
+        layout, mask, wire, rest, buffers, header, stamp.get("meta"), coding, base, lead
     )
 
 

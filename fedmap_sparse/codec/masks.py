@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, ops
+from fedmap_sparse._transfer import to_host
 from fedmap_sparse.codec.container import (
     NO_DIGEST,
     RANS,
@@ -16,7 +17,6 @@ from fedmap_sparse.codec.container import (
     Id,
     Section,
     Wire,
-    to_host,
 )
 from fedmap_sparse.codec.values import Coding
 from fedmap_sparse.errors import FormatError, NeedsMask, PayloadError
@@ -39,6 +39,12 @@ def delta_section(
     kept = ops.extract(mask, parent)
     runs, nnz = _delta_runs(parent, layout), counts(mask, layout)
     return _write(Id.DELTA, kept, runs, nnz, parent.digest(), coding)
+
+
+def begin_full(mask: Mask, layout: FlatLayout) -> entropy.Coding | None:
+    """Launch what `full_section` does on a device, and do not wait for it."""
+    runs, room = _full_runs(layout), 4 * num_words(mask.numel) - 1
+    return entropy.begin_mask(mask.words, runs, counts(mask, layout), room)
 
 
 def _write(kind: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding: Coding) -> Section:

@@ -243,12 +243,17 @@ def assemble(
     record: Mapping[str, meta.Value] | None,
     coding: Coding,
     base: Message | None,
+    lead: entropy.Coding | None = None,
 ) -> Message:
-    """A message of what is packed and in the wire's dtypes already; see `compose`."""
-    written = [*values.write_model(packed, tail, coding), *values.write_buffers(layout, buffers)]
+    """A message of what is packed and in the wire's dtypes already; see `compose`. It has a mask
+    section where one is given that a device is coding."""
+    leading = None if lead is None else (mask, lead)
+    model = values.write_model(packed, tail, coding, leading)
+    written = [*model, *values.write_buffers(layout, buffers)]
     if record:
         written.append(meta.write(record))
     sections = {s.id: s for s in written}
+    carried = sections.pop(Id.MASK, None)
     message = Message(
         layout=layout,
         header=header,
@@ -257,6 +262,7 @@ def assemble(
         tail=tail,
         buffers=values.read_buffers(layout, sections),
         meta=dict(record or {}),
+        mask_section=carried,
         base=base,
         coding=coding,
     )

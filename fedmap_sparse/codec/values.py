@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _backends, ops
+from fedmap_sparse._transfer import to_host
 from fedmap_sparse.codec.container import (
     RANS,
     RAW,
@@ -20,10 +21,10 @@ from fedmap_sparse.codec.container import (
     Section,
     Wire,
     tensor_view,
-    to_host,
 )
 from fedmap_sparse.errors import FormatError, PayloadError
 from fedmap_sparse.layout import BufferEntry, FlatLayout
+from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.accumulate import add_int8_
 from fedmap_sparse.ops.quantize import num_blocks
@@ -91,27 +92,41 @@ def write(kind: Id, values: Tensor, coding: Coding = "raw") -> Section:
     return Section.make(kind, wire, values.numel(), values)
 
 
-def write_model(packed: Tensor | Quantized, tail: Tensor, coding: Coding) -> list[Section]:
-    """VALUES and TAIL. On a device both are coded there before their sizes are asked for."""
+def write_model(
+    packed: Tensor | Quantized,
+    tail: Tensor,
+    coding: Coding,
+    lead: tuple[Mask, entropy.Coding] | None = None,
+) -> list[Section]:
+    """VALUES and TAIL, and MASK of a `lead` that a device is coding. On a device all are coded
+    before their sizes are asked for, and fetched at once."""
     if _backends.pick(None, tail.device) != "triton":
         rest = write(Id.TAIL, tail.cpu(), coding)
         if isinstance(packed, Quantized):
             return [_int8(packed, packed.payload().cpu()), rest]
         return [write(Id.VALUES, packed.cpu(), coding), rest]
-    parts = (packed, tail)
+    parts: list[Tensor | Quantized] = [packed, tail]
     entropic = coding == "entropy"
     begun = [_begin(t) if entropic and isinstance(t, Tensor) else None for t in parts]
+    if lead is not None:
+        parts.append(lead[0].words)
+        begun.append(lead[1])
     payloads = [
         (_bytes(t), RAW)
         if coded is None or size >= _bytes(t).numel()
         else (coded.room[:size], RANS)
         for t, coded, size in zip(parts, begun, entropy.Coding.sizes(begun), strict=True)
     ]
-    first, rest_payload = to_host([payload for payload, _ in payloads])
-    rest = _floats(Id.TAIL, tail, rest_payload, payloads[1][1])
+    first, rest_payload, *bits = to_host([payload for payload, _ in payloads])
+    written = [_floats(Id.TAIL, tail, rest_payload, payloads[1][1])]
     if isinstance(packed, Quantized):
-        return [_int8(packed, first), rest]
-    return [_floats(Id.VALUES, packed, first, payloads[0][1]), rest]
+        written.append(_int8(packed, first))
+    else:
+        written.append(_floats(Id.VALUES, packed, first, payloads[0][1]))
+    if lead is not None:
+        numel, encoding = lead[0].numel, payloads[2][1]
+        written.append(Section.make(Id.MASK, Wire.BIT, numel, bits[0], encoding=encoding))
+    return sorted(written, key=lambda section: section.id)
 
 
 def _begin(t: Tensor) -> entropy.Coding | None:

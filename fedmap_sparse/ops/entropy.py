@@ -94,7 +94,7 @@ def encode_mask(
     least = GPU_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES
     chunk = chunk_steps(runs.numel, codes, least)
     if backend == "triton":
-        return _encode_mask_triton(words, runs, codes, chunk, capacity)
+        return _finished(_begin_mask(words, runs, codes, chunk, capacity), capacity)
     if backend == "reference":
         payload = reference.encode_mask(words.cpu(), runs, codes, chunk)
         return payload.to(words.device) if payload.numel() <= capacity else None
@@ -295,19 +295,25 @@ def _finished(coding: Coding | None, capacity: int) -> Tensor | None:
     return coding.room[:size] if size <= capacity else None
 
 
-def _encode_mask_triton(
+def begin_mask(words: Tensor, runs: Runs, nnz: Tensor, capacity: int) -> Coding | None:
+    """Launch what `encode_mask` does on a device; otherwise as `begin_values`."""
+    codes = density_codes(runs.numel, nnz)
+    chunk = chunk_steps(runs.numel, codes, GPU_CHUNK_BYTES)
+    return _begin_mask(words, runs, codes, chunk, capacity)
+
+
+def _begin_mask(
     words: Tensor, runs: Runs, codes: Tensor, chunk: int, capacity: int
-) -> Tensor | None:
+) -> Coding | None:
     coded, steps = coded_runs(runs, codes.tolist())
     head = torch.frombuffer(bytearray(mask_head(codes, chunk, steps)), dtype=torch.uint8)
     if head.numel() + (4 + 4 * rans.LANES) * -(-steps // chunk) > capacity:
         return None
     if not steps:
-        return head.to(words.device)
+        size = torch.full((1,), head.numel(), dtype=torch.int64, device=words.device)
+        return Coding(head.to(words.device), size)
     plan, head = _plan_and(head, coded, words.device)
-    return _finished(
-        Coding(*_run("encode_mask", words, plan, steps, chunk, head, capacity)), capacity
-    )
+    return Coding(*_run("encode_mask", words, plan, steps, chunk, head, capacity))
 
 
 def _device_plan(coded: list[tuple[int, int, int]]) -> Tensor:

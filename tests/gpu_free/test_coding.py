@@ -92,3 +92,26 @@ def test_stored_messages(rung: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             stored_messages.decode(entry["from"], stored_messages.malformed(name))
         assert entry["reason"] in caught.value.reason, name
         assert caught.value.offset == entry["offset"], name
+
+
+@pytest.mark.parametrize("rung", _BOTH[:1], indirect=True)
+@pytest.mark.parametrize(
+    ("density", "dtype", "mask"), [(0.1, "float32", "rans"), (0.5, "int8", "raw")]
+)
+def test_a_mask_is_coded_beside_the_values(
+    rung: Any, monkeypatch: pytest.MonkeyPatch, density: float, dtype: str, mask: str
+) -> None:
+    torch.manual_seed(0)
+    params = fs.flatten(torch.nn.Linear(64, 48))
+    kept = fs.Mask.from_bool(torch.rand(params.prunable.numel()) < density)
+
+    def encode() -> bytes:
+        return fs.encode(params, kept, dtype=dtype, mask_section="full", round=2)
+
+    want = encode()
+    first = fs.codec.inspect(want).sections[0]
+    assert (first.name, first.encoding) == ("MASK", mask)
+    monkeypatch.setattr(_backends, "_forced", "triton")
+    with coding.chunks_of_a_cpu():
+        assert encode() == want
+    assert fs.decode(want, params.layout).mask == kept
