@@ -16,11 +16,13 @@ from typing import Any
 
 import measure_gpu
 import pytest
-from gpu_run import chunks, counters, extras, peers, steps, sweeps, tests, ties, waits
+import torch
+from gpu_run import chunks, counters, extras, peers, split, steps, sweeps, tests, ties, waits
 from gpu_run.bench import Bench
 from ladder import syncs
 from measure_gpu import Step
 
+import fedmap_sparse as fs
 from fedmap_sparse.triton_kernels import _tuning
 
 #: Of the bench's ops, those that know no density.
@@ -81,6 +83,21 @@ def test_the_limits_of_all_steps_are_the_eight_minutes() -> None:
     assert sum(step.limit for step in others) <= 60 * measure_gpu._MINUTES
     assert [step.name for step in measure_gpu.STEPS] == list(steps.STEPS)
     assert all(step.limit > 2 * measure_gpu._GRACE for step in measure_gpu.STEPS)
+
+
+def test_a_message_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies apart from kernels; a message that was written, and none that was read, is taken
+    apart on the host."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    params = fs.flatten(torch.nn.Linear(64, 64))
+    row = {"us": 100.0, "kernels_us": {"_pack": 10.0, "Memcpy DtoH (Device -> Pinned)": 30.0}}
+    cpu = torch.device("cpu")
+    found = split.split(row, lambda: fs.encode(params, params.mask), cpu)
+    assert {"kernels": 10.0, "copies": 30.0, "host": 60.0}.items() <= found["split_us"].items()
+    assert "host: join" in found["split_us"]
+    assert found["waits"] == []
+    assert any("encode" in line for line in found["profile"])
+    assert "host: join" not in split.split(row, lambda: None, cpu)["split_us"]
 
 
 @pytest.mark.parametrize("name", [n for n in steps.STEPS if n not in ("contracts", "winners")])

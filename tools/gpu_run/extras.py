@@ -41,7 +41,7 @@ def each_extra(n: int, device: torch.device) -> Iterator[Workload]:
     from ladder.catalogue import Workload, touched
 
     import fedmap_sparse as fs
-    from fedmap_sparse.mask import _digest
+    from fedmap_sparse.mask import _digest, digest_sums
 
     torch.manual_seed(0)
     values = torch.randn(n, device=device)
@@ -66,6 +66,8 @@ def each_extra(n: int, device: torch.device) -> Iterator[Workload]:
                     0.0,
                 )
     yield Workload("digest", n, lambda: _digest(within.words, n), 0.125, 0.0, 0.0)
+    # Its kernel, without the wait for the number.
+    yield Workload("digest sums", n, lambda: digest_sums(within.words), 0.125, 0.0, 0.0)
     model = nn.Linear(n, 1, bias=False, device="meta")
     model.weight = nn.Parameter(values.view(1, -1))
     params = fs.flatten(model)

@@ -21,6 +21,7 @@ from gpu_run.extras import MARK, cuda_select, each_extra, selections
 from gpu_run.graphs import graphs
 from gpu_run.machine import machine
 from gpu_run.peers import peers
+from gpu_run.split import split
 from gpu_run.sweeps import sweeps
 from gpu_run.tests import run_tests
 from gpu_run.ties import ties
@@ -133,6 +134,8 @@ def measured(bench: Bench, workload: Any) -> dict[str, Any]:
         }
         if bench.real:
             row["kernels_us"] = by_profiler(workload.run)
+            if workload.name.startswith("message"):
+                row |= split(row, workload.run, bench.device)
     except Exception as error:
         return {"error": repr(error)[:500]}
     return row
