@@ -76,13 +76,14 @@ class MaskedAdamW(MaskedOptimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: expected 0 <= beta < 1, got {group['betas']}")
 
+    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+
     def _numbers(self, group: dict[str, Any]) -> Numbers:
-        beta1, beta2 = group["betas"]
-        given = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
         flags = masked_adamw.adamw_flags(
             maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True
         )
-        return tuple(float(x) for x in given), flags
+        return tuple(float(x) for x in self._hyper(group)), flags
 
     def _advance(self, part: Part, stepping: int) -> None:
         # After a backward pass numpy's code is out of the caches and each of its calls takes 20 us:

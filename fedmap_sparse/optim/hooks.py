@@ -1,4 +1,4 @@
-"""What is around a step: torch's hooks, paid for only where there are some; GradScaler; capture."""
+"""What is around a step: torch's hooks, paid for only where there are some; GradScaler."""
 
 from __future__ import annotations
 
@@ -45,14 +45,3 @@ def overflowed(optimizer: torch.optim.Optimizer) -> bool:
         chosen = [p for group in optimizer.param_groups for p in group["params"]]
         torch._foreach_div_([p.grad for p in chosen if p.grad is not None], float(scale))
     return False
-
-
-def refuse_capture(device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: a replay would repeat this step's count,
-    learning rate and mask, which are numbers of the host."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "step: expected no CUDA graph capture, got one under way: counts and hyper-parameters "
-            "are on the host, and a replay would repeat them. Capture the forward and backward "
-            "pass, and step outside of the graph"
-        )

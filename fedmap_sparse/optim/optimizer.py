@@ -14,13 +14,15 @@ from fedmap_sparse import _backends, ops
 from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
-from fedmap_sparse.optim.hooks import hookable, overflowed, refuse_capture
+from fedmap_sparse.optim.captured import Captured, capturing, record
+from fedmap_sparse.optim.hooks import hookable, overflowed
 from fedmap_sparse.optim.packed import Packing
 from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped, zero_gradients
 from fedmap_sparse.optim.state import (
     PackedState,
     Shown,
     check_groups,
+    indices_of,
     numbered,
     own_entries,
     same_parameters,
@@ -78,6 +80,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._turn = 0
         self._pending: dict[str, Any] | None = None  # what a copy takes up at its first use
         self._shown: Shown | None = None  # once a user has looked at `state`
+        self._captured: Captured | None = None  # what a graph's replays read and count
 
     @property
     def mask(self) -> Mask:
@@ -112,22 +115,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         before = len(self.param_groups)
         super().add_param_group(param_group)
         try:
-            self._indices_of(self.param_groups[-1])
+            indices_of(self.flat, self.param_groups[-1])
         except ValueError:
             del self.param_groups[before:]
             raise
-
-    def _indices_of(self, group: dict[str, Any]) -> list[int]:
-        known = self.flat.index_of()
-        indices = []
-        for p in group["params"]:
-            if id(p) not in known:
-                raise ValueError(
-                    f"params: expected parameters of the flattened module, got a tensor of shape "
-                    f"{tuple(p.shape)} that is none of them"
-                )
-            indices.append(known[id(p)])
-        return indices
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -147,17 +138,21 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         Where `found_inf` and `grad_scale` are set, as torch's GradScaler does for fused
         optimizers, a step with an infinity changes nothing, and gradients are divided first.
 
+        With `capturable`, a CUDA graph may capture it (see MaskedSGD).
+
         Raises:
-            RuntimeError: a parameter is no longer a view (see `rebind`), or a capture is on.
+            RuntimeError: a parameter is no longer a view (see `rebind`), or a capture cannot be.
             ValueError: `flat.mask` was replaced by one that is no subset of the mask before.
         """
-        refuse_capture(self.flat.values.device)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not overflowed(self):
+        if capturing(self.flat.values.device):
+            record(self)
+        elif not overflowed(self):
             self._step()
+            Captured.refresh(self)
         return loss
 
     def _step(self) -> None:
@@ -181,19 +176,16 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         for part, mine, read in zip(self._parts, grads, counts, strict=True):
             stepping = sum(g is not None for g in mine) if mine is not None else read
             self._advance(part, stepping)
-            self._run(part, mine, cpu)
+            self._run(part, mine, part.segments.scalars)
         self._turn += 1
         whole = self._parts[0].ask is None and counts[0] == len(flat.parameters)
         flat.note_stepped(None if whole else stepped(self._parts))
         if self._shown is not None:
             self._shown.refresh(self._packed, flat)
 
-    def _run(self, part: Part, grads: list[Tensor | None] | None, cpu: bool) -> None:
-        mask, rows, scalars = part.mask, part.segments.rows, part.segments.scalars
-        packed = [
-            t if t is None or part.ask is None else t[part.slot]
-            for t in map(self._packed.tensors.get, (*self.state_names, "master"))
-        ]
+    def _run(self, part: Part, grads: list[Tensor | None] | None, scalars: Tensor) -> None:
+        mask, rows = part.mask, part.segments.rows
+        packed = self._packed.operands(None if part.ask is None else part.slot)
         where = (part.values, mask.words, mask.rank, mask.numel, mask.nnz)
         if grads is None:
             kernel, threads = getattr(native, self._kernel), _backends.threads()
@@ -204,13 +196,15 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def _settle(self) -> Packing:
         """Take up what users did since: a copy's state, groups, a rebind, edits of `state`."""
         flat, packed = self.flat, self._packed
+        if self._captured is not None:
+            self._captured.catch_up(self)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._load(pending)
         if packed.packing is not None and self._bound is not flat.parameters:
             self._follow_rebind(packed.packing)
         if packed.packing is None or not same_parameters(self.param_groups, self._seen):
-            chosen = [i for group in self.param_groups for i in self._indices_of(group)]
+            chosen = [i for group in self.param_groups for i in indices_of(flat, group)]
             packed.use(Packing.of(flat.layout, self.mask, chosen))
             self._lay_out()
         assert packed.packing is not None
@@ -233,9 +227,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         numbers = [self._numbers(group) for group in self.param_groups]
         if numbers == self._written:
             return
-        group_of = {
-            i: n for n, group in enumerate(self.param_groups) for i in self._indices_of(group)
-        }
+        group_of = {i: n for n, g in enumerate(self.param_groups) for i in indices_of(self.flat, g)}
         for part in self._parts:
             for row, i in enumerate(part.indices):
                 scalars, flags = numbers[group_of[i]]
@@ -383,9 +375,17 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """Names of the packed tensors that the groups ask for."""
         return self.state_names
 
+    def _repeats(self, part: Part) -> bool:
+        """Whether the part's next step is like the ones after it; its flags are so then."""
+        return True
+
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for hyper-parameters out of range."""
+
+    @abstractmethod
+    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """A group's hyper-parameters, in the order of the columns."""
 
     @abstractmethod
     def _numbers(self, group: dict[str, Any]) -> Numbers:

@@ -24,9 +24,10 @@ class MaskedSGD(MaskedOptimizer):
         groups: parameter groups as torch takes them (dicts with "params": parameters of the
             module, and overrides). None: one group of all. Parameters of no group stay as they
             are and have no state.
-        capturable: accepted for code that sets it; it changes nothing. `lr` may be a tensor, which
-            is read on the host at each step, as counts are. So a step on a GPU may not be captured
-            in a CUDA graph: that is a RuntimeError.
+        capturable: a CUDA graph may capture a step, after one step outside of it. A replay reads
+            what is a tensor on the device (`lr=torch.tensor(0.1, device="cuda")`), gradients where
+            they were, and state and mask as they were: after a change of mask capture again. False:
+            a capture is a RuntimeError.
 
     Pruned weights are +0.0 after each step, whatever gradient, decay or momentum say; the dense
     tail is updated in the same call. With a dense mask the result is torch's within rounding.
@@ -84,8 +85,11 @@ class MaskedSGD(MaskedOptimizer):
                 f"{group['momentum']}, dampening={group['dampening']}"
             )
 
+    def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group[k] for k in self._scalar_names)
+
     def _numbers(self, group: dict[str, Any]) -> Numbers:
-        scalars = tuple(float(group[k]) for k in self._scalar_names)
+        scalars = tuple(float(x) for x in self._hyper(group))
         flags = masked_sgd.sgd_flags(
             nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True
         )
@@ -100,6 +104,13 @@ class MaskedSGD(MaskedOptimizer):
         rows[:, 3] = rows[:, 3] & ~_segments.FIRST | _segments.FIRST * first
         part.settled = not first.any()
         self._set_counts(part, counts + (first & (rows[:, 2] != 0)))
+
+    def _repeats(self, part: Part) -> bool:
+        stepping = (part.rows[:, 2] != 0) & (part.scalars[:, 1] != 0)
+        if (stepping & (self._counts_of(part) == 0)).any():
+            return False
+        part.rows[:, 3] &= ~_segments.FIRST
+        return True
 
     def _count_of(self, saved: Mapping[str, Any]) -> float:
         return float(saved.get("momentum_buffer") is not None)

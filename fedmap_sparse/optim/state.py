@@ -71,6 +71,11 @@ class PackedState:
             self.tensors = self.packing.moved(self.tensors, packing)
         self.packing = packing
 
+    def operands(self, slot: slice | None) -> list[Tensor | None]:
+        """What a kernel wants, in its order: each name's tensor, or a slice of it, and masters."""
+        found = map(self.tensors.get, (*self.names, "master"))
+        return [t if t is None or slot is None else t[slot] for t in found]
+
     def allocate(self, names: tuple[str, ...], flat: FlatParameters) -> None:
         """Make the state that a step needs and that is missing; master copies for 16-bit values."""
         assert self.packing is not None
@@ -221,6 +226,24 @@ def own_entries(saved: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, A
 def numbered(groups: list[dict[str, Any]]) -> list[Tensor]:
     """Parameters in the order of the groups: their places are the numbers of a state dict."""
     return [p for group in groups for p in group["params"]]
+
+
+def indices_of(flat: FlatParameters, group: dict[str, Any]) -> list[int]:
+    """Of a group's parameters, into `flat.parameters`.
+
+    Raises:
+        ValueError: a tensor that is none of them.
+    """
+    known = flat.index_of()
+    indices = []
+    for p in group["params"]:
+        if id(p) not in known:
+            raise ValueError(
+                f"params: expected parameters of the flattened module, got a tensor of shape "
+                f"{tuple(p.shape)} that is none of them"
+            )
+        indices.append(known[id(p)])
+    return indices
 
 
 def same_parameters(groups: list[dict[str, Any]], seen: list[list[Tensor]]) -> bool:

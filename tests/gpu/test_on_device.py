@@ -234,3 +234,56 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     masked_sgd.step_segments_(values, mask, [torch.ones_like(values)], segments, master=master)
     assert ops.pack(values, mask).tolist() == [-0.75, -0.75, -0.5, 0.0, 1.0, 2.0, 3.0, 4.0]
     assert int(values.count_nonzero()) == 7
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+def test_a_training_step_in_a_cuda_graph(make: Callable[..., Any]) -> None:
+    """Forward, backward and step in one graph, beside the same steps without: the learning rate is
+    on the device, the mask shrinks once, and the state dict counts the replays."""
+    x, y = torch.randn(64, 40, device="cuda"), torch.randn(64, 5, device="cuda")
+    more = {"momentum": 0.9} if make is MaskedSGD else {}
+
+    def start(lr: Any) -> tuple[nn.Module, fs.FlatParameters, Any, Callable[[], None]]:
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)).cuda()
+        flat = fs.flatten(net)
+        flat.mask = ops.prune_(flat.prunable, 400, within=flat.mask)
+        optimizer = make(flat, lr=lr, capturable=True, **more)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=False)
+            nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+
+        return net, flat, optimizer, step
+
+    lr = torch.tensor(0.05, device="cuda")
+    _, flat, optimizer, step = start(lr)
+    _, other, plain, plain_step = start(0.05)
+    for kept in (400, 150):
+        if kept < flat.mask.nnz:
+            for f in (flat, other):
+                f.mask = ops.prune_(f.prunable, kept, within=f.mask)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(3):
+            plain_step()
+        for number in range(5):
+            now = 0.05 / (1 + number)
+            lr.fill_(now)
+            plain.param_groups[0]["lr"] = now
+            graph.replay()
+            plain_step()
+        torch.testing.assert_close(flat.values, other.values, rtol=1e-4, atol=1e-5)
+        assert flat.prunable[~flat.mask.to_bool()].eq(0).all()
+        lr.fill_(0.05)
+        plain.param_groups[0]["lr"] = 0.05
+    a, b = optimizer.state_dict()["state"], plain.state_dict()["state"]
+    assert [s.get("step") for s in a.values()] == [s.get("step") for s in b.values()]
