@@ -159,7 +159,7 @@ def test_environment_forces_a_backend():
         assert run(name).stdout.strip() == name
     unknown = run("gpu")
     assert unknown.returncode == 1
-    assert "expected one of reference, cpu, triton, got 'gpu'" in unknown.stderr
+    assert "expected one of reference, cpu, triton, cuda, got 'gpu'" in unknown.stderr
     if not torch.cuda.is_available():
         missing = run("triton").stderr
         assert "backend 'triton' is not available" in missing
@@ -167,7 +167,7 @@ def test_environment_forces_a_backend():
 
 
 def test_backends_are_listed_and_forced_by_argument():
-    assert fs.backends().keys() == {"reference", "cpu", "triton"}
+    assert fs.backends().keys() == {"reference", "cpu", "triton", "cuda"}
     x = torch.randn(100)
     for name in ("reference", "cpu"):
         assert fs.ops.magnitude_mask(x, 7, backend=name).nnz == 7
