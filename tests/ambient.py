@@ -105,6 +105,8 @@ def install(name: str) -> None:
         fs.FedMapClient,
         layout.FlatLayout,
         mask.Mask,
+        ops.Accumulator,
+        codec.Message,
         optim.MaskedSGD,
         optim.MaskedAdamW,
     )
@@ -116,6 +118,8 @@ def install(name: str) -> None:
                 setattr(owner, key, _within(state, found))
             elif isinstance(found, staticmethod):
                 setattr(owner, key, staticmethod(_within(state, found.__func__)))
+            elif isinstance(found, functools.cached_property):
+                found.func = _within(state, found.func)
     for base in (optim.MaskedOptimizer,):
         for key in ("set_mask", "load_state_dict", "state_dict", "_step"):
             setattr(base, key, _within(state, getattr(base, key)))
