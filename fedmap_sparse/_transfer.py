@@ -6,6 +6,7 @@ any thread: only the first message of a size pays for making it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from fedmap_sparse._backends import native
 _PIECE = 16 << 20
 #: One thread copies less than this in the time that others take to wake.
 MANY = 512 << 10
+#: `unwritten(None, n)`: n bytes for the one who asks to write; `bytes(n)` would write zeros first.
+unwritten = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
 
 
 def copy(source: Tensor, to: Tensor) -> None:

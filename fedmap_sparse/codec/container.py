@@ -6,7 +6,6 @@ into a message. What sections mean is the business of `masks`, `values` and `mes
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -201,15 +200,9 @@ def join(header: Header, sections: Sequence[Section]) -> bytes:
     return b"".join(parts) if length < 2 * _transfer.MANY else _joined(length, parts)
 
 
-# Bytes of which nothing is written yet, for the one who asks to write: `bytes(n)` writes zeros.
-_unwritten = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
-    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
-)
-
-
 def _joined(length: int, parts: Sequence[Buffer]) -> bytes:
     """`b"".join(parts)` by many threads."""
-    out: bytes = _unwritten(None, length)
+    out: bytes = _transfer.unwritten(None, length)
     room, at = tensor_view(memoryview(out), torch.uint8), 0
     for part in parts:
         _transfer.copy(tensor_view(memoryview(part), torch.uint8), room[at : at + len(part)])
@@ -256,8 +249,11 @@ def parse_header(data: Buffer) -> tuple[Header, int, int]:
     return header, length, count
 
 
-def parse(data: Buffer) -> tuple[Header, list[Section]]:
+def parse(data: Buffer, payloads: bool = True) -> tuple[Header, list[Section]]:
     """Header and sections of a whole message, every length and checksum verified. O(bytes).
+
+    Args:
+        payloads: False leaves the payloads' checksums to `check_payloads`.
 
     Raises:
         FormatError: docs/format.md, 7, points 1, 2, 4, 5, and the order of sections.
@@ -267,22 +263,36 @@ def parse(data: Buffer) -> tuple[Header, list[Section]]:
     if length != len(view):
         raise FormatError(f"expected a message of {length} bytes, got {len(view)}", 112)
     sections: list[Section] = []
+    try:
+        _parse_sections(view, count, payloads, sections)
+    except FormatError:
+        check_payloads([] if payloads else sections)  # which come before what is wrong
+        raise
+    return header, sections
+
+
+def _parse_sections(view: memoryview, count: int, payloads: bool, sections: list[Section]) -> None:
     offset, last = HEADER_BYTES, 0
     for index in range(count):
         if index == MAX_SECTIONS:
             raise FormatError(f"expected at most {MAX_SECTIONS} sections, got {count}", 120)
-        section = _parse_section(view, offset)
+        section = _parse_section(view, offset, payloads)
         if section.id <= last:
             raise FormatError(f"expected a section id above {last}, got {section.id}", offset)
         sections.append(section)
         last = section.id
         offset = section.offset + padded(len(section.payload))
-    if offset != length:
+    if offset != (length := len(view)):
         raise FormatError(f"expected {count} sections to fill {length} bytes, got {offset}", offset)
-    return header, sections
 
 
-def _parse_section(view: memoryview, offset: int) -> Section:
+def check_payloads(sections: Sequence[Section]) -> None:
+    """Raise FormatError for the first whose payload has another checksum."""
+    for section in sections:
+        _check_crc("payload", section.payload, section.crc, section.offset)
+
+
+def _parse_section(view: memoryview, offset: int, payloads: bool) -> Section:
     start = offset + SECTION_BYTES
     if start > len(view):
         raise FormatError("expected a section header, got the end of the message", offset)
@@ -305,7 +315,8 @@ def _parse_section(view: memoryview, offset: int) -> Section:
         left = len(view) - start
         raise FormatError(f"expected a payload of {size} bytes, got {left} to the end", offset + 16)
     payload = view[start : start + size]
-    _check_crc("payload", payload, crc, start)
+    if payloads:
+        _check_crc("payload", payload, crc, start)
     if any(view[start + size : start + padded(size)]):
         raise FormatError("expected padding to be zero", start + size)
     return Section(id_, dtype, count, payload, encoding, flags, parent, block, crc, start)

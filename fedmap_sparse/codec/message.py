@@ -1,4 +1,4 @@
-"""A message: a model's survivors, tail and buffers. Written by `encode.compose`, read by `decode`.
+"""A message: a model's survivors, tail and buffers. Written by `encode`, read by `decode`.
 
 docs/format.md is the specification.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 from fedmap_sparse import _checks, ops
 from fedmap_sparse._module_tree import own_storage
 from fedmap_sparse.codec import container, masks, meta, values
-from fedmap_sparse.codec.container import DENSE, NO_DIGEST, RANS, RAW, Buffer, Header, Id, Wire
+from fedmap_sparse.codec.container import DENSE, RAW, Header, Id, Wire
 from fedmap_sparse.codec.container import Section as Section
 from fedmap_sparse.codec.values import Coding, Quantized
 from fedmap_sparse.errors import FormatError, NeedsMask
 from fedmap_sparse.layout import FlatLayout
-from fedmap_sparse.mask import Mask, check_mask
+from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import entropy
 
 MaskSection = Literal["none", "full", "delta"]
@@ -269,116 +269,3 @@ def assemble(
     if isinstance(packed, Tensor) and base is None:
         message.__dict__["packed"] = packed  # as decoded; it need not be read back
     return message
-
-
-def decode(
-    data: Buffer,
-    layout: FlatLayout,
-    *,
-    mask: Mask | None = None,
-    base: Message | None = None,
-    materialize: bool = True,
-    device: torch.device | str | None = None,
-) -> Message:
-    """Read a message from an untrusted sender; nothing of the receiver is changed.
-
-    Args:
-        data: the whole message. The result's tensors may view it.
-        layout: what the receiver expects: every size in the message is checked against it before
-            anything is allocated.
-        mask: the receiver's current mask: the parent of a delta, or the mask of a message that
-            carries none.
-        base: the broadcast that the values may be differences from.
-        materialize: False checks values that are coded tile by tile and keeps only their bytes,
-            for `Message.add_to`; `packed` decodes them when it is asked for.
-        device: where mask, values and tail are wanted: coded payloads are copied there once and
-            decoded there. None: where `mask` is, or the CPU.
-
-    Returns:
-        The message: `packed` holds the survivors' values, `mask`, `tail` and `buffers` the rest.
-
-    Raises:
-        NeedsMask: the message needs a mask other than `mask`; see its `wanted`.
-        FormatError: anything that docs/format.md, 7, says to refuse.
-        TypeError: `data` is not bytes, bytearray or a contiguous memoryview.
-
-    O(bytes + layout.prunable_numel / 32).
-
-    >>> import torch, fedmap_sparse as fs
-    >>> params = fs.flatten(torch.nn.Linear(3, 2))
-    >>> message = fs.decode(fs.encode(params, params.mask, mask_section="full"), params.layout)
-    >>> message.mask == params.mask, message.packed.shape
-    (True, torch.Size([6]))
-    """
-    if mask is not None:
-        check_mask("mask", mask, layout.prunable_numel)
-    if device is None:
-        device = values.CPU if mask is None else mask.device
-    place = torch.empty(0, device=device).device  # "cuda" is one of several: the current one
-    header, found = container.parse(data)
-    if header.layout != layout.digest():
-        wanted, got = layout.digest().hex(), header.layout.hex()
-        why = layout.explain(header.layout, header.eligible)
-        raise FormatError(f"expected a message of layout {wanted}, got {got}{why}", 16)
-    if header.eligible != layout.eligible:
-        raise FormatError(f"expected {layout.eligible} eligible, got {header.eligible}", 104)
-    sections = {s.id: s for s in found if not s.ignorable}
-    for s in sections.values():
-        _check_fields(s)
-    for needed in (Id.VALUES, Id.TAIL):
-        if needed not in sections:
-            raise FormatError(f"expected a section {needed.name}, got none", len(data))
-    if Id.MASK in sections and Id.DELTA in sections:
-        raise FormatError("expected MASK or DELTA, got both", sections[Id.DELTA].offset)
-    dense = bool(header.flags & DENSE)
-    carried = sections.pop(Id.MASK, None) or sections.pop(Id.DELTA, None)
-    begun: list[entropy.Decoding | None] = []
-
-    def meanwhile() -> None:
-        begun.append(values.begin(sections.get(Id.VALUES), layout.eligible, place))
-
-    own = masks.read(header, carried, dense, layout, mask, place, meanwhile)
-    if dense is not (own.nnz == layout.eligible):
-        raise FormatError(f"expected DENSE to say {not dense} of {own.nnz} survivors", 12)
-    coded, rest = sections[Id.VALUES], sections[Id.TAIL]
-    values.check(coded, own.nnz, (*values.FLOATS, Wire.INT8), (RAW, RANS))
-    values.check(rest, layout.tail_numel, values.FLOATS, (RAW, RANS))
-    tail = values.read(rest, place)
-    values.check_tail(tail, rest, layout)
-    message = Message(
-        layout=layout,
-        header=header,
-        mask=own,
-        sections=sections,
-        tail=tail,
-        buffers=values.read_buffers(layout, sections),
-        meta=meta.read(sections[Id.META]) if Id.META in sections else {},
-        mask_section=carried,
-        base=_check_base(header, base),
-    )
-    if begun and begun[0] is not None:
-        message.__dict__["packed"] = message._of_wire(values.finish(coded, begun[0]))
-    if materialize:
-        message.packed  # noqa: B018  # decoded now, so that what does not decode is refused
-    else:
-        message._bound  # noqa: B018  # likewise
-    return message
-
-
-def _check_fields(section: Section) -> None:
-    start = section.offset - container.SECTION_BYTES
-    if section.block and section.dtype != Wire.INT8:
-        raise FormatError(f"{Id(section.id).name}: expected block to be zero", start + 40)
-    if section.id != Id.DELTA and section.parent != NO_DIGEST:
-        raise FormatError(f"{Id(section.id).name}: expected parent to be zero", start + 24)
-
-
-def _check_base(header: Header, base: Message | None) -> Message | None:
-    if header.base == NO_DIGEST:
-        return None
-    if base is None or base.broadcast_digest != header.base:
-        got = "none" if base is None else base.broadcast_digest.hex()
-        raise FormatError(f"expected the base {header.base.hex()}, got {got}", 64)
-    if base.header.mask != header.mask:
-        raise FormatError("expected a base of the message's mask, got one of another", 64)
-    return base

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedmap_sparse import _checks
 from fedmap_sparse.codec.container import Buffer
+from fedmap_sparse.codec.decode import decode
 from fedmap_sparse.codec.encode import Stamp, encode
-from fedmap_sparse.codec.message import MaskSection, Message, decode
+from fedmap_sparse.codec.message import MaskSection, Message
 from fedmap_sparse.codec.values import Coding
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask

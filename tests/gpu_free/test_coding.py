@@ -13,6 +13,7 @@ from stored_messages import GOLDEN, MALFORMED
 
 import fedmap_sparse as fs
 from fedmap_sparse import _backends
+from fedmap_sparse.codec import container
 
 _BOTH = ["interpreter, shuffled 1", "ptx sm_90"]
 
@@ -87,6 +88,12 @@ def test_stored_messages(rung: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert same(got.mask.words, message.mask.words), name
         assert got.mask.nnz == message.mask.nnz
         assert same(got.packed, message.packed), name
+    for section in container.parse(stored_messages.golden("float32-full"))[1]:
+        data = bytearray(stored_messages.golden("float32-full"))
+        data[section.offset] ^= 4  # a directory that contradicts itself, where there is one
+        with pytest.raises(fs.FormatError, match="payload: expected CRC") as caught:
+            stored_messages.decode("float32-full", bytes(data))
+        assert caught.value.offset == section.offset
     for name, entry in MALFORMED.items():
         with pytest.raises(fs.FormatError) as caught:
             stored_messages.decode(entry["from"], stored_messages.malformed(name))
