@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def copy(source: Tensor, to: Tensor) -> None:
     whole = source.numel() // 8 * 8 if native is not None and source.numel() >= MANY else 0
     if whole:
         native.stream_copy(source[:whole], to[:whole], _backends.threads())
-    to[whole:].copy_(source[whole:])
+    # Not by torch, whose threads (libgomp's) hang in a child of a process that has used them.
+    np.copyto(to.numpy()[whole:], source.numpy()[whole:])
 
 
 def to_device(payload: Tensor, device: torch.device) -> Tensor:

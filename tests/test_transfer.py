@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,3 +58,23 @@ def test_pieces_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_numbers_of_the_host_are_read_where_they_are() -> None:
     assert _transfer.fetch(torch.tensor([3, -(1 << 62)])) == [3, -(1 << 62)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_copies_too() -> None:
+    """With torch's threads in use before the fork: a child must not wait for them."""
+    code = (
+        "import os, signal, torch\n"
+        "from fedmap_sparse import _transfer\n"
+        "torch.set_num_threads(2)\n"
+        "source = torch.ones(1 << 22, dtype=torch.uint8) + 1\n"
+        "if not os.fork():\n"
+        "    signal.alarm(20)\n"
+        "    for size in (_transfer.MANY - 1, 1 << 22):\n"
+        "        to = torch.from_numpy(__import__('numpy').zeros(size, 'uint8'))\n"
+        "        _transfer.copy(source[:size], to)\n"
+        "        assert to.numpy().min() == 2\n"
+        "    os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
