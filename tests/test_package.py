@@ -76,7 +76,7 @@ LAYERS = [
     "_files",
     "errors page",
     "_backends",
-    "_checks _transfer",
+    "_autocast _checks _transfer",
     "schedule prunable _tensor_kinds",
     "mask",
     "layout",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, ops
+from fedmap_sparse import _autocast, _backends, ops
 from fedmap_sparse._transfer import to_host
 from fedmap_sparse.codec.container import (
     RANS,
@@ -214,7 +214,7 @@ def peak(values: Tensor) -> float:
     """The largest magnitude; infinity if an element is NaN or infinite, 0.0 for none. One read."""
     if not values.numel():
         return 0.0
-    low, high = torch.stack(values.detach().aminmax()).tolist()  # NaN goes through
+    low, high = _autocast.stack(values.detach().aminmax()).tolist()  # NaN goes through
     largest = max(-low, high)
     return largest if largest < math.inf else math.inf
 

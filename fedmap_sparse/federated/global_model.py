@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import ops
+from fedmap_sparse import _autocast, ops
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.errors import StateError
 from fedmap_sparse.federated import state as saved
@@ -279,7 +279,7 @@ def _are_ordinary(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> b
         parts.append(b.reshape(-1))
         dtypes.append(held.dtype)
     for dtype, (parts, dtypes) in kinds.items():
-        every = torch.cat(parts)
+        every = _autocast.cat(parts)
         if dtype.is_floating_point:
             if peak(every) > limit_of(*dtypes):
                 return False
@@ -294,7 +294,7 @@ def _are_ordinary(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> b
 def infinite_elements(buffers: Mapping[str, Tensor]) -> dict[str, int]:
     """How many elements of each float buffer are no numbers; only buffers that have some."""
     floats = {name: b for name, b in buffers.items() if b.is_floating_point()}
-    if not floats or math.isfinite(peak(torch.cat([b.reshape(-1) for b in floats.values()]))):
+    if not floats or math.isfinite(peak(_autocast.cat([b.reshape(-1) for b in floats.values()]))):
         return {}
     counts = {name: int((~b.isfinite()).sum()) for name, b in floats.items()}
     return {name: count for name, count in counts.items() if count}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
+from fedmap_sparse import _autocast, _backends, _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse.mask import Mask, bool_from_words
 from fedmap_sparse.ops._library import LIBRARY, Op, direct, follows, transformed
@@ -102,7 +102,7 @@ def _row_by_row(form: Any, dims: Sequence[int | None], source: Tensor, *rest: An
     if dims[0] is None or any(dim is not None for dim in dims[1:]):
         raise NotImplementedError("vmap: expected a batch of tensors under one mask")
     rows = source.movedim(dims[0], 0).unbind()
-    return torch.stack([form(row.contiguous(), *rest) for row in rows]), 0
+    return _autocast.stack([form(row.contiguous(), *rest) for row in rows]), 0
 
 
 def _register_transforms(op: Op, adjoint: Op) -> None:

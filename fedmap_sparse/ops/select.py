@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, _checks
+from fedmap_sparse import _autocast, _backends, _checks
 from fedmap_sparse._backends import native
 from fedmap_sparse.mask import (
     Mask,
@@ -91,7 +91,7 @@ def _threshold_reference(
     values: list[Tensor], within: list[Tensor | None], eligible: int, keep: int
 ) -> Tensor:
     at = _order(values, within)[keep - 1]
-    return torch.cat([v.reshape(-1) for v in values])[at].abs()
+    return _autocast.cat([v.reshape(-1) for v in values])[at].abs()
 
 
 def _threshold_cpu(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _backends, ops
+from fedmap_sparse import _autocast, _backends, ops
 from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
@@ -129,7 +129,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """
         zero_gradients(self.flat)
         chosen = [p for group in self.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
+        with _autocast.outside(self.flat.values.device):
+            return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
 
     @hookable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -326,9 +327,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         flat, groups = self.flat, saved["param_groups"]
         check_groups(self.param_groups, groups, self.defaults, self._check_group)
         known = flat.index_of()
-        index = dict(
-            zip(numbered(groups), (known[id(p)] for p in numbered(self.param_groups)), strict=True)
-        )
+        places = (known[id(p)] for p in numbered(self.param_groups))
+        index = dict(zip(numbered(groups), places, strict=True))
         held, state = {}, {}
         for number, of_one in saved["state"].items():
             if number not in index:

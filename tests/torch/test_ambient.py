@@ -28,7 +28,7 @@ def federate(state, dtype):
         makes = (lambda f, m, lr: MaskedAdamW(f, m, lr=0.1), makes[1])
         clients = [
             fs.FedMapClient(fs.flatten(m), optimizer=make, dtype=wire)
-            for m, make, wire in zip(models[1:], makes, ("int8", "float32"), strict=True)
+            for m, make, wire in zip(models[1:], makes, ("int8", "float16"), strict=True)
         ]
         server.begin_round()
         for c, m in zip(clients, models[1:], strict=True):
@@ -45,7 +45,7 @@ def federate(state, dtype):
     return server, saved, masks, models
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", STATES)
 def test_a_round_has_the_same_bits(name, dtype):
     from contextlib import nullcontext
@@ -68,6 +68,7 @@ def test_a_round_has_the_same_bits(name, dtype):
 def test_plain_ops_have_the_same_bits(name):
     x = torch.randn(5000)
     mask = fs.ops.magnitude_mask(x, 700)
+    half = x.half()
 
     def run():
         q, scales = fs.ops.quantize_int8(x)
@@ -75,6 +76,8 @@ def test_plain_ops_have_the_same_bits(name):
             fs.ops.magnitude_mask(x, 700).words,
             fs.ops.magnitude_threshold(x, 700),
             fs.ops.pack(x, mask),
+            fs.ops.magnitude_threshold(half, 700, backend="reference"),
+            torch.vmap(lambda row: fs.ops.pack(row, mask))(half.view(1, -1)),
             fs.ops.unpack(fs.ops.pack(x, mask), mask),
             fs.ops.extract(mask, fs.Mask.full(5000)).words,
             fs.ops.weighted_mean([x, x + 1], [1, 2]),
