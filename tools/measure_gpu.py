@@ -133,8 +133,10 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, as far as this machine can say (carry it in COMMIT)."""
-    known = git("rev-parse", "HEAD") or os.environ.get("COMMIT", "unknown")
+    """The commit that is measured: COMMIT, for a copy that is not a checkout of it, or git's."""
+    if given := os.environ.get("COMMIT"):
+        return given
+    known = git("rev-parse", "HEAD") or "unknown"
     return known + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

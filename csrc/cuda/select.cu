@@ -378,8 +378,6 @@ __device__ void read(const Job& job, Shared& s, const Stretch& at) {
     bool all = plain || (whole && warp_sum((u32)__popc(held)) >= kSparse);
     u32 bits[32], columns = 0, overs = 0;
     load_unit<Bits>(p, base, live, all, bits);
-    if (unit + kWarps < at.last * 2)
-      fetch_ahead<Bits>(job, unit + kWarps);
 #pragma unroll
     for (int j = 0; j < 32; j++) {
       if (above.below(bits[j]))
@@ -794,7 +792,8 @@ __device__ void select(const Job& job, Shared& s) {
   at.first = job.blocks * blockIdx.x / gridDim.x;
   at.last = job.blocks * (blockIdx.x + 1) / gridDim.x;
   at.missed = false;
-  // The sample takes 6 us on an H200: the first units come meanwhile.
+  // The sample takes 7 us on an H200: the first units come meanwhile. Later ones by themselves:
+  // with a unit ahead 83.2 us where it took 80.7 without.
   if (at.first * 2 + (threadIdx.x >> 5) < at.last * 2)
     fetch_ahead<Bits>(job, at.first * 2 + (threadIdx.x >> 5));
   if (job.counts)

@@ -340,3 +340,9 @@ def test_peers_lack_what_takes_too_long() -> None:
 
     got = peers.without(lambda setting: Trial({"torch.topk": 1, "torch.kthvalue": 2}))(None)
     assert got.peers == {"torch.topk": 1}
+
+
+def test_the_commit_of_a_copy_is_what_was_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lent machine's checkout may be of another commit than the files in it."""
+    monkeypatch.setenv("COMMIT", "abc")
+    assert measure_gpu.commit() == "abc"
