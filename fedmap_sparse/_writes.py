@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedmap_sparse import _backends
 from fedmap_sparse._backends import native
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
@@ -79,7 +80,7 @@ class Writes:
     def _looked_at(self, rows: Tensor, turn: int) -> bool:
         mask, values = self._mask, self.values
         place = (values, mask.words, mask.rank, mask.numel)
-        return bool(native.written_unseen(*place, rows, turn))
+        return bool(native.written_unseen(*place, rows, turn, _backends.threads()))
 
     def written_unseen(self, rows: Sequence[Tensor], turn: int) -> bool:
         """Whether a pruned weight is not +0.0, of those that are looked at this turn.

@@ -34,7 +34,7 @@ Answer adamw_checked(const Flat& values, const Flat& words, const Flat& rank, in
 }
 
 bool unseen_checked(const Flat& values, const Flat& words, const Flat& rank, int64_t prunable,
-                    const Flat& rows, int64_t turn) {
+                    const Flat& rows, int64_t turn, int threads) {
   const Bits mask{words, rank, prunable};
   const int64_t count = rows.numel / 4;
   const Segment* segments = rows.as<Segment>();
@@ -45,7 +45,7 @@ bool unseen_checked(const Flat& values, const Flat& words, const Flat& rank, int
           segments[i].offset + segments[i].numel <= prunable;
   require(fit);
   return written_unseen(values.data, values.dtype, mask.bits(), mask.ranks(), prunable, segments,
-                        count, turn);
+                        count, turn, threads);
 }
 
 const Binding binding([](py::module_& m) {

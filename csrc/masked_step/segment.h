@@ -24,6 +24,7 @@ void masked_adamw(void* values, int dtype, const uint32_t* words, const int64_t*
 // Whether a pruned weight that the next step would not write is not +0.0, of those looked at this
 // turn (negative: of all of them): fedmap_sparse/_writes.py, `written_unseen`.
 bool written_unseen(const void* values, int dtype, const uint32_t* words, const int64_t* rank,
-                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn);
+                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn,
+                    int threads);
 
 } // namespace fedmap

@@ -1,10 +1,12 @@
 // Looks for pruned weights that are not +0.0: what someone wrote that torch does not count.
 // Contract: fedmap_sparse/_writes.py, `written_unseen`.
 #include <algorithm>
+#include <atomic>
 
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/dtype.h"
+#include "core/pool.h"
 #include "masked_step/segment.h"
 #include "pack/pack_block.h"
 
@@ -131,11 +133,14 @@ constexpr int64_t kPiece = 256;   // of each span of larger ones
 // Spans from a piece's lines being asked for to their being read. Pieces lie too far apart for the
 // hardware to foresee: without this a cold mobilenetv2 took 85 us, 50 with it.
 constexpr int kAhead = 4;
+constexpr int64_t kTask = 8 * kSpan; // elements of a thread's task
 
-// The prunable part of a model, a span at a time, and what of it is looked at.
+// Elements [begin, limit) of the prunable part of a model, a span at a time, and what of it is
+// looked at.
 struct Spans {
   const Segment *segment, *last;
-  int64_t prunable, turn;
+  int64_t begin, limit, turn;
+  bool all;                // elements of a span, not a piece of it
   int64_t at = 0, end = 0; // the span
   int64_t from = 0, to = 0;
 
@@ -143,13 +148,16 @@ struct Spans {
     const bool inside = end > 0 && end < segment->offset + segment->numel;
     if (!inside && end > 0)
       ++segment;
-    while (segment < last && segment->numel == 0)
+    while (segment < last && (segment->numel == 0 || segment->offset + segment->numel <= begin))
       ++segment;
-    if (segment >= last || segment->offset >= prunable)
+    if (segment >= last)
       return false;
-    from = at = inside ? end : segment->offset;
+    at = inside ? end : std::max(segment->offset, begin);
+    if (at >= limit)
+      return false;
+    from = at;
     to = end = std::min(segment->offset + segment->numel, at / kSpan * kSpan + kSpan);
-    if (turn >= 0 && prunable > kAll) {
+    if (!all) {
       const int64_t pieces = (end - at + kPiece - 1) / kPiece;
       from = at + (turn + at / kSpan) % pieces * kPiece;
       to = std::min(end, from + kPiece);
@@ -159,16 +167,15 @@ struct Spans {
 };
 
 template <class T>
-bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t prunable,
-          const Segment* segments, int64_t nseg, int64_t turn) {
+bool look(const T* values, const uint32_t* words, const int64_t* rank, Spans span) {
   const auto any = FEDMAP_DISPATCH(any_pruned<T>);
   const auto before = [&](int64_t at) {
     const int64_t block = at / kBlock, first = block * kBlockWords;
     return rank[block] + count_bits(words + first, at / 32 - first);
   };
-  Spans ahead{segments, segments + nseg, prunable, turn}, span = ahead;
+  Spans ahead = span;
   const auto fetch = [&] {
-    if (turn < 0 || !ahead.next() || ahead.to - ahead.from > kPiece)
+    if (span.turn < 0 || !ahead.next() || ahead.to - ahead.from > kPiece)
       return;
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t i = ahead.from; i < ahead.to; i += kLine)
@@ -186,7 +193,7 @@ bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t p
     fetch();
     const int64_t n = span.end - span.at;
     // Padding after a segment is zero and has no survivor: counting to a whole word is exact.
-    const bool stepped = turn >= 0 && span.segment->gradient &&
+    const bool stepped = span.turn >= 0 && span.segment->gradient &&
                          before(mask_words(span.end) * 32) - before(span.at) >=
                              (n + kSparse - 1) / kSparse; // a step writes its zeros
     if (!stepped && any(values + span.from, words + span.from / 32, span.to - span.from))
@@ -195,13 +202,29 @@ bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t p
   return false;
 }
 
+template <class T>
+bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t prunable,
+          const Segment* segments, int64_t nseg, int64_t turn, int threads) {
+  const bool all = turn < 0 || prunable <= kAll;
+  const int64_t task = prunable <= 2 * kTask ? std::max<int64_t>(prunable, 1) : kTask;
+  std::atomic<bool> found{false};
+  parallel_ranges(prunable, task, threads, [&](int64_t begin, int64_t end) {
+    if (!found && look(values, words, rank, {segments, segments + nseg, begin, end, turn, all}))
+      found = true;
+  });
+  return found;
+}
+
 } // namespace
 
 bool written_unseen(const void* values, int dtype, const uint32_t* words, const int64_t* rank,
-                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn) {
-  if (dtype == kFloat32)
-    return look(static_cast<const uint32_t*>(values), words, rank, prunable, segments, nseg, turn);
-  return look(static_cast<const uint16_t*>(values), words, rank, prunable, segments, nseg, turn);
+                    int64_t prunable, const Segment* segments, int64_t nseg, int64_t turn,
+                    int threads) {
+  const auto of = [&](const auto* typed) {
+    return look(typed, words, rank, prunable, segments, nseg, turn, threads);
+  };
+  return dtype == kFloat32 ? of(static_cast<const uint32_t*>(values))
+                           : of(static_cast<const uint16_t*>(values));
 }
 
 } // namespace fedmap
