@@ -90,7 +90,7 @@ class Writes:
         at in every turn; of larger ones, 256 elements in each 16,384, others each time: what was
         written all over a tensor is found at once, a single weight within 64 turns. One read in 64
         costs 3% of a step at density .01 of one large tensor, where reading all would triple it; of
-        mobilenetv2, 158 parameters out of the cache, 50 us of 300. At higher densities
+        mobilenetv2, 158 parameters out of the cache, 38 us of 300. At higher densities
         nothing is looked at: a step writes the zeros.
 
         Args:
