@@ -14,7 +14,7 @@ class WithSources(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:  # then the tree has them
-            for path in sorted(glob("csrc/cuda/*.cu")):
+            for path in sorted(glob("csrc/cuda/*")):
                 self.copy_file(path, str(Path(self.build_lib, "fedmap_sparse", "cuda_kernels")))
 
 

@@ -59,27 +59,32 @@ def missing() -> str:
     return ""
 
 
-def source(stem: str) -> bytes:
-    """csrc/cuda/<stem>.cu, from the installed package or from the tree that it is built in."""
+def source(stem: str) -> dict[str, bytes]:
+    """csrc/cuda/<stem>.cu, then the headers beside it, by name: from the installed package, or from
+    the tree that it is built in."""
     here = Path(__file__).resolve().parent
-    for path in (here / f"{stem}.cu", here.parents[1] / "csrc" / "cuda" / f"{stem}.cu"):
+    for folder in (here, here.parents[1] / "csrc" / "cuda"):
+        path = folder / f"{stem}.cu"
         if path.exists():
-            return path.read_bytes()
+            files = [path, *sorted(folder.glob("*.h"))]
+            return {file.name: file.read_bytes() for file in files}
     raise RuntimeError(f"csrc/cuda/{stem}.cu: not found in {here} nor in the source tree")
 
 
-def compile_cubin(text: bytes, name: str, arch: str) -> bytes:
-    """Machine code of a source for one architecture, as "sm_90".
+def compile_cubin(files: dict[str, bytes], arch: str) -> bytes:
+    """Machine code of a source, the first of `files`, for one architecture, as "sm_90".
 
     Raises:
         RuntimeError: no libnvrtc, or it refused the source; the message holds its log.
     """
-    nvrtc = _nvrtc()
+    nvrtc, (name, *names) = _nvrtc(), files
     if nvrtc is None:
         raise RuntimeError(f"{name}: libnvrtc of CUDA {torch.version.cuda} did not load")
     program = ctypes.c_void_p()
+    texts = ctypes.c_char_p * len(names)
     _checked(nvrtc, nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), text, name.encode(), 0, None, None))  # fmt: skip
+        ctypes.byref(program), files[name], name.encode(), len(names),
+        texts(*[files[n] for n in names]), texts(*[n.encode() for n in names])))  # fmt: skip
     try:
         options = (*_OPTIONS, f"--gpu-architecture={arch}".encode())
         code = nvrtc.nvrtcCompileProgram(
@@ -109,19 +114,20 @@ def _text(nvrtc: Any, getter: str, program: ctypes.c_void_p) -> bytes:
     return out.raw
 
 
-def _cached(text: bytes, name: str, arch: str) -> bytes:
+def _cached(files: dict[str, bytes], arch: str) -> bytes:
     """As `compile_cubin`, from a file if this NVRTC has compiled it before."""
     nvrtc = _nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     if nvrtc is not None:
         nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    parts = (text, *_OPTIONS, arch.encode(), f"{major.value}.{minor.value}".encode())
+    name, *_ = files
+    parts = (*files.values(), *_OPTIONS, arch.encode(), f"{major.value}.{minor.value}".encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(base) / "fedmap_sparse" / f"{name}.{arch}.{digest[:32]}.cubin"
     with suppress(OSError):
         return path.read_bytes()
-    code = compile_cubin(text, name, arch)
+    code = compile_cubin(files, arch)
     with suppress(OSError):  # such as a home that cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, code)
@@ -149,7 +155,7 @@ class Kernel:
     def __init__(self, stem: str, entry: str, device: int) -> None:
         card = torch.cuda.get_device_properties(device)
         torch.cuda.current_stream(device)  # makes the device's context, if nothing has so far
-        code = _cached(source(stem), f"{stem}.cu", f"sm_{card.major}{card.minor}")
+        code = _cached(source(stem), f"sm_{card.major}{card.minor}")
         self._module, self._entry = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuModuleLoadData", ctypes.byref(self._module), code)
         _call("cuModuleGetFunction", ctypes.byref(self._entry), self._module, entry.encode())

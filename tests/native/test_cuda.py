@@ -52,11 +52,14 @@ def test_a_forced_backend_that_cannot_serve_is_named(monkeypatch: pytest.MonkeyP
         assert _backends.backends()["cuda"] == "no CUDA device is available"
     monkeypatch.setattr(_driver, "_nvrtc", lambda: None)
     with pytest.raises(RuntimeError, match="libnvrtc of CUDA"):
-        _driver.compile_cubin(b"", "none.cu", "sm_90")
+        _driver.compile_cubin({"none.cu": b""}, "sm_90")
 
 
 def test_the_source_is_found_and_too_much_is_left_to_others() -> None:
-    assert b"select_32" in _driver.source("select")
+    files = _driver.source("select")
+    assert next(iter(files)) == "select.cu"
+    assert b"select_32" in files["select.cu"]
+    assert "select_job.h" in files
     with pytest.raises(RuntimeError, match=r"nothing\.cu: not found"):
         _driver.source("nothing")
     many = [torch.randn(1)] * (select.MOST_PARTS + 1)
