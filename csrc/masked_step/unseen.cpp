@@ -134,6 +134,8 @@ constexpr int64_t kPiece = 256;   // of each span of larger ones
 // hardware to foresee: without this a cold mobilenetv2 took 85 us, 50 with it.
 constexpr int kAhead = 4;
 constexpr int64_t kTask = 8 * kSpan; // elements of a thread's task
+// A smaller model is looked at by the caller: to wake a thread took a cold resnet20 longer.
+constexpr int64_t kAlone = 1 << 20;
 
 // Elements [begin, limit) of the prunable part of a model, a span at a time, and what of it is
 // looked at.
@@ -206,7 +208,7 @@ template <class T>
 bool look(const T* values, const uint32_t* words, const int64_t* rank, int64_t prunable,
           const Segment* segments, int64_t nseg, int64_t turn, int threads) {
   const bool all = turn < 0 || prunable <= kAll;
-  const int64_t task = prunable <= 2 * kTask ? std::max<int64_t>(prunable, 1) : kTask;
+  const int64_t task = prunable <= kAlone ? std::max<int64_t>(prunable, 1) : kTask;
   std::atomic<bool> found{false};
   parallel_ranges(prunable, task, threads, [&](int64_t begin, int64_t end) {
     if (!found && look(values, words, rank, {segments, segments + nseg, begin, end, turn, all}))

@@ -31,7 +31,8 @@ class Captured:
     @staticmethod
     def refresh(optimizer: MaskedOptimizer) -> None:
         """After a step on the host: tables for a capture to come, as that step left them."""
-        if not all(group["capturable"] for group in optimizer.param_groups):
+        groups = optimizer.param_groups
+        if not groups[0]["capturable"] or not all(group["capturable"] for group in groups):
             return
         old, parts = optimizer._captured, optimizer._parts
         if old is not None and old.parts is parts:
