@@ -169,7 +169,7 @@ def section(found: dict[str, Json], note: str = "") -> str:
         "Hardware counters": tables.counters(found.get("counters", {})),
         "`tests/gpu` there": _tests(found.get("contracts", {})),
         "With the fastest constants": _winners(found.get("winners", {})),
-        "Left out, for want of time or packages": _left_out(found),
+        "Left out: no time, or a package was missing": _left_out(found),
     }
     for title, part in parts.items():
         if part:

@@ -98,6 +98,14 @@ def test_momentum_that_begins_is_no_repetition() -> None:
     assert not torch.equal(flat.values, before)
 
 
+def test_steps_do_not_wait_for_replays_where_no_graph_was_captured() -> None:
+    _, flat = model()
+    ours = MAKE["sgd"](flat, capturable=True)
+    ours.step()
+    ours._captured.replays = None  # to read it would raise
+    ours.step()
+
+
 def test_groups_have_their_own_rates() -> None:
     net, flat = model()
     rates = [torch.tensor(0.0), torch.tensor(0.5)]

@@ -52,7 +52,9 @@ class Captured:
         optimizer._captured = Captured(parts, scalars, replays, rows, held)
 
     def catch_up(self, optimizer: MaskedOptimizer) -> None:
-        """Count the replays since. Waits for the device."""
+        """Count the replays since. Waits for the device, once there is a graph."""
+        if not self.held:
+            return
         times = int(self.replays)
         if not times:
             return
