@@ -14,8 +14,6 @@ A message that breaks one of these is written to build/fuzz/wire and named; the 
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import multiprocessing
 import sys
 import time
@@ -31,32 +29,22 @@ from fedmap_sparse.codec import container
 from fedmap_sparse.errors import FormatError
 from fedmap_sparse.federated import FedMapClient, FedMapServer
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 from mutate import Mutator, Parts, Seed, crc  # lies beside this file
+from stored_messages import GOLDEN, module
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "tests" / "vectors"
-sys.path.insert(0, str(VECTORS))  # its modules import those beside them
 SLOWEST = 0.1  # seconds for one message
-
-
-def load(name: str) -> ModuleType:
-    """A module of tests/vectors."""
-    spec = importlib.util.spec_from_file_location(name, VECTORS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def golden_seeds(reader: ModuleType) -> list[Seed]:
     """The golden messages, with what their receivers have."""
-    layouts = load("make_vectors").layouts()
+    layouts = module("make_vectors").layouts()
     plain = {path.stem: reader.Layout(path.read_text()) for path in (VECTORS / "layouts").iterdir()}
-    table = json.loads((VECTORS / "golden.json").read_text())
     found: dict[str, Seed] = {}
-    for name, entry in sorted(table.items(), key=lambda item: item[1]["base"] is not None):
+    for name, entry in sorted(GOLDEN.items(), key=lambda item: item[1]["base"] is not None):
         layout = layouts[entry["layout"]]
         have, base, plain_base = None, None, None
         if entry["have"] is not None:
@@ -126,7 +114,7 @@ class Checker:
     """Feeds messages to all readers and collects what should not be."""
 
     def __init__(self, share: float, seed: int) -> None:
-        self.reader = load("reader")
+        self.reader = module("reader")
         self.reader.crc32c = lambda data: crc(bytes(data))
         self.live = Live()
         self.mutator = Mutator([*golden_seeds(self.reader), *self.live.seeds], seed)

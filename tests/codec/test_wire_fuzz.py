@@ -46,7 +46,7 @@ def test_joined_parts_are_the_message(wire: ModuleType) -> None:
 def test_the_second_reader_has_infinities(wire: ModuleType) -> None:
     """An int8 scale may be such that a product is beyond float32; sound, and refused elsewhere."""
     payload = struct.pack("<f", 3e38) + bytes([127, 129, 1, *[0] * 61])
-    found = wire.load("reader_coding").int8_values(payload, 64, 64)
+    found = wire.module("reader_coding").int8_values(payload, 64, 64)
     assert struct.unpack("<3f", found[:12]) == (math.inf, -math.inf, pytest.approx(3e38))
 
 
