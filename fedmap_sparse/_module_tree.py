@@ -45,14 +45,18 @@ def registered(module: nn.Module) -> dict[str, Registered]:
 
 
 class Tree:
-    """The modules and parameters that `module` held when this was made, all under it too."""
+    """What some dicts held when this was made."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, dicts: Iterable[dict[Any, Any]]) -> None:
         # Each dict, then its keys and values. One list, so that C++ walks it in a microsecond.
         self._seen: list[Any] = []
-        for owner in module.modules():
-            for held in (owner._modules, owner._parameters):
-                self._seen += [held, *itertools.chain(*held.items())]
+        for held in dicts:
+            self._seen += [held, *itertools.chain(*held.items())]
+
+    @staticmethod
+    def of(module: nn.Module) -> Tree:
+        """The modules and parameters that `module` holds, all under it too."""
+        return Tree(d for owner in module.modules() for d in (owner._modules, owner._parameters))
 
     def is_same(self) -> bool:
         """Whether every module and parameter is where it was, and none was added."""
@@ -79,37 +83,54 @@ class BufferPlaces:
         }
         self._names = list(buffers(module))
         self._places = [of.get(name) for name in self._names]
-        self._owners = list(module.modules())
-        self._counts = self._count()
+        owners = list(module.modules())
+        self._dicts: list[dict[Any, Any]] = [
+            d for owner in owners for d in (owner._buffers, owner._state_dict_hooks)
+        ]
+        self._sets = [owner._non_persistent_buffers_set for owner in owners]
+        self._lengths = self._count()
         # What else decides a state dict's names is asked anew each time.
         self._plain = None not in self._places and all(
             type(owner).state_dict is nn.Module.state_dict
             and type(owner)._save_to_state_dict is nn.Module._save_to_state_dict
-            for owner in self._owners
+            for owner in owners
         )
+        self._found: dict[str, Tensor] = {}
+        self._tree: Tree | None = None
+        self._noted: tuple[Any, dict[str, Tensor], list[Any]] = None, {}, []
 
     def _count(self) -> list[int]:
-        return [
-            len(held)
-            for owner in self._owners
-            for held in (
-                owner._buffers,
-                owner._non_persistent_buffers_set,
-                owner._state_dict_hooks,
-            )
-        ]
+        return [*map(len, self._dicts), *map(len, self._sets)]
 
     def found(self) -> dict[str, Tensor] | None:
-        """The buffers by name; None if the module must be asked. Its modules must be the same."""
-        if not self._plain or self._count() != self._counts:
+        """The buffers by name; None if the module must be asked. Its modules must be the same.
+
+        The same dict as the last time, if nothing was replaced.
+        """
+        if not self._plain or self._count() != self._lengths:
             return None
+        if self._tree is not None and self._tree.is_same():
+            return self._found
         found = {}
         for name, place in zip(self._names, self._places, strict=True):
             value = None if place is None else place[0].get(place[1])
             if value is None:
                 return None
             found[name] = value
+        self._found, self._tree = found, Tree(self._dicts)
         return found
+
+    def note(self, found: dict[str, Any], result: dict[str, Any]) -> None:
+        """Remember what these buffers were found to be."""
+        if self._plain:
+            self._noted = found, dict(result), [(b.shape, b.dtype) for b in result.values()]
+
+    def noted(self, found: dict[str, Any]) -> dict[str, Any] | None:
+        """What was noted of them, if they are the same and have the shapes and dtypes of then."""
+        last, result, looks = self._noted
+        if found is last and [(b.shape, b.dtype) for b in result.values()] == looks:
+            return dict(result)
+        return None
 
 
 # Parameters that are views of a flat buffer, and tied by no memory but their own: the buffer.

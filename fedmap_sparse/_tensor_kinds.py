@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,18 @@ class Extra:
     """What a state dict holds beside parameters and buffers: a module's `get_extra_state()`."""
 
     value: Any
+
+
+class Kind(NamedTuple):
+    """The buffers of one kind, which lie side by side where messages carry them."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+
+    def at(self, index: int) -> int:
+        """The place in `names` of the buffer that one of the elements belongs to."""
+        return bisect(list(accumulate(self.sizes)), index)
 
 
 def kind_of(t: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,20 +11,30 @@ from torch import Tensor, nn
 
 from fedmap_sparse import _checks, _module_tree
 from fedmap_sparse._backends import native
+from fedmap_sparse._gradients import Gradients
 from fedmap_sparse._tensor_kinds import Extra, kind_of, ties
-from fedmap_sparse._writes import Writes
 from fedmap_sparse.layout import FlatLayout, build, verdicts
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.prunable import Prunable, from_module
 
 # What a copy makes anew from its module, when it is first asked for.
 _BOUND = frozenset(
-    {"values", "parameters", "_tree", "_places", "_shapes", "_segments", "_tied", "_clean"}
+    {
+        "values",
+        "parameters",
+        "_tree",
+        "_places",
+        "_shapes",
+        "_segments",
+        "_tied",
+        "_clean",
+        "_order",
+    }
 )
 _REFLATTEN = "rebind() cannot follow that: flatten the module again, fs.flatten(model)"
 
 
-class FlatParameters(Writes):
+class FlatParameters(Gradients):
     """A module whose parameters are views of one contiguous buffer. Made by `flatten`.
 
     The module is used as before: forward, backward, state_dict, load_state_dict, zero_grad. What
@@ -47,9 +57,8 @@ class FlatParameters(Writes):
     True
     """
 
-    _tree: _module_tree.Tree
     _places: _module_tree.BufferPlaces
-    _shapes: list[tuple[int, ...]]
+    _shapes: tuple[tuple[int, ...], ...]
 
     def __init__(self, module: nn.Module, layout: FlatLayout, shared: Iterable[str] = ()) -> None:
         # `shared`: aliases that are Parameters of their own on the memory of another one.
@@ -112,9 +121,10 @@ class FlatParameters(Writes):
         ]
         self.values = values
         self.parameters = list(current.values())
-        self._tree = _module_tree.Tree(self.module)
+        self._tree = _module_tree.Tree.of(self.module)
+        self._order = None, []
         self._places = _module_tree.BufferPlaces(self.module)
-        self._shapes = [e.shape for e in self.layout.entries]
+        self._shapes = tuple(e.shape for e in self.layout.entries)
         rows = [[e.offset, e.numel, 0, 0] for e in self.layout.entries]
         self._segments = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
         self._clean = None, [-1] * len(self.parameters), -1
@@ -134,6 +144,8 @@ class FlatParameters(Writes):
         if found is None:
             found = _module_tree.buffers(self.module)
             self._places = _module_tree.BufferPlaces(self.module)
+        elif (known := self._places.noted(found)) is not None:
+            return known
         expected = {b.name: b for b in self.layout.buffers}
         for name in [*expected, *found]:
             wanted, got = expected.get(name), found.get(name)
@@ -144,7 +156,9 @@ class FlatParameters(Writes):
             if shape != seen:
                 was, now = _buffer_text(shape), _buffer_text(seen)
                 raise RuntimeError(f"{name}: expected {was}, got {now}; {_REFLATTEN}")
-        return {name: found[name] for name in expected}
+        result = {name: found[name] for name in expected}
+        self._places.note(found, result)
+        return result
 
     def _is_as_bound(self) -> bool:
         """Whether nothing has changed since parameters were last looked at; false: look again."""
@@ -152,7 +166,7 @@ class FlatParameters(Writes):
             native is not None
             and not self._tied
             and self._tree.is_same()
-            and [tuple(p.shape) for p in self.parameters] == self._shapes
+            and native.same_shapes(self.parameters, self._shapes)
             and self.read_gradients(self.values, self._segments) >= 0
         )
 
@@ -233,7 +247,7 @@ class FlatParameters(Writes):
                     f"a parameter no longer shares the memory of {name}. Call rebind() on the "
                     "FlatParameters"
                 )
-        self._tree = _module_tree.Tree(self.module)
+        self._tree = _module_tree.Tree.of(self.module)
 
     def _is_view(self, p: Tensor, offset: int, shape: tuple[int, ...]) -> bool:
         place = self.values.data_ptr() + offset * self.values.element_size()
@@ -267,49 +281,6 @@ class FlatParameters(Writes):
         if fresh:
             return f"{fresh[0]}: expected no parameter of this name, got one; {_REFLATTEN}"
         return ""
-
-    def in_module_order(self) -> list[Tensor]:
-        """`parameters`, in the order of `module.parameters()`."""
-        known = {id(p) for p in self.parameters}
-        return [p for p in self.module.parameters() if id(p) in known]
-
-    def index_of(self) -> dict[int, int]:
-        """Parameter id to index in `parameters`; tied parameters have the same index."""
-        found = {id(p): i for i, p in enumerate(self.parameters)}
-        return found | {id(p): i for p, i, _ in self._tied}
-
-    def read_gradients(
-        self, values: Tensor, rows: Tensor, indices: Sequence[int] | None = None
-    ) -> int:
-        """Write each gradient's address (0 for None) into a table of segments, `Segments.rows`.
-
-        Args:
-            values: the buffer, or the part of it that the table is about.
-            rows: the table, one row per parameter.
-            indices: the parameters that `rows` is about, by offset. None: all of them.
-
-        Returns:
-            How many have a gradient. -1 unless `check_bound` would pass and every gradient is as
-            kernels want it: contiguous, of its parameter's size, of the buffer's dtype and device;
-            and where there is no C++. Then Python says what is wrong, or mends it.
-
-        0.24 us per parameter, where the same attributes read from Python take 0.9.
-        """
-        if native is None or not self._tree.is_same() or self._tied:
-            return -1
-        asked = self.parameters if indices is None else [self.parameters[i] for i in indices]
-        return int(native.read_gradients(values, asked, rows))
-
-    def gradient(self, index: int) -> Tensor | None:
-        """Of one parameter, with those of the parameters that share its memory added."""
-        total = self.parameters[index].grad
-        for p, i, dims in self._tied:
-            if i == index and p.grad is not None:
-                part = p.grad
-                if dims is not None:
-                    part = part.permute([dims.index(d) for d in range(len(dims))])
-                total = part if total is None else total + part
-        return total
 
     def rebind(self) -> None:
         """Take the module's parameters as they are now into a fresh buffer of their dtype, device.

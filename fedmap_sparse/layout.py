@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import _layout_text
-from fedmap_sparse._tensor_kinds import CARRIED, Extra, Tie, is_buffer, kind_of, ties
+from fedmap_sparse._tensor_kinds import CARRIED, Extra, Kind, Tie, is_buffer, kind_of, ties
 from fedmap_sparse.mask import Mask, check_mask
 from fedmap_sparse.prunable import Prunable, Verdict, from_name
 
@@ -171,6 +171,13 @@ class FlatLayout:
         """The other entries, by offset: never pruned."""
         return tuple(e for e in self.entries if e.offset >= self.prunable_numel)
 
+    @cached_property
+    def prunable_spans(self) -> Tensor:
+        """[start, size] of each of the prunable entries: int64, on the CPU."""
+        spans = [[e.offset, e.numel] for e in self.prunable_entries]
+        with torch.inference_mode(False):
+            return torch.tensor(spans, dtype=torch.int64, device="cpu").view(-1, 2)
+
     @property
     def tail_numel(self) -> int:
         """Elements after the prunable part, padding included."""
@@ -268,6 +275,18 @@ class FlatLayout:
                     f"{b.name}: expected a dense float, int or bool buffer, got {b.kind}, which a "
                     "message cannot carry; register it with persistent=False, or as a real tensor"
                 )
+
+    @cached_property
+    def buffer_kinds(self) -> dict[str, Kind]:
+        """The buffers of each kind that messages carry, in order."""
+        found = {}
+        for kind in CARRIED:
+            own = [b for b in self.buffers if b.kind == kind]
+            sizes = (torch.Size(b.shape).numel() for b in own)
+            found[kind] = Kind(
+                tuple(b.name for b in own), tuple(b.shape for b in own), tuple(sizes)
+            )
+        return found
 
     def spread(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         """`mapping`, from the name of each entry and buffer, under every name of the state dict."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fedmap_sparse import _backends
-from fedmap_sparse.codec import container, masks, meta, values
+from fedmap_sparse.codec import buffers, container, masks, meta, values
 from fedmap_sparse.codec.container import (
     DENSE,
     NO_DIGEST,
@@ -24,6 +24,9 @@ from fedmap_sparse.errors import FormatError
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask, check_mask
 from fedmap_sparse.ops import entropy
+
+#: Values of a message that are decoded once: 1 MB of float32.
+_SMALL = 1 << 18
 
 
 def decode(
@@ -45,7 +48,8 @@ def decode(
             carries none.
         base: the broadcast that the values may be differences from.
         materialize: False checks values that are coded tile by tile and keeps only their bytes,
-            for `Message.add_to`; `packed` decodes them when it is asked for.
+            for `Message.add_to`; `packed` decodes them when it is asked for. Those of small
+            messages are decoded all the same.
         device: where mask, values and tail are wanted: coded payloads are copied there once and
             decoded there. None: where `mask` is, or the CPU.
 
@@ -136,14 +140,15 @@ def _read(
         mask=own,
         sections=sections,
         tail=tail,
-        buffers=values.read_buffers(layout, sections),
+        flat_buffers=buffers.read(layout, sections),
         meta=meta.read(sections[Id.META]) if Id.META in sections else {},
         mask_section=carried,
         base=_check_base(header, base),
     )
     if begun[0] is not None:
         message.__dict__["packed"] = message._of_wire(values.finish(coded, begun[0]))
-    if materialize:
+    # Decoding twice, to check and to add, costs more than keeping a small message's values.
+    if materialize or (coded.encoding == RANS and coded.count <= _SMALL):
         message.packed  # noqa: B018  # decoded now, so that what does not decode is refused
     else:
         message._bound  # noqa: B018  # likewise

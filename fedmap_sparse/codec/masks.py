@@ -59,11 +59,7 @@ def _write(kind: Id, bits: Mask, runs: Runs, nnz: Tensor, parent: bytes, coding:
 
 
 def _full_runs(layout: FlatLayout) -> Runs:
-    entries = layout.prunable_entries
-    return Runs(
-        torch.tensor([e.offset for e in entries], dtype=torch.int64, device="cpu"),
-        torch.tensor([e.numel for e in entries], dtype=torch.int64, device="cpu"),
-    )
+    return Runs(*layout.prunable_spans.t().contiguous())
 
 
 def _delta_runs(parent: Mask, layout: FlatLayout) -> Runs:
@@ -74,8 +70,7 @@ def _delta_runs(parent: Mask, layout: FlatLayout) -> Runs:
 
 def counts(mask: Mask, layout: FlatLayout) -> Tensor:
     """Survivors of each prunable tensor."""
-    runs = _full_runs(layout)
-    ends = torch.stack([runs.start, runs.start + runs.numel], 1).view(-1)
+    ends = layout.prunable_spans.cumsum(1).view(-1)
     before, through = entropy.ranks_at(mask, ends).view(-1, 2).unbind(1)
     return through - before
 

@@ -5,6 +5,7 @@ docs/format.md is the specification.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from fedmap_sparse import _checks, ops
 from fedmap_sparse._module_tree import own_storage
+from fedmap_sparse.codec import buffers as side_by_side
 from fedmap_sparse.codec import container, masks, meta, values
+from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.codec.container import DENSE, RAW, Header, Id, Wire
 from fedmap_sparse.codec.container import Section as Section
 from fedmap_sparse.codec.values import Coding, Quantized
@@ -39,7 +42,7 @@ class Message:
         mask: the mask whose survivors the values are.
         sections: by id, without the mask section and those that this version ignores.
         tail: Tensor[layout.tail_numel].
-        buffers: name to tensor, in the layout's shapes: float32 or float64, int64, bool.
+        flat_buffers: all buffers of a kind as one vector, see `codec.buffers`.
         meta: the record; empty when there was none.
         mask_section: the MASK or DELTA section that came with it, if any.
         base: the broadcast that its values are differences from, if they are.
@@ -51,7 +54,7 @@ class Message:
     mask: Mask
     sections: Mapping[int, Section] = field(repr=False)
     tail: Tensor
-    buffers: dict[str, Tensor]
+    flat_buffers: FlatBuffers
     meta: dict[str, meta.Value]
     mask_section: Section | None = field(default=None, repr=False)
     base: Message | None = field(default=None, repr=False)
@@ -64,6 +67,11 @@ class Message:
         Decoded when it is first asked for.
         """
         return self._of_wire(values.read(self._values, self.mask.device))
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """Name to tensor, in the layout's shapes: float32 or float64, int64, bool."""
+        return side_by_side.split(self.layout, self.flat_buffers)
 
     def _of_wire(self, wire: Tensor) -> Tensor:
         if self.base is None:
@@ -138,10 +146,8 @@ class Message:
 
     def all_finite(self) -> bool:
         """Whether values, tail and float buffers hold no NaN and no infinity."""
-        floats = [t for t in self.buffers.values() if t.is_floating_point()]
-        return self.within(torch.finfo(torch.float32).max) and all(
-            bool(torch.isfinite(t).all()) for t in floats
-        )
+        floats = self.flat_buffers["float"]
+        return self.within(torch.finfo(torch.float32).max) and values.peak(floats) < math.inf
 
     def beyond(self, limit: float) -> str:
         """The name of the first tensor with a value that `within` does not allow."""
@@ -165,7 +171,8 @@ class Message:
         no copy of the values where they are coded and on the CPU. The accumulator is on the
         message's device."""
         raw = self._values.encoding == RAW and self.dtype != "int8"
-        if raw or self.base is not None or self.mask.device != values.CPU:
+        decoded = raw or "packed" in self.__dict__
+        if decoded or self.base is not None or self.mask.device != values.CPU:
             accumulator.add(self.packed, weight)
             return
         _checks.check_numel("accumulator", accumulator.sums, self.mask.nnz, "the mask's nnz")
@@ -249,7 +256,8 @@ def assemble(
     section where one is given that a device is coding."""
     leading = None if lead is None else (mask, lead)
     model = values.write_model(packed, tail, coding, leading)
-    written = [*model, *values.write_buffers(layout, buffers)]
+    flat = side_by_side.gather(layout, buffers)
+    written = [*model, *side_by_side.write(flat)]
     if record:
         written.append(meta.write(record))
     sections = {s.id: s for s in written}
@@ -260,7 +268,7 @@ def assemble(
         mask=mask,
         sections=sections,
         tail=tail,
-        buffers=values.read_buffers(layout, sections),
+        flat_buffers=flat,
         meta=dict(record or {}),
         mask_section=carried,
         base=base,

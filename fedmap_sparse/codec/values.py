@@ -1,11 +1,11 @@
-"""VALUES, TAIL and the buffers: typed arrays. docs/format.md, 3 and 5."""
+"""VALUES and TAIL: typed arrays. docs/format.md, 3 and 5."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from fedmap_sparse.codec.container import (
     tensor_view,
 )
 from fedmap_sparse.errors import FormatError, PayloadError
-from fedmap_sparse.layout import BufferEntry, FlatLayout
+from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops.accumulate import add_int8_
@@ -34,12 +34,6 @@ FLOATS = (Wire.FLOAT32, Wire.FLOAT16, Wire.BFLOAT16)
 
 #: How masks and values travel: entropy-coded where that is smaller, or as they are.
 Coding = Literal["entropy", "raw"]
-
-_BUFFERS = {
-    "float": (Id.FLOATS, (Wire.FLOAT32, Wire.FLOAT64)),
-    "int": (Id.INTS, (Wire.INT64,)),
-    "bool": (Id.BOOLS, (Wire.BOOL,)),
-}
 
 
 def check_coding(coding: str) -> None:
@@ -214,7 +208,9 @@ def peak(values: Tensor) -> float:
     """The largest magnitude; infinity if an element is NaN or infinite, 0.0 for none. One read."""
     if not values.numel():
         return 0.0
-    low, high = _autocast.stack(values.detach().aminmax()).tolist()  # NaN goes through
+    ends = values.detach().aminmax()  # NaN goes through
+    # A device is asked once; on the CPU a stack takes longer than two small values.
+    low, high = map(float, ends) if values.device == CPU else _autocast.stack(ends).tolist()
     largest = max(-low, high)
     return largest if largest < math.inf else math.inf
 
@@ -309,76 +305,3 @@ def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
         gap = before.offset + before.numel - layout.prunable_numel
         at = section.offset + (gap * tail.element_size() if section.encoding == RAW else 0)
         raise FormatError(f"TAIL: expected zeros after {before.name}", at)
-
-
-def write_buffers(layout: FlatLayout, buffers: Mapping[str, Any]) -> list[Section]:
-    """FLOATS, INTS and BOOLS, those that have elements. Float buffers travel as float32, or all as
-    float64 when one of them is.
-
-    Raises:
-        ValueError: names or shapes that differ from the layout's.
-        TypeError: a buffer of a kind that messages do not carry.
-    """
-    layout.check_carried()
-    if set(buffers) != {b.name for b in layout.buffers}:
-        wanted = [b.name for b in layout.buffers]
-        raise ValueError(f"buffers: expected {wanted}, got {list(buffers)}")
-    sections = []
-    for kind, (number, dtypes) in _BUFFERS.items():
-        entries = _of_kind(layout, kind)
-        tensors = [_tensor(buffers[b.name]) for b in entries]
-        for b, t in zip(entries, tensors, strict=True):
-            if tuple(t.shape) != b.shape:
-                raise ValueError(f"{b.name}: expected shape {b.shape}, got {tuple(t.shape)}")
-        if not sum(t.numel() for t in tensors):
-            continue
-        wide = any(t.dtype == torch.float64 for t in tensors)
-        dtype = TORCH_OF_WIRE[dtypes[-1] if wide else dtypes[0]]
-        flat = torch.cat([t.reshape(-1).to(tensors[0].device, dtype) for t in tensors])
-        sections.append(write(number, flat.cpu()))
-    return sections
-
-
-def read_buffers(layout: FlatLayout, sections: Mapping[int, Section]) -> dict[str, Tensor]:
-    """Every buffer of the layout, in its shape, as views of the message.
-
-    Raises:
-        FormatError: a section that is missing, or that the layout does not ask for.
-    """
-    flat = {}
-    for kind, (number, dtypes) in _BUFFERS.items():
-        count = sum(_numel(b) for b in _of_kind(layout, kind))
-        section = sections.get(number)
-        if (section is None) is (count > 0):
-            got = "none" if section is None else "one"
-            at = 0 if section is None else section.offset
-            raise FormatError(
-                f"{count} elements of {kind} buffers, got {got} section {number.name}", at
-            )
-        if section is None:
-            flat[kind] = torch.empty(0, dtype=TORCH_OF_WIRE[dtypes[0]], device="cpu")
-            continue
-        check(section, count, dtypes, (RAW,))
-        flat[kind] = read(section)
-        if kind == "bool" and bool((flat[kind].view(torch.uint8) > 1).any()):
-            raise FormatError("BOOLS: expected bytes of 0 or 1", section.offset)
-    used = dict.fromkeys(flat, 0)
-    buffers = {}
-    for b in layout.buffers:
-        start = used[b.kind]
-        used[b.kind] += _numel(b)
-        buffers[b.name] = flat[b.kind][start : used[b.kind]].view(b.shape)
-    return buffers
-
-
-def _tensor(value: Any) -> Tensor:
-    """As it is, or on the CPU, whatever torch's default device is."""
-    return (value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")).detach()
-
-
-def _of_kind(layout: FlatLayout, kind: str) -> list[BufferEntry]:
-    return [b for b in layout.buffers if b.kind == kind]
-
-
-def _numel(b: BufferEntry) -> int:
-    return torch.Size(b.shape).numel()

@@ -125,7 +125,7 @@ class _Sums:
         self.values = torch.zeros(params.layout.prunable_numel, dtype=torch.float64)
         self.held = torch.zeros_like(self.values)
         self.tail = torch.zeros(params.layout.tail_numel, dtype=torch.float64)
-        self.buffers = BufferMeans(sent.buffers, params.buffers)
+        self.buffers = BufferMeans(params.layout, sent.flat_buffers, params.buffers)
         self.samples = 0
         self.accepted: list[ClientId] = []
         self._losses: list[tuple[float, int]] = []
@@ -136,12 +136,12 @@ class _Sums:
             raise ValueError("expected an answer to this round's broadcast, got another")
         if message.num_samples < 1 or not message.all_finite():
             raise ValueError("expected finite values of at least 1 sample, got others")
-        self.buffers.check(message.buffers)
+        self.buffers.check(message.flat_buffers)
         n = message.num_samples
         self.values += n * message.dense().double()
         self.held += n * message.mask.to_bool()
         self.tail += n * message.tail.double()
-        self.buffers.add(message.buffers, n)
+        self.buffers.add(message.flat_buffers, n)
         self.samples += n
         self.accepted.append(client)
         if isinstance(loss := message.meta.get("loss"), float):

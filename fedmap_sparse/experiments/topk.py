@@ -91,7 +91,7 @@ class TopKServer(FedMapServer):
             answers.add(codec.decode(self._step, self.layout).broadcast_digest)
         total = torch.zeros_like(self._residual, dtype=torch.float64)
         tail = torch.zeros_like(sent.tail, dtype=torch.float64)
-        buffers = BufferMeans(sent.buffers, self.params.buffers)
+        buffers = BufferMeans(self.layout, sent.flat_buffers, self.params.buffers)
         accepted: list[ClientId] = []
         refused: dict[ClientId, str] = {}
         losses: list[tuple[float, int]] = []
@@ -104,14 +104,14 @@ class TopKServer(FedMapServer):
                     raise ValueError("expected an answer to this round's broadcast, got another")
                 if message.num_samples < 1 or not message.all_finite():
                     raise ValueError("expected finite values of at least 1 sample, got others")
-                buffers.check(message.buffers)
+                buffers.check(message.flat_buffers)
             except (ValueError, TypeError) as error:
                 refused[name] = str(error)
                 continue
             n = message.num_samples
             total += n * message.dense().double()
             tail += n * message.tail.double()
-            buffers.add(message.buffers, n)
+            buffers.add(message.flat_buffers, n)
             samples += n
             accepted.append(name)
             if isinstance(loss := message.meta.get("loss"), float):
@@ -191,7 +191,7 @@ class TopKClient(FedMapClient):
             values, tail = values + self._known[0], tail + self._known[1]
         every = self.layout.initial_mask(values.device)
         write_model(params, every, ops.pack(values, every), tail)
-        write_buffers(params, message.buffers)
+        write_buffers(params, message.flat_buffers)
         if self._after is not None and message.round > self._after[0]:
             self._left_out = self._after[1]
         self._after, self._known, self._mask = None, (values, tail.clone()), every

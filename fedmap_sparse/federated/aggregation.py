@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmap_sparse import _checks, codec, ops
 from fedmap_sparse.codec import Message
+from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated.buffers import BufferMeans
@@ -193,7 +194,7 @@ class Aggregation:
         self._start = _values(broadcast) if privacy is not None else None
         self._values = ops.Accumulator(broadcast.mask.nnz, device=device)
         self._tail = ops.Accumulator(broadcast.layout.tail_numel, device=device)
-        self._buffers = BufferMeans(broadcast.buffers, module)
+        self._buffers = BufferMeans(broadcast.layout, broadcast.flat_buffers, module)
         self._vectors: list[Tensor] = []
         self._weights: list[int] = []
         self._losses: list[tuple[float, int]] = []
@@ -235,7 +236,7 @@ class Aggregation:
         if claimed < 1:
             raise ValueError(f"expected at least 1 sample, got {claimed}")
         self._landing.check(message)
-        self._buffers.check(message.buffers)
+        self._buffers.check(message.flat_buffers)
         loss = message.meta.get("loss")
         good = isinstance(loss, float) and math.isfinite(loss)
         return Admitted(message, claimed, loss if good and isinstance(loss, float) else None)
@@ -301,14 +302,14 @@ class Aggregation:
             message.add_to(self._values, weight)
             self._tail.add(message.tail, weight)
         else:
-            self._vectors.append(arrays.join(message.packed, message.tail, message.buffers))
+            self._vectors.append(arrays.join(message.packed, message.tail, message.flat_buffers))
             self._weights.append(weight)
-        self._buffers.add(message.buffers, weight)
+        self._buffers.add(message.flat_buffers, weight)
         self.num_samples += weight
         if update.loss is not None and self._privacy is None:
             self._losses.append((update.loss, weight))
 
-    def mean(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def mean(self) -> tuple[Tensor, FlatBuffers]:
         """The aggregate of values and tail, in one float32 vector, and the buffers.
 
         Raises:
@@ -322,8 +323,8 @@ class Aggregation:
             if self._privacy is None:
                 return mean, self._buffers.result()
             self._privacy.add_noise_(mean, sent.layout, self.num_samples, sent.round)
-            return mean, dict(sent.buffers)
-        start = arrays.join(sent.packed, sent.tail, sent.buffers)
+            return mean, sent.flat_buffers
+        start = arrays.join(sent.packed, sent.tail, sent.flat_buffers)
         made = self._aggregator(self._vectors, self._weights, start)
         found = arrays.sound("aggregator", made, start)
         for section in arrays.array_sections(sent.layout, sent.mask):
@@ -382,11 +383,11 @@ def from_outside(
     message = replace(broadcast, tail=mean[nnz:], base=None)
     message.__dict__.update(packed=mean[:nnz], _bound=peak(mean[:nnz]))
     landing.check(message)
-    buffers = dict(broadcast.buffers)
-    for name, b in floats.items():
-        sent = buffers[name]
-        buffers[name] = torch.where(sent.isfinite(), b.to(sent.dtype), sent)
-    means = BufferMeans(broadcast.buffers, module)
+    sent = broadcast.flat_buffers
+    constants = sent["float"]
+    moved = torch.where(constants.isfinite(), floats.to(constants.dtype), constants)
+    buffers = {**sent, "float": moved}
+    means = BufferMeans(broadcast.layout, sent, module)
     means.check(buffers)
     means.add(buffers, 1)
     return mean, means.result()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
 
@@ -52,15 +52,14 @@ def array_sections(layout: FlatLayout, mask: Mask) -> tuple[ArraySection, ...]:
     return tuple(found)
 
 
-def join(packed: Tensor, tail: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+def join(packed: Tensor, tail: Tensor, flat: FlatBuffers) -> Tensor:
     """The vector: float32, on the device of `packed`. Buffers that are not float are left out.
 
     An infinite or NaN element of a buffer is a constant of the model (a causal mask of -inf, say)
     and travels as 0: no sum can carry it, and the server keeps its own.
     """
-    floats = [b.detach().to(torch.float32) for b in buffers.values() if b.is_floating_point()]
-    finite = [b.nan_to_num(0.0, 0.0, 0.0) for b in floats]
-    parts = [packed.detach(), tail.detach(), *finite]
+    finite = flat["float"].to(torch.float32).nan_to_num(0.0, 0.0, 0.0)
+    parts = [packed.detach(), tail.detach(), finite]
     return torch.cat([p.reshape(-1).to(packed.device, torch.float32) for p in parts])
 
 
@@ -69,16 +68,10 @@ def clear_gaps(tail: Tensor, layout: FlatLayout) -> None:
     tail.index_fill_(0, layout.tail_padding.to(tail.device), 0.0)
 
 
-def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, dict[str, Tensor]]:
-    """(survivors and tail, float buffers by name in their shapes, on the CPU) of a vector."""
-    shapes = {b.name: b.shape for b in layout.buffers}
-    sections = array_sections(layout, mask)
-    buffers = {
-        s.name: array[s.start : s.stop].view(shapes[s.name]).cpu()
-        for s in sections
-        if s.kind == "buffer"
-    }
-    return array[: sections[1].stop], buffers
+def split(array: Tensor, layout: FlatLayout, mask: Mask) -> tuple[Tensor, Tensor]:
+    """(survivors and tail, the float buffers side by side on the CPU) of a vector."""
+    end = mask.nnz + layout.tail_numel
+    return array[:end], array[end:].cpu()
 
 
 def sound(name: str, vector: object, like: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.codec.values import peak
+from fedmap_sparse.layout import FlatLayout
 
 #: The largest magnitude of an element of a float64 buffer: times 2^53 samples, summed over any
 #: number of clients, it stays finite.
@@ -31,124 +33,138 @@ def largest(dtype: torch.dtype) -> float:
     return min(torch.finfo(dtype).max, _WIDEST)
 
 
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    """The integers that an element of a buffer may be."""
+    info = torch.iinfo(dtype)
+    return max(info.min, -(1 << 63)), min(info.max, (1 << 63) - 1)
+
+
 class BufferMeans:
     """What the admitted updates make of the buffers.
 
     Float and bool buffers take memory that does not grow with the number of clients. An integer
-    buffer takes 8 bytes per element and client that changed it.
+    buffer takes 16 bytes for each element that a client changed.
 
     Args:
-        sent: the broadcast's buffers, on the CPU.
+        layout: of the model.
+        sent: the broadcast's buffers.
         held: the model's buffers, whose dtypes the results must fit.
     """
 
-    def __init__(self, sent: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    def __init__(self, layout: FlatLayout, sent: FlatBuffers, held: Mapping[str, Tensor]) -> None:
+        self._kinds = layout.buffer_kinds
         self._sent = sent
-        self._dtypes = {name: b.dtype for name, b in held.items()}
-        self._floats = [name for name, b in sent.items() if b.is_floating_point()]
-        self._limit = min((largest(self._dtypes[name]) for name in self._floats), default=0.0)
-        self._constants = any(bool(self._constant(name).any()) for name in self._floats)
-        self._sums: Tensor | None = None  # of all float buffers, side by side
-        self._flips: dict[str, Tensor] = {}
-        self._changed: dict[str, list[Tensor]] = {}
+        self._dtypes = {kind: [held[n].dtype for n in of.names] for kind, of in self._kinds.items()}
+        limits = [largest(dtype) for dtype in self._dtypes["float"]]
+        self._least = min(limits, default=0.0)
+        if len(set(limits)) < 2:  # the rule: then a vector of them is not needed
+            self._limits = torch.tensor(self._least, dtype=torch.float64, device="cpu")
+        else:
+            self._limits = self._spread("float", limits, torch.float64)
+        self._constant = ~(sent["float"].abs() <= self._limits)  # what cannot be averaged
+        self._constants = bool(self._constant.any())
+        self._floor, self._ceiling = self._moves()
+        # -0.0 plus anything is that.
+        self._sums = torch.full_like(sent["float"], -0.0, dtype=torch.float64)
+        self._flips = torch.zeros_like(sent["bool"], dtype=torch.int32)
+        self._changed: list[tuple[Tensor, Tensor]] = []  # places and integers, of each client
         self._clients = 0
         self._samples = 0
 
-    def check(self, came: Mapping[str, Tensor]) -> None:
+    def _spread(self, kind: str, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        """For each element the value of its buffer."""
+        sizes = torch.tensor(self._kinds[kind].sizes, dtype=torch.int64, device="cpu")
+        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(sizes)
+
+    def _moves(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest that each integer may become; 8 and 16 bits may be any."""
+        ranges = [_range(dtype) for dtype in self._dtypes["int"]]
+        moves = [
+            _LARGEST_MOVE.get(torch.iinfo(dtype).bits, high - low)
+            for dtype, (low, high) in zip(self._dtypes["int"], ranges, strict=True)
+        ]
+        least = [low + move for (low, _), move in zip(ranges, moves, strict=True)]
+        most = [high - move for (_, high), move in zip(ranges, moves, strict=True)]
+        sent = self._sent["int"]
+        move, low, high = (self._spread("int", each, torch.int64) for each in (moves, least, most))
+        return sent.clamp(min=low) - move, sent.clamp(max=high) + move
+
+    def check(self, came: FlatBuffers) -> None:
         """Raise ValueError, naming the buffer, unless each element follows its rule."""
-        if self._constants or not peak(self._side_by_side(came)) <= self._limit:
-            for name in self._floats:
-                self._check_floats(name, came[name])
-        for name, b in came.items():
-            if not b.is_floating_point() and b.dtype != torch.bool:
-                self._check_integers(name, b)
+        if self._constants or not peak(came["float"]) <= self._least:
+            self._check_floats(came["float"])
+        integers = came["int"]
+        if integers.numel():
+            wrong = (integers < self._floor) | (integers > self._ceiling)
+            if bool(wrong.any()):
+                self._refuse_integer(integers, int(wrong.nonzero()[0]))
 
-    def _side_by_side(self, came: Mapping[str, Tensor]) -> Tensor:
-        """All float buffers as one: a model has dozens of small ones."""
-        parts = [came[name].reshape(-1) for name in self._floats]
-        return torch.cat(parts) if parts else torch.empty(0, device="cpu")
-
-    def _constant(self, name: str) -> Tensor:
-        """Where the broadcast's buffer cannot be averaged."""
-        return ~(self._sent[name].abs() <= largest(self._dtypes[name]))
-
-    def _check_floats(self, name: str, b: Tensor) -> None:
-        limit, sent = largest(self._dtypes[name]), self._sent[name]
-        good = b.abs() <= limit
-        if bool(good.all()) and not bool(self._constant(name).any()):
-            return
-        same = (b == sent) | (b.isnan() & sent.isnan())
-        if not bool(torch.where(self._constant(name), same, good).all()):
+    def _check_floats(self, came: Tensor) -> None:
+        sent, good = self._sent["float"], came.abs() <= self._limits
+        same = (came == sent) | (came.isnan() & sent.isnan())
+        wrong = ~torch.where(self._constant, same, good)
+        for place in wrong.nonzero()[:1].flatten().tolist():
+            at = self._kinds["float"].at(place)
             raise ValueError(
-                f"{name}: expected finite elements within {limit:.5g}, and the broadcast's own "
-                "where that has others, got something else"
+                f"{self._kinds['float'].names[at]}: expected finite elements within "
+                f"{largest(self._dtypes['float'][at]):.5g}, and the broadcast's own where that has "
+                "others, got something else"
             )
 
-    def _check_integers(self, name: str, b: Tensor) -> None:
-        sent, info = self._sent[name], torch.iinfo(self._dtypes[name])
-        low, high = max(info.min, -(1 << 63)), min(info.max, (1 << 63) - 1)
-        if b.numel() and not (low <= int(b.min()) and int(b.max()) <= high):
+    def _refuse_integer(self, came: Tensor, place: int) -> None:
+        at = self._kinds["int"].at(place)
+        name, dtype = self._kinds["int"].names[at], self._dtypes["int"][at]
+        low, high = _range(dtype)
+        if not low <= int(came[place]) <= high:
             raise ValueError(f"{name}: expected integers from {low} to {high}, got one beyond")
-        move = _LARGEST_MOVE.get(info.bits)
-        if move is None or torch.equal(b, sent):
-            return
-        floor = sent.clamp(min=low + move) - move
-        ceiling = sent.clamp(max=high - move) + move
-        if bool(((b < floor) | (b > ceiling)).any()):
-            raise ValueError(
-                f"{name}: expected to move by at most 2^{move.bit_length() - 1} from the "
-                "broadcast's, got more"
-            )
+        move = _LARGEST_MOVE[torch.iinfo(dtype).bits]
+        raise ValueError(
+            f"{name}: expected to move by at most 2^{move.bit_length() - 1} from the broadcast's, "
+            "got more"
+        )
 
-    def add(self, came: Mapping[str, Tensor], weight: int) -> None:
+    def add(self, came: FlatBuffers, weight: int) -> None:
         """Add checked buffers of one client."""
         self._clients += 1
         self._samples += weight
-        product = self._side_by_side(came).to(torch.float64) * weight
-        self._sums = product if self._sums is None else self._sums + product
-        for name, b in came.items():
-            if b.is_floating_point():
-                continue
-            if b.dtype == torch.bool:
-                flips = (b != self._sent[name]).to(torch.int32)
-                before = self._flips.get(name)
-                self._flips[name] = flips if before is None else before + flips
-            elif not torch.equal(b, self._sent[name]):
-                self._changed.setdefault(name, []).append(b.clone())
+        self._sums += came["float"].to(torch.float64) * weight
+        self._flips += came["bool"] != self._sent["bool"]
+        places = (came["int"] != self._sent["int"]).nonzero().view(-1)
+        if places.numel():
+            self._changed.append((places, came["int"][places]))
 
-    def result(self, floats: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def result(self, floats: Tensor | None = None) -> FlatBuffers:
         """Every buffer after the round.
 
         Args:
             floats: the float buffers, if an aggregator has found them already.
         """
-        if floats is None:
-            assert self._sums is not None
-            sizes = [self._sent[name].numel() for name in self._floats]
-            means = (self._sums / self._samples).split(sizes)
-            floats = {
-                name: mean.view(self._sent[name].shape)
-                for name, mean in zip(self._floats, means, strict=True)
-            }
-        found = {}
-        for name, sent in self._sent.items():
-            if sent.is_floating_point():
-                constant = self._constant(name)
-                limit = largest(self._dtypes[name])  # an aggregator's may lie beyond it
-                mean = floats[name].clamp(-limit, limit)
-                found[name] = torch.where(constant, sent.to(mean.dtype), mean)
-            elif sent.dtype == torch.bool:
-                found[name] = sent ^ (2 * self._flips[name] > self._clients)
-            else:
-                found[name] = self._median(name)
-        return found
+        mean = self._sums / self._samples if floats is None else floats
+        mean = mean.clamp(-self._limits, self._limits)  # an aggregator's may lie beyond them
+        sent = self._sent
+        return {
+            "float": torch.where(self._constant, sent["float"].to(mean.dtype), mean),
+            "int": self._median(),
+            "bool": sent["bool"] ^ (2 * self._flips > self._clients),
+        }
 
-    def _median(self, name: str) -> Tensor:
-        sent, changed = self._sent[name], self._changed.get(name, [])
-        unchanged = self._clients - len(changed)
-        if unchanged >= len(changed):
-            return sent  # at least one of the middle values
-        values = torch.stack([*changed, *[sent] * unchanged]).sort(0).values
+    def _median(self) -> Tensor:
+        sent = self._sent["int"]
+        times = torch.zeros_like(sent)
+        for places, _ in self._changed:
+            times[places] += 1
+        moved = (2 * times > self._clients).nonzero().view(-1)  # else a middle value is the sent
+        if not moved.numel():
+            return sent
+        before = sent[moved]
+        values = before.repeat(self._clients, 1)
+        column = torch.full_like(sent, -1)
+        column[moved] = torch.arange(moved.numel(), device="cpu")
+        for row, (places, integers) in zip(values, self._changed, strict=False):
+            wanted = column[places] >= 0
+            row[column[places[wanted]]] = integers[wanted]
+        values = values.sort(0).values
         low, high = values[(self._clients - 1) // 2], values[self._clients // 2]
         # Both moves are at most 2^40, or of 8 or 16 bits: no difference overflows.
-        return torch.where((low - sent).abs() <= (high - sent).abs(), low, high)
+        nearer = torch.where((low - before).abs() <= (high - before).abs(), low, high)
+        return sent.index_copy(0, moved, nearer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmap_sparse import codec, ops
 from fedmap_sparse.codec import Coding, Message
+from fedmap_sparse.codec.buffers import gather
 from fedmap_sparse.codec.container import NO_DIGEST
 from fedmap_sparse.codec.envelope import check_client, round_of
 from fedmap_sparse.errors import AuthenticationError, FormatError, StateError
@@ -148,7 +149,7 @@ class FedMapClient(saved.BytesState):
         mask = message.mask
         residual = self._followed(message)
         write_model(params, mask, message.packed, message.tail)
-        write_buffers(params, message.buffers)
+        write_buffers(params, message.flat_buffers)
         self._mask = mask
         self._residual, self._spent = residual, None
         self._seen = (message.round, message.epoch)
@@ -157,7 +158,7 @@ class FedMapClient(saved.BytesState):
             return message
         self._received = message.broadcast_digest
         self._base = message if self.delta else None
-        self._constants = infinite_elements(message.buffers)
+        self._constants = infinite_elements(self.layout, message.flat_buffers)
         if self.prox_mu:
             self._anchor = params.values.clone()
         self._renew_optimizer(lr)
@@ -202,7 +203,7 @@ class FedMapClient(saved.BytesState):
             name = message.beyond(limit)
             raise FormatError(f"{name}: expected finite values within {limit:.5g}, got others")
         try:
-            check_buffers(self.params, message.buffers)
+            check_buffers(self.params, message.flat_buffers)
         except ValueError as error:
             raise FormatError(str(error)) from error
         if not isinstance(message.meta.get("snapshot", False), bool):
@@ -310,10 +311,11 @@ class FedMapClient(saved.BytesState):
         """
         mask, _ = self._answering("update_array")
         packed = ops.pack(self.params.prunable.detach(), mask)
-        array = arrays.join(packed, self.params.tail, self.params.buffers)
+        buffers = gather(self.layout, self.params.buffers)
+        array = arrays.join(packed, self.params.tail, buffers)
         if not ops.all_finite(array):
             raise ValueError("update_array: expected finite weights, got NaN or infinity")
-        now = infinite_elements(self.params.buffers)
+        now = infinite_elements(self.layout, buffers)
         for name in {**now, **self._constants}:
             if now.get(name) != self._constants.get(name):
                 raise ValueError(f"{name}: expected the broadcast's finite elements to be finite")

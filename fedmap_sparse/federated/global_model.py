@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmap_sparse import _autocast, ops
+from fedmap_sparse import ops
+from fedmap_sparse._backends import native
+from fedmap_sparse.codec.buffers import FlatBuffers, split
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.errors import StateError
 from fedmap_sparse.federated import state as saved
@@ -219,7 +221,7 @@ def write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor
         ops.cast(tail, params.values.dtype, out=params.tail)
 
 
-def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
+def check_buffers(params: FlatParameters, flat: FlatBuffers) -> None:
     """Raise ValueError, naming the buffer, unless each fits the module's own.
 
     Infinite elements are allowed (a causal mask has them), NaN is not. A finite element must be
@@ -227,8 +229,12 @@ def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None
     """
     params.layout.check_carried()
     own = params.buffers
-    if _are_ordinary(own, buffers):
-        return
+    if not _are_ordinary(params.layout, own, flat):
+        check_each(own, split(params.layout, flat))
+
+
+def check_each(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """`check_buffers`, one after another, of buffers whose names and shapes may be any."""
     for name, held in own.items():
         b = buffers.get(name)
         if not isinstance(b, Tensor) or b.shape != held.shape:
@@ -259,56 +265,50 @@ def check_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None
                 raise ValueError(f"{name}: expected the range of {held.dtype}, got more")
 
 
-def _are_ordinary(own: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> bool:
-    """Whether all fit and are finite, seen by one pass over all of a kind; False: look at each.
-
-    A model has dozens of small buffers, and a look at each takes 30 us.
-    """
-    kinds: dict[torch.dtype, tuple[list[Tensor], list[torch.dtype]]] = {}
-    for name, held in own.items():
-        b = buffers.get(name)
-        if not isinstance(b, Tensor) or b.shape != held.shape or b.device.type != "cpu":
+def _are_ordinary(layout: FlatLayout, own: Mapping[str, Tensor], flat: FlatBuffers) -> bool:
+    """Whether all fit and are finite, seen by one pass over all of a kind; False: look at each."""
+    held = own.values()
+    if not all(map(Tensor.is_contiguous, held)) or any(map(Tensor.is_inference, held)):
+        return False
+    for kind, of in layout.buffer_kinds.items():
+        dtypes = {own[name].dtype for name in of.names}
+        if kind == "float" and dtypes and peak(flat[kind]) > limit_of(*dtypes):
             return False
-        if _overlaps(held) or held.is_inference() or b.dtype in _WIDE_UNSIGNED:
-            return False
-        if b.is_floating_point() is not held.is_floating_point() or (
-            (b.dtype == torch.bool) is not (held.dtype == torch.bool)
-        ):
-            return False
-        parts, dtypes = kinds.setdefault(b.dtype, ([], []))
-        parts.append(b.reshape(-1))
-        dtypes.append(held.dtype)
-    for dtype, (parts, dtypes) in kinds.items():
-        every = _autocast.cat(parts)
-        if dtype.is_floating_point:
-            if peak(every) > limit_of(*dtypes):
-                return False
-        elif dtype != torch.bool and every.numel():
-            low, high = (int(t) for t in every.aminmax())
-            info = [torch.iinfo(d) for d in set(dtypes)]
+        if kind == "int" and dtypes - {torch.int64} and flat[kind].numel():
+            low, high = (int(t) for t in flat[kind].aminmax())
+            info = [torch.iinfo(d) for d in dtypes]
             if low < max(i.min for i in info) or high > min(i.max for i in info):
                 return False
     return True
 
 
-def infinite_elements(buffers: Mapping[str, Tensor]) -> dict[str, int]:
+def infinite_elements(layout: FlatLayout, flat: FlatBuffers) -> dict[str, int]:
     """How many elements of each float buffer are no numbers; only buffers that have some."""
-    floats = {name: b for name, b in buffers.items() if b.is_floating_point()}
-    if not floats or math.isfinite(peak(_autocast.cat([b.reshape(-1) for b in floats.values()]))):
+    if math.isfinite(peak(flat["float"])):
         return {}
-    counts = {name: int((~b.isfinite()).sum()) for name, b in floats.items()}
+    of = layout.buffer_kinds["float"]
+    parts = (~flat["float"].isfinite()).split(of.sizes)
+    counts = {name: int(part.sum()) for name, part in zip(of.names, parts, strict=True)}
     return {name: count for name, count in counts.items() if count}
 
 
 @torch.no_grad()
-def write_buffers(params: FlatParameters, buffers: Mapping[str, Tensor]) -> None:
-    # An expanded one has these values already: `check_buffers`.
-    own = {name: b for name, b in params.buffers.items() if not _overlaps(b)}
-    if not own:
-        return
-    torch._foreach_copy_(
-        list(own.values()), [buffers[name].view(b.shape) for name, b in own.items()]
-    )
+def write_buffers(params: FlatParameters, flat: FlatBuffers) -> None:
+    """Write what `check_buffers` let pass."""
+    own = params.buffers
+    for kind, of in params.layout.buffer_kinds.items():
+        held = [own[name] for name in of.names]
+        if not held:
+            continue
+        written = native is not None and not any(map(Tensor.is_inference, held))
+        if written and native.scatter(flat[kind], of.shapes, held):
+            torch.autograd.graph.increment_version(held)
+            continue
+        parts = zip(held, of.shapes, flat[kind].split(of.sizes), strict=True)
+        # An expanded one has these values already.
+        for b, shape, part in parts:
+            if not _overlaps(b):
+                b.copy_(part.view(shape))
 
 
 def _overlaps(t: Tensor) -> bool:

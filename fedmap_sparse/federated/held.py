@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmap_sparse import ops
+from fedmap_sparse.codec.buffers import gather
 from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.errors import StateError
@@ -19,6 +20,7 @@ from fedmap_sparse.federated.aggregation import RoundResult
 from fedmap_sparse.federated.global_model import (
     GlobalModel,
     check_buffers,
+    check_each,
     limit_of,
     write_buffers,
     write_model,
@@ -54,7 +56,7 @@ class HeldModel:
         self._dtype = dtype
         mask, device = params.mask, params.values.device
         values, tail = self._taken(mask)
-        check_buffers(params, params.buffers)
+        check_buffers(params, gather(params.layout, params.buffers))
         self.model = GlobalModel(
             mask,
             values,
@@ -91,7 +93,7 @@ class HeldModel:
         params.check_bound()
         if params.mask != model.mask:
             raise ValueError("params.mask: expected the server's mask; set_mask() changes it")
-        check_buffers(params, params.buffers)
+        check_buffers(params, gather(params.layout, params.buffers))
         now = ops.pack(params.prunable.detach(), model.mask)
         ours, tail = model.values, model.tail
         if now.dtype != torch.float32:
@@ -128,12 +130,13 @@ class HeldModel:
             if isinstance(b, Tensor):  # `check_buffers` names what is none
                 saved.dense(f"buffers.{name}", b)
         try:
-            check_buffers(self.params, buffers)
+            check_each(self.params.buffers, buffers)
         except ValueError as error:
             raise StateError(f"buffers.{error}") from error
         self.params.check_bound()
+        flat = gather(layout, {name: buffers[name] for name in self.params.buffers})
         self.commit(model)
-        write_buffers(self.params, buffers)
+        write_buffers(self.params, flat)
 
 
 class ModelServer(saved.BytesState):

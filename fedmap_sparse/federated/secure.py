@@ -120,7 +120,7 @@ class FixedPoint:
 
     @staticmethod
     def _start(vector: Tensor, received: Message) -> Tensor:
-        start = arrays.join(received.packed, received.tail, received.buffers)
+        start = arrays.join(received.packed, received.tail, received.flat_buffers)
         if vector.shape != start.shape:
             wanted, got = tuple(start.shape), tuple(vector.shape)
             raise ValueError(f"vector: expected shape {wanted} of this broadcast, got {got}")

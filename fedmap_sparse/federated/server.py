@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedmap_sparse import _checks, codec
 from fedmap_sparse.codec import Coding, Message, meta
+from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.codec.container import MAX_INTEGER
 from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated import updates as arrived
@@ -387,9 +388,7 @@ class FedMapServer(ModelServer):
             self._end(stepped, state, buffers)
             return self._noted(result)
 
-    def _end(
-        self, stepped: Tensor, state: dict[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> None:
+    def _end(self, stepped: Tensor, state: dict[str, Tensor], buffers: FlatBuffers) -> None:
         model = self._held.model
         nnz = model.mask.nnz
         values, tail = (t.contiguous() for t in stepped.split([nnz, model.tail.numel()]))

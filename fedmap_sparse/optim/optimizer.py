@@ -68,7 +68,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             params.mask = mask
         self.flat = params
         self._begin(len(params.layout.entries))
-        chosen = list(groups) if groups is not None else [{"params": params.in_module_order()}]
+        self._takes_all = groups is None
+        chosen = [{"params": params.in_module_order()}] if groups is None else list(groups)
         super().__init__(chosen, defaults)
 
     def _begin(self, parameters: int) -> None:
@@ -113,6 +114,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """As in torch; the parameters must be among the flattened ones."""
         self._check_group({**self.defaults, **param_group})
         before = len(self.param_groups)
+        if self._takes_all and not before:  # torch's look at what is known takes 1.3 us for each
+            return self.param_groups.append({**param_group, **self.defaults})
         super().add_param_group(param_group)
         try:
             indices_of(self.flat, self.param_groups[-1])
@@ -228,13 +231,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         numbers = [self._numbers(group) for group in self.param_groups]
         if numbers == self._written:
             return
-        group_of = {i: n for n, g in enumerate(self.param_groups) for i in indices_of(self.flat, g)}
-        for part in self._parts:
-            for row, i in enumerate(part.indices):
-                scalars, flags = numbers[group_of[i]]
-                part.scalars[row, : len(scalars)] = scalars
-                part.rows[row, 3] = flags
-            part.settled = False
+        for group, mine in zip(self.param_groups, numbers, strict=True):
+            chosen = {*indices_of(self.flat, group)} if len(numbers) > 1 else None
+            for part in self._parts:
+                part.write(*mine, chosen)
         self._packed.allocate(self._wanted_state(), self.flat)
         self._written = numbers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ class Part:
     scalars: Array
     settled: bool = False  # no flag will change at the next step
     together: int | None = None  # the steps of every parameter, if they are as many
+
+    def write(self, scalars: tuple[float, ...], flags: int, chosen: Container[int] | None) -> None:
+        """Set scalars and flags of the segments of these parameters; None: of all."""
+        rows: Any = slice(None)
+        if chosen is not None:
+            rows = [row for row, i in enumerate(self.indices) if i in chosen]
+        self.scalars[rows, : len(scalars)] = scalars
+        self.rows[rows, 3] = flags
+        self.settled = False
 
     @torch.no_grad()
     def gradients(self, flat: FlatParameters) -> list[Tensor | None]:

@@ -235,14 +235,13 @@ def indices_of(flat: FlatParameters, group: dict[str, Any]) -> list[int]:
         ValueError: a tensor that is none of them.
     """
     known = flat.index_of()
-    indices = []
-    for p in group["params"]:
-        if id(p) not in known:
-            raise ValueError(
-                f"params: expected parameters of the flattened module, got a tensor of shape "
-                f"{tuple(p.shape)} that is none of them"
-            )
-        indices.append(known[id(p)])
+    indices = [known.get(id(p), -1) for p in group["params"]]
+    if -1 in indices:
+        odd = group["params"][indices.index(-1)]
+        raise ValueError(
+            f"params: expected parameters of the flattened module, got a tensor of shape "
+            f"{tuple(odd.shape)} that is none of them"
+        )
     return indices
 
 

@@ -177,14 +177,33 @@ def test_an_added_metric_without_parameters_is_followed():
         (lambda m: setattr(m[1], "running_mean", torch.ones(9)), "1.running_mean"),
         (lambda m: setattr(m[1], "running_mean", torch.ones(8, dtype=torch.int64)), "int"),
         (lambda m: delattr(m[1], "running_var"), "1.running_var"),
+        (lambda m: setattr(m[1].running_mean, "data", torch.ones(2, 4)), "1.running_mean"),
+        (lambda m: setattr(m[1].running_mean, "data", torch.ones(8, dtype=torch.int64)), "int"),
+        (
+            lambda m: m[1].register_buffer("running_var", m[1].running_var, persistent=False),
+            "1.running_var: expected a buffer",
+        ),
     ],
 )
-def test_changed_buffers_are_refused_by_name(change, says):
+@pytest.mark.parametrize("looks", [0, 1, 3])
+def test_changed_buffers_are_refused_by_name(change, says, looks):
     m = net()
     flat = fs.flatten(m)
+    for _ in range(looks):  # what was seen before does not hide it
+        assert flat.buffers.keys() == dict(m.named_buffers()).keys()
     change(m)
     with pytest.raises(RuntimeError, match=says.replace(".", "[.]")):
         fs.encode(flat, flat.mask)
+
+
+def test_a_replaced_buffer_is_the_one_that_is_read():
+    m = net()
+    flat = fs.flatten(m)
+    for value in (2.0, 3.0, 4.0):
+        for _ in range(2):
+            m[1].running_mean = torch.full((8,), value)
+            assert flat.buffers["1.running_mean"] is m[1].running_mean
+        flat.buffers.clear()  # the caller's own
 
 
 def test_what_torch_wraps_stays_bound():
