@@ -6,6 +6,7 @@ A round takes milliseconds, and nodes can be silent, restart, or lose their stat
 import random
 import uuid
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -62,7 +63,7 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Any:
-        raise NotImplementedError
+        return SimpleNamespace(run_id=1)
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError

@@ -168,3 +168,10 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_picture_of_the_architecture_names_every_op() -> None:
+    picture = (ROOT / "docs/images/architecture.svg").read_text()
+    named = set(re.findall(r"\w+", " ".join(re.findall(r'class="t m" x="84".*?>(.*?)<', picture))))
+    ops = (ROOT / "fedmap_sparse/ops").glob("[!_]*.py")
+    assert named == {p.stem for p in ops}

@@ -17,7 +17,7 @@ from fedmap_sparse.experiments.attacks import Attack, flipped, hostile_clients
 from fedmap_sparse.experiments.config import build
 from fedmap_sparse.experiments.data import Split
 from fedmap_sparse.experiments.runner import run
-from fedmap_sparse.federated import FedMapClient, FedMapServer, robust
+from fedmap_sparse.federated import FedMapClient, FedMapServer, privacy, robust
 from fedmap_sparse.schedule import OneShot
 
 
@@ -173,6 +173,18 @@ def test_a_private_run_tells_epsilon_each_round(
     assert f"privacy   {where} noise of 0.5" in said
     assert f"epsilon {each[1]:.3g}" in said
     assert "epsilon at delta 1e-05" in said
+
+
+def test_epsilon_of_a_run_is_the_accountants(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed")
+    how = {"clients": 6, "participation": 0.5, "dp_noise": 4.0, "max_norm": 0.3, "dp_delta": 1e-3}
+    summary = run(quick(tmp_path, **how, baseline=False))
+    expected = [
+        privacy.epsilon(4.0, rounds, delta=1e-3, clients=6, cohort=3) for rounds in range(1, 5)
+    ]
+    assert [r["epsilon"] for r in records(tmp_path)] == expected
+    assert 0 < expected[0] < expected[-1] == summary["fedmap"]["hardening"]["epsilon"]
+    assert expected[-1] < privacy.epsilon(4.0, 4, delta=1e-3, clients=6)
 
 
 def test_noise_wants_an_accountant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

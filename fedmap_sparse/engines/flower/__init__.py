@@ -2,7 +2,8 @@
 
     ServerApp: FedMap(server).start(grid, ...)     ClientApp: fedmap_train(message, context, ...)
 
-`CodecMod` and `CodecGrid` put the codec around anyone's ClientApp and strategy instead.
+`SecureFedMap` and `fedmap_secure_train` are the round over Flower's SecAgg+. `CodecMod` and
+`CodecGrid` put the codec around anyone's ClientApp and strategy instead.
 """
 
 from fedmap_sparse.engines.flower.client import (
@@ -13,6 +14,7 @@ from fedmap_sparse.engines.flower.client import (
     fedmap_train,
 )
 from fedmap_sparse.engines.flower.codec import CodecGrid, CodecMod
+from fedmap_sparse.engines.flower.secure import SecureFedMap, fedmap_secure_train
 from fedmap_sparse.engines.flower.strategy import FedMap
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "ContextState",
     "FedMap",
     "FileState",
+    "SecureFedMap",
     "State",
     "fedmap_evaluate",
+    "fedmap_secure_train",
     "fedmap_train",
 ]

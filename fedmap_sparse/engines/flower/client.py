@@ -130,17 +130,22 @@ def fedmap_evaluate(
     return Message(content, reply_to=message)
 
 
-def _receive(
-    message: Message, context: Context, client: FedMapClient, state: State | None
-) -> tuple[Broadcast | None, ConfigRecord]:
-    """The broadcast, None if a mask is missing; and the record that goes back."""
-    saved = (state or ContextState()).load(context, str(message.content[CONFIG]["federation"]))
+def restore(client: FedMapClient, context: Context, federation: str, state: State | None) -> None:
+    """Give a client the state that was kept for this federation, or none."""
+    saved = (state or ContextState()).load(context, federation)
     client.load_state_dict({"mask": None})
     if saved is not None:
         try:
             client.from_bytes(saved)
         except StateError as error:
             _log.warning("fedmap_sparse: the saved state is left aside: %s", error)
+
+
+def _receive(
+    message: Message, context: Context, client: FedMapClient, state: State | None
+) -> tuple[Broadcast | None, ConfigRecord]:
+    """The broadcast, None if a mask is missing; and the record that goes back."""
+    restore(client, context, str(message.content[CONFIG]["federation"]), state)
     config = ConfigRecord({"have": client.have or b"", "needs-mask": False})
     if "partition-id" in context.node_config:
         config["partition-id"] = int(context.node_config["partition-id"])
