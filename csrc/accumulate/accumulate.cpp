@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "accumulate/accumulate.h"
+#include "core/ahead.h"
 #include "core/dtype.h"
 #include "core/half.h"
 #include "core/pool.h"
@@ -116,19 +117,23 @@ static int64_t add(const double* sums, const Group<T>& group, double total, int6
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 template <class T, class Out>
 static int64_t add(const double* sums, const Group<T>& group, double total, int64_t n, Out* out) {
+  const int64_t ahead = read_ahead();
   int64_t i = 0, bad = 0;
   for (; i + 32 <= n; i += 32) {
     __m512d sum[4];
     for (int k = 0; k < 4; ++k)
       sum[k] = sums ? _mm512_loadu_pd(sums + i + 8 * k) : _mm512_setzero_pd();
-    for (int c = 0; c < group.count; ++c)
+    for (int c = 0; c < group.count; ++c) {
+      if (ahead)
+        fetch_lines(reinterpret_cast<const char*>(group.payload[c] + i) + ahead, 32 * sizeof(T));
       for (int k = 0; k < 4; ++k)
         sum[k] += group.weight[c] * _mm512_cvtps_pd(avx2::value(group, c, i + 8 * k));
+    }
     for (int k = 0; k < 4; k += 2) {
       if constexpr (std::is_same_v<Out, double>) {
         _mm512_storeu_pd(out + i + 8 * k, sum[k]);
@@ -144,7 +149,7 @@ static int64_t add(const double* sums, const Group<T>& group, double total, int6
   return bad + scalar::add_from(i, sums, group, total, n, out);
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

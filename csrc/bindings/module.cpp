@@ -13,6 +13,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &set_isa);
   m.def("read_ahead", &read_ahead);
   m.def("set_read_ahead", &set_read_ahead);
+  m.def("write_ahead", &write_ahead);
+  m.def("set_write_ahead", &set_write_ahead);
   m.def("isa_probe", &isa_probe);
   m.def("pool_threads", &pool::workers);
   for (const Binding::Bind bind : Binding::all())

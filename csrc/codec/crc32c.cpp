@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "codec/crc32c.h"
+#include "core/ahead.h"
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/pool.h"
@@ -105,9 +106,9 @@ static uint32_t checksum(const uint8_t* data, int64_t nbytes, uint32_t crc) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-namespace avx512 {
+namespace avx512_core {
 using avx2::checksum;
-} // namespace avx512
+} // namespace avx512_core
 
 #elif FEDMAP_ARM64
 namespace neon {

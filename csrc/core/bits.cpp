@@ -34,11 +34,14 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
+namespace avx512_core {
+using avx2::count_bits;
+}
+
 FEDMAP_TARGET_AVX512
 namespace avx512 {
-namespace {
 
-int64_t count_bits(const uint32_t* words, int64_t count) {
+static int64_t count_bits(const uint32_t* words, int64_t count) {
   const int64_t whole = count / 16 * 16;
   __m512i bits = _mm512_setzero_si512();
   for (int64_t j = 0; j < whole; j += 16)
@@ -46,7 +49,6 @@ int64_t count_bits(const uint32_t* words, int64_t count) {
   return _mm512_reduce_add_epi64(bits) + scalar::count_bits(words + whole, count - whole);
 }
 
-} // namespace
 } // namespace avx512
 FEDMAP_TARGET_END
 

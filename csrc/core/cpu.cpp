@@ -21,20 +21,21 @@ namespace {
 // The levels of this processor family, in the order of FEDMAP_DISPATCH, and those of the others,
 // for the message of an error.
 #if FEDMAP_X86
-enum : int { kScalar, kAvx2, kAvx512 };
-constexpr const char* kLevels[] = {"scalar", "avx2", "avx512"};
+enum : int { kScalar, kAvx2, kAvx512Core, kAvx512 };
+constexpr const char* kLevels[] = {"scalar", "avx2", "avx512_core", "avx512"};
 constexpr const char* kOthers[][2] = {{"neon", "64-bit ARM"}};
 constexpr const char* kFamily = "x86-64";
 #elif FEDMAP_ARM64
 enum : int { kScalar, kNeon };
 constexpr const char* kLevels[] = {"scalar", "neon"};
-constexpr const char* kOthers[][2] = {{"avx2", "x86-64"}, {"avx512", "x86-64"}};
+constexpr const char* kOthers[][2] = {
+    {"avx2", "x86-64"}, {"avx512_core", "x86-64"}, {"avx512", "x86-64"}};
 constexpr const char* kFamily = "64-bit ARM";
 #else
 enum : int { kScalar };
 constexpr const char* kLevels[] = {"scalar"};
 constexpr const char* kOthers[][2] = {
-    {"avx2", "x86-64"}, {"avx512", "x86-64"}, {"neon", "64-bit ARM"}};
+    {"avx2", "x86-64"}, {"avx512_core", "x86-64"}, {"avx512", "x86-64"}, {"neon", "64-bit ARM"}};
 constexpr const char* kFamily = "a processor without vector levels";
 #endif
 
@@ -59,11 +60,11 @@ int detect() {
   // The system saves xmm and ymm; bmi1, avx2, bmi2; lzcnt.
   if ((enabled & 0x6) != 0x6 || !has(b7, {3, 5, 8}) || !has(cx, {5}))
     return kScalar;
-  // The system saves opmask and zmm; avx512 f, dq, cd, bw, vl; vbmi, vbmi2, vpclmulqdq, bitalg,
-  // vpopcntdq.
-  if ((enabled & 0xe0) != 0xe0 || !has(b7, {16, 17, 28, 30, 31}) || !has(c7, {1, 6, 10, 12, 14}))
+  // The system saves opmask and zmm; avx512 f, dq, cd, bw, vl.
+  if ((enabled & 0xe0) != 0xe0 || !has(b7, {16, 17, 28, 30, 31}))
     return kAvx2;
-  return kAvx512;
+  // vbmi, vbmi2, vpclmulqdq, bitalg, vpopcntdq.
+  return has(c7, {1, 6, 10, 12, 14}) ? kAvx512 : kAvx512Core;
 }
 #elif FEDMAP_ARM64
 int detect() {
@@ -96,12 +97,28 @@ int parse(const std::string& name, const char* origin) {
 
 std::atomic<int> active{-1};
 
-int64_t vendors_read_ahead() {
+bool is_intel() {
 #if FEDMAP_X86
   unsigned a, b, c, d;
-  if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && d == signature_INTEL_edx &&
-      c == signature_INTEL_ecx)
-    return 8 << 10;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && d == signature_INTEL_edx &&
+         c == signature_INTEL_ecx;
+#else
+  return false;
+#endif
+}
+
+int64_t vendors_read_ahead() {
+  return is_intel() ? 8 << 10 : 0;
+}
+
+int64_t models_write_ahead() {
+#if FEDMAP_X86
+  unsigned version, b, c, d;
+  if (is_intel() && __get_cpuid(1, &version, &b, &c, &d)) {
+    const unsigned family = version >> 8 & 15, model = (version >> 12 & 0xf0) | (version >> 4 & 15);
+    if (family == 6 && model == 85)
+      return 4 << 10;
+  }
 #endif
   return 0;
 }
@@ -127,6 +144,7 @@ std::vector<std::string> isa_levels() {
 }
 
 std::atomic<int64_t> read_ahead_bytes{vendors_read_ahead()};
+std::atomic<int64_t> write_ahead_bytes{models_write_ahead()};
 
 void set_isa(const std::string& name) {
   active.store(parse(name, "set_isa"), std::memory_order_relaxed);
@@ -162,6 +180,14 @@ static const char* probe() {
   return "avx2";
 }
 } // namespace avx2
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
+static const char* probe() {
+  return "avx512_core";
+}
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 FEDMAP_TARGET_AVX512

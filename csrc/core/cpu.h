@@ -1,10 +1,15 @@
 // ISA levels: which exist, which one runs, and how a function is compiled for one of them.
 //
 // A kernel's file holds the same static functions in the namespace `scalar` and in one namespace
-// for each vector level of the processor: `avx2` and `avx512` inside `#if FEDMAP_X86`, between
+// for each vector level of the processor: `avx2` and `avx512_core` inside `#if FEDMAP_X86`, between
 // FEDMAP_TARGET_* and FEDMAP_TARGET_END; `neon` inside `#if FEDMAP_ARM64`, whose vectors every
 // 64-bit ARM has. FEDMAP_DISPATCH(name) is the address of the one to run. No file needs an -march
 // flag.
+//
+// `avx512_core` is what every processor with AVX-512 but the Xeon Phi has: Skylake's and Cascade
+// Lake's set (the name is oneDNN's). `avx512` adds what came with Ice Lake and Zen 4, first of all
+// compress and expand of 16-bit elements; a file has a region for it only where that is of use, and
+// outside of an unnamed namespace: a name that it does not define is avx512_core's.
 #pragma once
 
 #include <string>
@@ -48,14 +53,16 @@
 
 #if FEDMAP_X86
 #define FEDMAP_AVX2_FEATURES "avx2,bmi,bmi2,lzcnt,popcnt,f16c,pclmul,sse4.2"
+#define FEDMAP_AVX512_CORE_FEATURES                                                                \
+  FEDMAP_AVX2_FEATURES ",avx512f,avx512bw,avx512dq,avx512vl,avx512cd"
 #define FEDMAP_AVX512_FEATURES                                                                     \
-  FEDMAP_AVX2_FEATURES                                                                             \
-  ",avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512vbmi,avx512vbmi2,avx512bitalg,"              \
-  "avx512vpopcntdq,vpclmulqdq"
+  FEDMAP_AVX512_CORE_FEATURES ",avx512vbmi,avx512vbmi2,avx512bitalg,avx512vpopcntdq,vpclmulqdq"
 #define FEDMAP_TARGET_AVX2 FEDMAP_TARGET_BEGIN(FEDMAP_AVX2_FEATURES)
+#define FEDMAP_TARGET_AVX512_CORE FEDMAP_TARGET_BEGIN(FEDMAP_AVX512_CORE_FEATURES)
 #define FEDMAP_TARGET_AVX512 FEDMAP_TARGET_BEGIN(FEDMAP_AVX512_FEATURES)
 #define FEDMAP_DISPATCH(...)                                                                       \
-  ::fedmap::choose(&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__)
+  ::fedmap::choose(&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512_core::__VA_ARGS__,            \
+                   &avx512::__VA_ARGS__)
 #elif FEDMAP_ARM64
 #define FEDMAP_DISPATCH(...) ::fedmap::choose(&scalar::__VA_ARGS__, &neon::__VA_ARGS__)
 #else
@@ -63,6 +70,13 @@
 #endif
 
 namespace fedmap {
+
+#if FEDMAP_X86
+namespace avx512_core {}
+namespace avx512 {
+using namespace avx512_core;
+}
+#endif
 
 // The level that runs, from 0, `scalar`, upwards: FEDMAP_SPARSE_ISA, else the highest of this
 // machine. Throws std::invalid_argument, naming the levels there are, when the variable names none
@@ -85,15 +99,9 @@ F* choose(F* scalar, F* second) {
   return isa() == 0 ? scalar : second;
 }
 template <class F>
-F* choose(F* scalar, F* second, F* third) {
-  switch (isa()) {
-  case 0:
-    return scalar;
-  case 1:
-    return second;
-  default:
-    return third;
-  }
+F* choose(F* scalar, F* second, F* third, F* fourth) {
+  F* const forms[] = {scalar, second, third, fourth};
+  return forms[isa()];
 }
 
 } // namespace fedmap

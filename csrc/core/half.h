@@ -187,8 +187,8 @@ inline __m128 shorten(__m256d x) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 inline __m512 widen(__m256i half, const Float16*) {
   return _mm512_cvtph_ps(half);
@@ -265,7 +265,7 @@ inline __m256 shorten(__m512d x) {
   return _mm256_castsi256_ps(_mm256_mask_sub_epi32(up, even & away, bits, one));
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

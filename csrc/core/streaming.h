@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/ahead.h"
 #include "core/cpu.h"
 #include "core/half.h"
 
@@ -10,11 +11,12 @@ namespace fedmap {
 
 // From this size on results go past the cache, by `stream`: they would not stay in it, and a line
 // that is written whole need not be read first (unpacking 26 M float32 on Zen 4, 2 threads: 4.2
-// instead of 6.3 ms). Only where `dst` is aligned, here and below, to whole vectors.
+// instead of 6.3 ms). Only where `dst` is aligned, here and below, to whole vectors, and where
+// lines to be written are not asked for ahead.
 constexpr int64_t kPastCache = 16 << 20;
 
 inline bool goes_past_cache(const void* dst, int64_t bytes) {
-  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % 64 == 0;
+  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && !write_ahead();
 }
 
 // An sfence: other threads see streamed stores before those that follow.
@@ -39,8 +41,8 @@ inline void stream(T* dst, __m256 x) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 inline void stream(float* dst, __m512 x) {
   _mm512_stream_ps(dst, x);
@@ -50,7 +52,7 @@ inline void stream(T* dst, __m512 x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), narrow(x, dst));
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 #endif
 

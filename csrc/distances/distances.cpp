@@ -65,8 +65,8 @@ static double block_distance(const float* a, const float* b, int64_t n) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 static double block_distance(const float* a, const float* b, int64_t n) {
   __m512d sum[4] = {};
@@ -85,7 +85,7 @@ static double block_distance(const float* a, const float* b, int64_t n) {
   return scalar::fold(i, a, b, n, lanes);
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

@@ -222,10 +222,10 @@ static void deposit(const uint32_t* kept, uint64_t kept_count, const int64_t* pa
 } // namespace avx2
 FEDMAP_TARGET_END
 
-namespace avx512 {
+namespace avx512_core {
 using avx2::deposit;
 using avx2::extract;
-} // namespace avx512
+} // namespace avx512_core
 
 #elif FEDMAP_ARM64
 namespace neon {

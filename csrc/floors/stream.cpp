@@ -64,17 +64,22 @@ static uint64_t read(const uint64_t* src, int64_t n) {
   return total[0] + total[1] + total[2] + total[3] + scalar::read(src + i, n - i);
 }
 
-// Past the cache, which spares the read of each line that is written.
+// Past the cache, which spares the read of each line that is written, unless those are asked for.
 static void copy(const uint64_t* src, uint64_t* dst, int64_t n) {
   if (reinterpret_cast<uintptr_t>(dst) % 32)
     return scalar::copy(src, dst, n);
-  const int64_t ahead = read_ahead();
+  const int64_t ahead = read_ahead(), writes = write_ahead();
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    if (ahead)
-      fetch_lines(reinterpret_cast<const char*>(src + i) + ahead, 128);
-    for (int k = 0; k < 16; k += 4)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + k), load(src + i + k));
+  for (; i + 8 <= n; i += 8) {
+    ask(src + i, ahead);
+    ask(dst + i, writes);
+    for (int k = 0; k < 8; k += 4) {
+      __m256i* const to = reinterpret_cast<__m256i*>(dst + i + k);
+      if (writes)
+        _mm256_store_si256(to, load(src + i + k));
+      else
+        _mm256_stream_si256(to, load(src + i + k));
+    }
   }
   _mm_sfence();
   scalar::copy(src + i, dst + i, n - i);
@@ -110,12 +115,12 @@ static void touched(uint32_t* buf, const uint16_t* lines, int64_t n) {
 FEDMAP_TARGET_END
 
 // Wider vectors move no more bytes: memory is the limit.
-namespace avx512 {
+namespace avx512_core {
 using avx2::copy;
 using avx2::inplace;
 using avx2::read;
 using avx2::touched;
-} // namespace avx512
+} // namespace avx512_core
 
 #elif FEDMAP_ARM64
 // Compilers make vectors of these loops by themselves.

@@ -149,8 +149,8 @@ Sums digest(const uint32_t* words, int64_t count, int64_t position) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 namespace {
 
 void from_bools(const uint8_t* bools, int64_t numel, uint32_t* words) {
@@ -206,7 +206,7 @@ Sums digest(const uint32_t* words, int64_t count, int64_t position) {
 }
 
 } // namespace
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

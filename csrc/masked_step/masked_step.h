@@ -58,7 +58,7 @@ inline void square_root(__m256& x) {
   x = _mm256_sqrt_ps(x);
 }
 FEDMAP_TARGET_END
-FEDMAP_TARGET_AVX512
+FEDMAP_TARGET_AVX512_CORE
 inline void square_root(__m512& x) {
   x = _mm512_sqrt_ps(x);
 }
@@ -153,8 +153,8 @@ void update(const Rule& rule, const Run<T>& run) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 // The masters, or the values where these are not the masters rounded.
 template <class T>
@@ -204,7 +204,7 @@ void update(const Rule& rule, const Run<T>& run) {
   ahead ? update_as<true>(rule, run, ahead) : update_as<false>(rule, run, 0);
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

@@ -63,8 +63,8 @@ bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 namespace {
 
 template <class T>
@@ -87,7 +87,7 @@ bool any_pruned(const T* values, const uint32_t* words, int64_t n) {
 }
 
 } // namespace
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

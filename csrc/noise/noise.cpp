@@ -74,8 +74,8 @@ static void roots(double* x, int64_t n) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 using Words = uint64_t __attribute__((vector_size(64)));
 inline Words times(Words a, Words b) {
   return reinterpret_cast<Words>(
@@ -86,7 +86,7 @@ static void roots(double* x, int64_t n) {
     _mm512_storeu_pd(x + i, _mm512_sqrt_pd(_mm512_loadu_pd(x + i)));
 }
 #include "noise/noise_body.h"
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "core/ahead.h"
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/dtype.h"
@@ -45,7 +46,9 @@ namespace avx2 {
 
 template <bool kStream>
 static void copy_lines(const char* from, char* to, int64_t bytes) {
+  const int64_t ahead = write_ahead();
   for (int64_t i = 0; i < bytes; i += 32) {
+    ask(to + i, ahead);
     const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i));
     if constexpr (kStream)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
@@ -56,7 +59,7 @@ static void copy_lines(const char* from, char* to, int64_t bytes) {
 
 template <class T, bool kStream>
 static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
-  const int64_t whole = n / 32 * 32;
+  const int64_t whole = n / 32 * 32, ahead = write_ahead();
   for (int64_t i = 0; i < whole; i += 32) {
     const uint32_t word = words[i / 32];
     if constexpr (kStream) {
@@ -69,6 +72,8 @@ static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* d
         _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i) + k,
                             _mm256_load_si256(reinterpret_cast<const __m256i*>(line) + k));
     } else {
+      for (int64_t k = 0; k < 32; k += 64 / sizeof(T))
+        ask(dst + i + k, ahead);
       for (int byte = 0; byte < 32; byte += 8) {
         unpack_8(packed, word >> byte & 0xff, dst + i + byte);
         packed += _mm_popcnt_u32(word >> byte & 0xff);
@@ -81,12 +86,14 @@ static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* d
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 template <bool kStream>
 static void copy_lines(const char* from, char* to, int64_t bytes) {
+  const int64_t ahead = write_ahead();
   for (int64_t i = 0; i < bytes; i += 64) {
+    ask(to + i, ahead);
     const __m512i v = _mm512_load_si512(from + i);
     if constexpr (kStream)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
@@ -95,24 +102,14 @@ static void copy_lines(const char* from, char* to, int64_t bytes) {
   }
 }
 
-template <class T, bool kStream>
-static void expand_block(const T* packed, const uint32_t* words, int64_t n, T* dst) {
-  constexpr int kLanes = 64 / sizeof(T);
-  const __m512i zero = opaque_zero();
-  const int64_t whole = n / 32 * 32;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const uint32_t bits = kLanes == 32 ? words[i / 32] : words[i / 32] >> (i & 31) & 0xffff;
-    if constexpr (kStream) {
-      alignas(64) T line[kLanes];
-      packed = unpack_vector(packed, bits, line, zero);
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_load_si512(line));
-    } else {
-      packed = unpack_vector(packed, bits, dst + i, zero);
-    }
-  }
-  scalar::expand_block<T, false>(packed, words + whole / 32, n - whole, dst + whole);
-}
+#include "pack/expand_block_avx512.h"
 
+} // namespace avx512_core
+FEDMAP_TARGET_END
+
+FEDMAP_TARGET_AVX512
+namespace avx512 {
+#include "pack/expand_block_avx512.h"
 } // namespace avx512
 FEDMAP_TARGET_END
 
@@ -221,8 +218,8 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
   const auto find_block = FEDMAP_DISPATCH(find_block);
   const auto next_chunk = FEDMAP_DISPATCH(next_chunk);
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
-  const bool stream =
-      rank[blocks] * width >= kPastCache && reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0;
+  const bool stream = rank[blocks] * width >= kPastCache &&
+                      reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0 && !write_ahead();
   std::atomic<int64_t> overflowed{0};
   parallel_ranges(blocks, kPackBlocks, threads_of(numel, sizeof(T), threads),
                   [&](int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/ahead.h"
 #include "core/dtype.h"
 #include "core/half.h"
 #include "core/pool.h"
@@ -95,8 +96,11 @@ namespace avx2 {
 
 template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
+  const int64_t reads = read_ahead(), writes = kStream ? 0 : write_ahead();
   int64_t i = 0, count = 0;
   for (; i + 8 <= n; i += 8) {
+    ask(src + i, reads);
+    ask(dst + i, writes);
     const __m256 x = load(src + i);
     if constexpr (sizeof(To) < sizeof(float))
       count += overflows<To>(x);
@@ -110,18 +114,23 @@ static int64_t cast(const From* src, To* dst, int64_t n) {
 
 template <class T>
 static bool finite(const T* src, int64_t n) {
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
   int bad = 0;
-  for (; i + 8 <= n; i += 8)
+  for (; i + 8 <= n; i += 8) {
+    ask(src + i, ahead);
     bad |= not_finite<float>(load(src + i));
+  }
   return !bad && scalar::finite_from(i, src, n);
 }
 
 static float largest(const float* src, float* residual, int64_t n) {
+  const int64_t ahead = read_ahead();
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps();
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
+    ask(src + i, ahead);
     __m256 x = load(src + i);
     if (residual)
       store(residual + i, x += load(residual + i));
@@ -155,8 +164,10 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
 
 template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
+  const int64_t ahead = kStream ? 0 : write_ahead();
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
+    ask(dst + i, ahead);
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + i));
     const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) * scale;
     if constexpr (kStream)
@@ -170,13 +181,16 @@ static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
+  const int64_t reads = read_ahead(), writes = kStream ? 0 : write_ahead();
   int64_t i = 0, count = 0;
   for (; i + 16 <= n; i += 16) {
+    ask(src + i, reads);
+    ask(dst + i, writes);
     const __m512 x = load(src + i);
     if constexpr (sizeof(To) < sizeof(float))
       count += overflows<To>(x);
@@ -190,17 +204,22 @@ static int64_t cast(const From* src, To* dst, int64_t n) {
 
 template <class T>
 static bool finite(const T* src, int64_t n) {
+  const int64_t ahead = read_ahead();
   int64_t i = 0;
   int bad = 0;
-  for (; i + 16 <= n; i += 16)
+  for (; i + 16 <= n; i += 16) {
+    ask(src + i, ahead);
     bad |= not_finite<float>(load(src + i));
+  }
   return !bad && scalar::finite_from(i, src, n);
 }
 
 static float largest(const float* src, float* residual, int64_t n) {
+  const int64_t ahead = read_ahead();
   __m512 most = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
+    ask(src + i, ahead);
     __m512 x = load(src + i);
     if (residual)
       store(residual + i, x += load(residual + i));
@@ -227,8 +246,10 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
 
 template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
+  const int64_t ahead = kStream ? 0 : write_ahead();
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
+    ask(dst + i, ahead);
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i));
     const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) * scale;
     if constexpr (kStream)
@@ -239,7 +260,7 @@ static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
   scalar::dequantize_from(i, q, scale, n, dst);
 }
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

@@ -66,8 +66,8 @@ void zero_pruned(T* values, const uint32_t* before, const uint32_t* after, int64
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 namespace {
 
 template <class T>
@@ -92,7 +92,7 @@ void zero_pruned(T* values, const uint32_t* before, const uint32_t* after, int64
 }
 
 } // namespace
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

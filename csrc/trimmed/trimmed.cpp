@@ -104,8 +104,8 @@ static int64_t mean(const Ranked* room, int count, float* out) {
 } // namespace avx2
 FEDMAP_TARGET_END
 
-FEDMAP_TARGET_AVX512
-namespace avx512 {
+FEDMAP_TARGET_AVX512_CORE
+namespace avx512_core {
 
 constexpr int kLanes = 16, kAcross = 2;
 using Ranked = __m512i;
@@ -146,7 +146,7 @@ static int64_t mean(const Ranked* room, int count, float* out) {
 
 #include "trimmed/trimmed_body.h"
 
-} // namespace avx512
+} // namespace avx512_core
 FEDMAP_TARGET_END
 
 #elif FEDMAP_ARM64

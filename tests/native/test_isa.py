@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(native is None, reason="fedmap_sparse._native is
 
 
 FAMILIES = {"x86-64": ("x86_64", "amd64"), "64-bit ARM": ("aarch64", "arm64")}
-X86, ARM = ["scalar", "avx2", "avx512"], ["scalar", "neon"]
+X86, ARM = ["scalar", "avx2", "avx512_core", "avx512"], ["scalar", "neon"]
 
 
 def test_levels_are_ordered_and_the_highest_is_the_default() -> None:
@@ -54,7 +54,7 @@ def test_a_level_of_another_processor_says_so(level: str, family: str) -> None:
 
 def test_each_level_is_compiled_for_its_registers() -> None:
     """Functions in namespace scalar touch no ymm or zmm register, in avx2 no zmm; and some of
-    those in avx2 and avx512 do use their own."""
+    those in avx2, avx512_core and avx512 do use their own."""
     if not shutil.which("objdump") or native.isa_levels() == ["scalar"]:
         pytest.skip("objdump is missing, or this is not x86-64 with AVX2")
     listing = subprocess.run(
@@ -63,14 +63,19 @@ def test_each_level_is_compiled_for_its_registers() -> None:
         text=True,
         check=True,
     ).stdout
-    used: dict[str, set[str]] = {"6scalar": set(), "4avx2": set(), "6avx512": set()}
+    used: dict[str, set[str]] = {level: set() for level in X86}
+    late: dict[str, set[str]] = {level: set() for level in X86}
     for function in listing.split("\n\n"):
-        name = re.match(r"[0-9a-f]+ <_ZN6fedmap(6scalar|4avx2|6avx512)", function)
+        name = re.match(r"[0-9a-f]+ <_ZN6fedmap\d+(scalar|avx2|avx512_core|avx512)L?\d", function)
         if name:
             used[name[1]] |= set(re.findall(r"%([yz]mm)", function))
+            late[name[1]] |= set(re.findall(r"\b(vpcompressw|vpexpandw|vpermb)\b", function))
     if not any(used.values()):
         pytest.skip("the extension was stripped of its symbols")
-    assert used == {"6scalar": set(), "4avx2": {"ymm"}, "6avx512": {"ymm", "zmm"}}
+    wide = {"ymm", "zmm"}
+    assert used == {"scalar": set(), "avx2": {"ymm"}, "avx512_core": wide, "avx512": wide}
+    words = {"vpcompressw", "vpexpandw", "vpermb"}
+    assert late == {"scalar": set(), "avx2": set(), "avx512_core": set(), "avx512": words}
 
 
 def test_csrc_compiles_as_one_unit(tmp_path: Path) -> None:
