@@ -46,7 +46,7 @@ class Writes:
     def zero_pruned(self) -> None:
         """Write +0.0 to what the current mask does not keep, e.g. after `load_state_dict`."""
         self._zero(range(len(self.layout.prunable_entries)))
-        self._note_clean()
+        self.note_clean()
 
     def zero_written(self) -> None:
         """`zero_pruned`, of those parameters alone that were written since they were last clean.
@@ -61,7 +61,7 @@ class Writes:
             return
         prunable = range(len(self.layout.prunable_entries))
         self._zero([i for i in prunable if not same or now[i] != versions[i]])
-        self._note_clean()
+        self.note_clean()
 
     def _zero(self, indices: Sequence[int]) -> None:
         """Zero the pruned weights of these parameters; autograd hears of those that had any."""
@@ -98,7 +98,8 @@ class Writes:
         """
         return any(self._looked_at(table, turn) for table in rows)
 
-    def _note_clean(self) -> None:
+    def note_clean(self) -> None:
+        """Pruned weights are +0.0 now, all of them."""
         versions = [p._version for p in self.parameters]
         self._clean = self._mask, versions, self.values._version
 

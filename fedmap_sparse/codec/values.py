@@ -299,8 +299,10 @@ def check_tail(tail: Tensor, section: Section, layout: FlatLayout) -> None:
     """Raise FormatError unless the gaps between the tail's tensors are zero."""
     places = layout.tail_padding
     bits = tail.view(torch.int32 if tail.element_size() == 4 else torch.int16)
-    wrong = places[bits[places.to(tail.device)].cpu() != 0][:1].tolist()
-    for place in wrong:
+    padding = bits[places.to(tail.device)].cpu()
+    if not bool(padding.any()):
+        return
+    for place in places[padding != 0][:1].tolist():
         before = [e for e in layout.tail_entries if e.offset - layout.prunable_numel <= place][-1]
         gap = before.offset + before.numel - layout.prunable_numel
         at = section.offset + (gap * tail.element_size() if section.encoding == RAW else 0)

@@ -21,6 +21,7 @@ from fedmap_sparse.errors import CheckpointError
 VERSION = "2"
 _TENSOR = "$tensor"  # {"$tensor": "name in the file"} stands for a tensor
 _ITEMS = "$items"  # {"$items": [[key, value], ...]} stands for a dict with numbers as keys
+_PLAIN, _TEXT = {bool, int, float, str, type(None)}, {str}
 _MARK = b'"sha256":"'
 _BLANK = b"0" * 64
 
@@ -96,6 +97,8 @@ def _place(data: bytearray) -> int:
 def _stored(value: Any, name: str, tensors: dict[str, Tensor], known: dict[bytes, str]) -> Any:
     if isinstance(value, Tensor):
         return {_TENSOR: _store(value, name, tensors, known)}
+    if _is_plain(value):
+        return value
     if isinstance(value, dict):
         if not all(isinstance(key, str | int) and key not in (_TENSOR, _ITEMS) for key in value):
             raise TypeError(f"{name}: expected keys that are text or numbers, got {list(value)}")
@@ -108,6 +111,18 @@ def _stored(value: Any, name: str, tensors: dict[str, Tensor], known: dict[bytes
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{name}: expected plain values and tensors, got {type(value).__name__}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a dict of text to plain values, or a list of these: most of a run's records."""
+    if type(value) is list:
+        return _PLAIN.issuperset(map(type, value))
+    return (
+        type(value) is dict
+        and _PLAIN.issuperset(map(type, value.values()))
+        and _TEXT.issuperset(map(type, value))
+        and value.keys().isdisjoint((_TENSOR, _ITEMS))
+    )
 
 
 def _store(t: Tensor, name: str, tensors: dict[str, Tensor], known: dict[bytes, str]) -> str:

@@ -8,6 +8,7 @@ tenth of each class.
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,15 +170,29 @@ def _fashion_mnist(folder: Path, name: str, origin: str) -> Dataset:
 
 
 def _digits() -> Dataset:
+    images, labels = _digits_of_sklearn()
+    rest, test = _split("digits", images, labels, 5)
+    train, validation = _split("digits", *rest, 10)
+    return _dataset("digits", train, validation, test, "digits of scikit-learn", classes=10)
+
+
+def _digits_of_sklearn() -> Labelled:
+    """What `load_digits` gives, read from its file where that is in its place: the import of
+    scikit-learn takes as much CPU as half of a run."""
+    found = importlib.util.find_spec("sklearn")
+    folders = [] if found is None else found.submodule_search_locations or []
+    for folder in folders:
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            table = np.loadtxt(path, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
     try:
         with _command.held():
             from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits comes with scikit-learn: pip install scikit-learn") from error
     source = load_digits()
-    rest, test = _split("digits", source.images, source.target, 5)
-    train, validation = _split("digits", *rest, 10)
-    return _dataset("digits", train, validation, test, "digits of scikit-learn", classes=10)
+    return source.images, source.target
 
 
 def _cifar(name: str, data_dir: Path | str | None) -> Dataset:

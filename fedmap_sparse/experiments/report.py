@@ -183,9 +183,10 @@ def curves(records: list[Record]) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 8), dpi=120)  # a layout engine would draw all of it twice
     FigureCanvasAgg(figure)
     (accuracy, sent), (density, layers) = figure.subplots(2, 2)
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.07, top=0.955, hspace=0.28, wspace=0.1)
     for name in dict.fromkeys(r["arm"] for r in records):
         own = [r for r in records if r["arm"] == name]
         rounds = [r["round"] + 1 for r in own]

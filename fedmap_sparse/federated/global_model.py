@@ -219,6 +219,7 @@ def write_model(params: FlatParameters, mask: Mask, values: Tensor, tail: Tensor
     ops.unpack(values, mask, out=params.prunable)
     with torch.no_grad():
         ops.cast(tail, params.values.dtype, out=params.tail)
+    params.note_clean()  # `unpack` wrote the zeros too
 
 
 def check_buffers(params: FlatParameters, flat: FlatBuffers) -> None:

@@ -375,9 +375,16 @@ class TestDigits:
         assert sizes == [1_302, 140, 355]
 
     def test_without_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "sklearn", None)
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
         with pytest.raises(DataError, match="pip install scikit-learn"):
             data.load("digits")
+
+    def test_by_scikit_learn_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+        read = data.load("digits").digest
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert data.load("digits").digest == read
 
 
 def test_unknown_name() -> None:
