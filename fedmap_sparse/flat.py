@@ -177,6 +177,8 @@ class FlatParameters(Gradients):
 
     @mask.setter
     def mask(self, mask: Mask) -> None:
+        if mask is self._mask:  # as when an optimizer is made after each `receive`
+            return
         self.layout.check_mask(mask)
         _checks.check_device("mask", mask.words, self.values.device)
         self._mask = mask

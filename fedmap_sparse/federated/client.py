@@ -255,7 +255,6 @@ class FedMapClient(saved.BytesState):
     def _answering(self, what: str) -> tuple[Mask, bytes]:
         if self._received is None or self._mask is None:
             raise RuntimeError(f"{what}: expected receive() first, of a broadcast")
-        self.params.check_bound()
         return self._mask, self._received
 
     def update(self, num_samples: int, loss: float | None = None) -> bytes:
@@ -310,6 +309,7 @@ class FedMapClient(saved.BytesState):
             ValueError: a value that is not finite.
         """
         mask, _ = self._answering("update_array")
+        self.params.check_bound()
         packed = ops.pack(self.params.prunable.detach(), mask)
         buffers = gather(self.layout, self.params.buffers)
         array = arrays.join(packed, self.params.tail, buffers)
