@@ -10,7 +10,7 @@ export PYTHON PIP_ARGS
 
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt tools/venv.sh $(wildcard csrc/*/*)
 
-.PHONY: help run test test-arm test-gpu-free test-engines test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
+.PHONY: help run test test-arm test-cross test-gpu-free test-engines test-crash lint docs bench vectors sanitize fuzz fuzz-wire package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -26,7 +26,10 @@ test: lint ## lint, types and every test
 	$(BIN)/python -m pytest --timeout 300 $(TEST_ARGS)
 
 test-arm: ## the kernels for 64-bit ARM, cross-compiled and run under QEMU against the scalar level
-	tools/arm/test.sh
+	tools/cross_check.sh aarch64
+
+test-cross: ## the same for 32-bit ARM and RISC-V, which have the scalar level alone
+	tools/cross_check.sh armhf riscv64
 
 .PHONY: test-ambient
 AMBIENT := float64 bfloat16 meta inference autocast deterministic anomaly
@@ -72,8 +75,9 @@ count: ## instructions that six kernels execute beside benchmarks/instructions.c
 measure-gpu: ## all measurements on a GPU, 8 minutes, with PYTHON or python3; MEASURE_ARGS=--dry-run
 	$(or $(PYTHON),python3) tools/measure_gpu.py --out build/gpu-run $(MEASURE_ARGS)
 
-vectors: $(VENV)/dev.stamp ## write the golden messages that are missing; never changes one
+vectors: $(VENV)/dev.stamp ## write the golden messages and op vectors that are missing; never changes one
 	$(BIN)/python tests/vectors/make_vectors.py
+	test -e tests/vectors/ops.txt || $(BIN)/python tests/vectors/op_vectors.py
 
 sanitize: $(VENV)/dev.stamp ## the extension under ASan and UBSan through the tests, the pool under TSan
 	PYTHON=$(BIN)/python tools/sanitize.sh

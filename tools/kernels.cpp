@@ -17,18 +17,23 @@
 
 #include "accumulate/accumulate.h"
 #include "check.h"
+#include "clip/clip.h"
 #include "codec/crc32c.h"
 #include "core/ahead.h"
 #include "core/bits.h"
 #include "core/cpu.h"
 #include "core/dtype.h"
+#include "distances/distances.h"
 #include "entropy/entropy.h"
 #include "extract/extract.h"
+#include "fixed/fixed.h"
 #include "mask/mask.h"
 #include "masked_step/segment.h"
+#include "noise/noise.h"
 #include "pack/pack.h"
 #include "quantize/quantize.h"
 #include "select/select.h"
+#include "trimmed/trimmed.h"
 
 namespace {
 
@@ -49,7 +54,11 @@ struct Data {
   Buffer<uint16_t> halves{kCount};
   Buffer<int8_t> codes{kCount};
   Buffer<float> scales{kCount / 128};
-  Buffer<double> sums{kCount};
+  Buffer<float> shrinking{kCount}, zeros{kCount};
+  Buffer<int32_t> fixed{kCount};
+  Buffer<double> sums{kCount}, distances{25};
+  double norm =
+      1; // below that of `shrinking`, which each run of clip_difference cuts to half of it
   Buffer<uint8_t> bools{kCount}, payload{8 * kCount};
   Buffer<uint32_t> words{kLarge / 32 + 1};
   Buffer<int64_t> rank{kLarge / fedmap::kBlock + 2};
@@ -61,13 +70,14 @@ struct Data {
     fill(gradient.data(), fedmap::kFloat32, kCount, 5, Kind::normal);
     fill(packed.data(), fedmap::kFloat32, kCount, 6, Kind::normal);
     fill(halves.data(), fedmap::kBfloat16, kCount, 7, Kind::normal);
+    fill(shrinking.data(), fedmap::kFloat32, kCount, 8, Kind::normal);
     for (int64_t i = 0; i < kLarge; ++i) { // two bfloat16 make one float32
       uint16_t pair[2];
       std::memcpy(pair, halves.data() + 2 * i % kCount, sizeof pair);
       many[i] = static_cast<uint32_t>(pair[1]) << 16 | (pair[0] ^ static_cast<uint32_t>(i));
     }
     for (int64_t i = 0; i < kCount; ++i)
-      sums[i] = first[i] = second[i] = 0;
+      sums[i] = first[i] = second[i] = zeros[i] = 0;
   }
 };
 
@@ -101,6 +111,13 @@ std::vector<Kernel> kernels(Data& d) {
     const std::vector<const void*> payloads(10, payload);
     fedmap::weighted_mean(payloads, dtype, std::vector<double>(10, 1.5), kCount, d.packed.data(),
                           kFloat32, 1);
+  };
+  const auto rows_of = [&d](size_t count) { // three vectors, in turn
+    const float* const three[] = {d.values.data(), d.gradient.data(), d.first.data()};
+    std::vector<const float*> rows(count);
+    for (size_t k = 0; k < count; ++k)
+      rows[k] = three[k % 3];
+    return rows;
   };
   const auto select_tenth = [&d](int dtype, const void* values) {
     fedmap::select({{values, kLarge, nullptr, d.words.data(), d.rank.data()}}, dtype, kLarge,
@@ -169,6 +186,21 @@ std::vector<Kernel> kernels(Data& d) {
        [&d] { fedmap::cast(d.values.data(), kFloat32, d.halves.data(), kBfloat16, kCount, 1); }},
       {"cast from float16", kCount,
        [&d] { fedmap::cast(d.halves.data(), kFloat16, d.packed.data(), kFloat32, kCount, 1); }},
+      {"trimmed_mean of 10", 10 * kCount,
+       [=, &d] { fedmap::trimmed_mean(rows_of(10), 2, kCount, d.packed.data(), 1); }},
+      {"squared_distances of 5", 10 * kCount, // 10 pairs
+       [=, &d] { fedmap::squared_distances(rows_of(5), {}, kCount, d.distances.data(), 1); }},
+      {"clip_difference", kCount,
+       [&d] {
+         fedmap::clip_difference(d.shrinking.data(), d.zeros.data(), kCount, d.norm, 1);
+         d.norm /= 2;
+       }},
+      {"add_gaussian", kCount,
+       [&d] { fedmap::add_gaussian(d.packed.data(), kCount, 0.5, 42, 3, 1); }},
+      {"to_fixed", kCount,
+       [&d] { fedmap::to_fixed(d.values.data(), kCount, 0.75, 1e6, 3, d.fixed.data(), 1); }},
+      {"from_fixed", kCount,
+       [&d] { fedmap::from_fixed(d.fixed.data(), kCount, 3e6, d.packed.data(), 1); }},
       {"crc32c, per byte", 4 * kCount, [&d] { fedmap::crc32c(d.values.data(), 4 * kCount, 0, 1); }},
       {"encode_mask .1", kCount,
        [=, &d] {

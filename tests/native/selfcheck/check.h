@@ -10,7 +10,7 @@
 
 namespace selfcheck {
 
-// splitmix64 by position, so that numpy makes the same numbers at once (test_selfcheck.py).
+// splitmix64 by position.
 inline uint64_t random_at(uint64_t seed, uint64_t i) {
   uint64_t z = seed * 0xD1B54A32D192ED03u + (i + 1) * 0x9E3779B97F4A7C15u;
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
@@ -92,6 +92,9 @@ struct Outcome {
   }
 };
 
+// Fewer sizes and thread counts, of all that is checked.
+extern bool is_short;
+
 using Run = std::function<void(int threads, Outcome& outcome)>;
 
 // Runs the kernel at the scalar level on one thread, then at each level and thread count, and
@@ -99,9 +102,8 @@ using Run = std::function<void(int threads, Outcome& outcome)>;
 void compare(const std::string& name, const Run& run, const std::vector<int>& threads = {});
 // Notes a failure; the program goes on and ends with status 1.
 void fail(const std::string& message);
-
-// The checksum of golden vectors: CRC-32C, bit by bit.
-uint32_t checksum(const std::vector<uint8_t>& bytes);
+// One comparison more, which fails unless it holds.
+void expect(bool holds, const std::string& message);
 
 // Around every bit, word, vector and block edge; and a size that takes several threads.
 const std::vector<int64_t>& edges();
@@ -143,5 +145,6 @@ void check_entropy();
 void check_trimmed();
 void check_distances();
 void check_private();
+void check_vectors();
 
 } // namespace selfcheck

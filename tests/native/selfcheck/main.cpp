@@ -1,7 +1,7 @@
-// Every kernel at every ISA level of this processor against the scalar level, bit for bit, and the
-// scalar level against golden vectors from the plain-torch references. No Python, no torch.
+// Every kernel at every ISA level of this processor against the scalar level, bit for bit, and each
+// level against vectors from the references in plain torch. No Python, no torch.
 //
-//   selfcheck [PART ...]    status 0 when all is well
+//   selfcheck [--short] [PART ...]    status 0 when all is well
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -15,6 +15,8 @@ int report();
 
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  selfcheck::is_short = argc > 1 && !std::strcmp(argv[1], "--short");
+  const int first = selfcheck::is_short ? 2 : 1;
   std::string levels;
   for (const std::string& level : fedmap::isa_levels())
     levels += " " + level;
@@ -28,10 +30,11 @@ int main(int argc, char** argv) {
       {"steps", selfcheck::check_steps},         {"accumulate", selfcheck::check_accumulate},
       {"quantize", selfcheck::check_quantize},   {"crc", selfcheck::check_crc},
       {"entropy", selfcheck::check_entropy},     {"trimmed", selfcheck::check_trimmed},
-      {"distances", selfcheck::check_distances}, {"private", selfcheck::check_private}};
+      {"distances", selfcheck::check_distances}, {"private", selfcheck::check_private},
+      {"vectors", selfcheck::check_vectors}};
   for (const auto& part : parts) {
-    bool wanted = argc == 1;
-    for (int k = 1; k < argc; ++k)
+    bool wanted = argc == first;
+    for (int k = first; k < argc; ++k)
       wanted = wanted || !std::strcmp(argv[k], part.name);
     if (!wanted)
       continue;
