@@ -96,6 +96,7 @@ PART_OF = {
     "triton_kernels": "ops",
     "cuda_kernels": "ops",
     "_layout_text": "layout",
+    "_gradients": "flat",
     "_module_tree": "flat",
     "_writes": "flat",
 }
