@@ -31,6 +31,9 @@ const char kText[] =
 #include "ops.inc" // ops.txt as string literals, by the Makefile
     ;
 
+// Bytes off an alignment of 64: off a vector's, but not off that of any element.
+constexpr int64_t kShift = 8;
+
 using Words = std::map<std::string, std::string>;
 
 struct Vector {
@@ -51,7 +54,7 @@ template <class T>
 Buffer<T> tensor(const std::string& text) {
   const size_t begin = text.find(':') + 1;
   const auto size = static_cast<int64_t>((text.size() - begin) / 2);
-  Buffer<T> made(size / int64_t(sizeof(T)), 1);
+  Buffer<T> made(size / int64_t(sizeof(T)), kShift / int64_t(sizeof(T)));
   auto* bytes = reinterpret_cast<uint8_t*>(made.data());
   for (int64_t i = 0; i < size; ++i)
     bytes[i] = static_cast<uint8_t>(
@@ -88,7 +91,7 @@ class Case {
   Bitmap mask(const char* name) const { return mask(name, integer("numel")); }
   // Room for elements of the dtype that `to` names.
   Buffer<uint8_t> room(int64_t n) const {
-    return Buffer<uint8_t>(n * fedmap::dtype_bytes(dtype("to")), 1);
+    return Buffer<uint8_t>(n * fedmap::dtype_bytes(dtype("to")), kShift);
   }
 
   template <class T>
