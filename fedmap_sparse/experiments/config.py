@@ -210,7 +210,8 @@ class Config(Table):
         a `max_norm` is that of differences cut to it."""
         if self.aggregator == "mean" and (self.max_norm is None or self.dp_noise):
             return None
-        kind: Any = robust.AGGREGATORS.get(self.aggregator, robust.NormBound)
+        clips = self.max_norm is not None
+        kind: Any = robust.ClippedMean if clips else robust.AGGREGATORS[self.aggregator]
         given = {
             "trim": self.hostile,
             "hostile": self.hostile,

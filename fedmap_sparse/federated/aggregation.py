@@ -19,6 +19,7 @@ from fedmap_sparse.federated.buffers import BufferMeans
 from fedmap_sparse.federated.global_model import GlobalModel
 from fedmap_sparse.federated.lock import Lock
 from fedmap_sparse.federated.privacy import Gaussian
+from fedmap_sparse.federated.robust import ClippedMean
 from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, ClientId, held, median
 
@@ -166,7 +167,7 @@ class Aggregation:
 
     Values and tail are float64 sums over survivors, added tile by tile from the messages' bytes.
     Buffers follow the rules of `federated.buffers`. With an `aggregator` every client's vector is
-    kept: 4 bytes per survivor, tail and buffer element, and client.
+    kept, unless it is `ClippedMean`: 4 bytes per survivor, tail and buffer element, and client.
 
     Args:
         broadcast: what the updates answer.
@@ -192,6 +193,8 @@ class Aggregation:
         self._aggregator = aggregator
         self._privacy = privacy
         self._start = _values(broadcast) if privacy is not None else None
+        rule: object = aggregator
+        self._clipped = _ClippedSum(rule, broadcast) if isinstance(rule, ClippedMean) else None
         self._values = ops.Accumulator(broadcast.mask.nnz, device=device)
         self._tail = ops.Accumulator(broadcast.layout.tail_numel, device=device)
         self._buffers = BufferMeans(broadcast.layout, broadcast.flat_buffers, module)
@@ -301,8 +304,10 @@ class Aggregation:
         elif self._aggregator is None:
             message.add_to(self._values, weight)
             self._tail.add(message.tail, weight)
+        elif self._clipped is not None:
+            self._clipped.add(message, weight)
         else:
-            self._vectors.append(arrays.join(message.packed, message.tail, message.flat_buffers))
+            self._vectors.append(_whole(message))
             self._weights.append(weight)
         self._buffers.add(message.flat_buffers, weight)
         self.num_samples += weight
@@ -324,9 +329,12 @@ class Aggregation:
                 return mean, self._buffers.result()
             self._privacy.add_noise_(mean, sent.layout, self.num_samples, sent.round)
             return mean, sent.flat_buffers
-        start = arrays.join(sent.packed, sent.tail, sent.flat_buffers)
-        made = self._aggregator(self._vectors, self._weights, start)
-        found = arrays.sound("aggregator", made, start)
+        if self._clipped is not None:
+            found = self._clipped.sums.mean()
+        else:
+            start = _whole(sent)
+            made = self._aggregator(self._vectors, self._weights, start)
+            found = arrays.sound("aggregator", made, start)
         for section in arrays.array_sections(sent.layout, sent.mask):
             if not ops.all_finite(found[section.start : section.stop]):
                 raise ValueError(
@@ -354,9 +362,28 @@ class Aggregation:
         return sum(loss * (w / weight) for loss, w in self._losses) if weight else None
 
 
+class _ClippedSum:
+    """What `ClippedMean` makes of updates that come one after another."""
+
+    def __init__(self, rule: ClippedMean, broadcast: Message) -> None:
+        self._rule = rule
+        self._start = _whole(broadcast)
+        self.sums = ops.Accumulator(self._start.numel(), device=self._start.device)
+
+    def add(self, message: Message, weight: int) -> None:
+        vector = _whole(message)
+        self._rule.clip_(vector, self._start)
+        self.sums.add(vector, weight)
+
+
 def _values(message: Message) -> Tensor:
     """Survivors and tail, float32, a copy."""
     return torch.cat([message.packed.float(), message.tail.float()])
+
+
+def _whole(message: Message) -> Tensor:
+    """The same with float buffers, as `array_sections` lists them."""
+    return arrays.join(message.packed, message.tail, message.flat_buffers)
 
 
 def from_outside(

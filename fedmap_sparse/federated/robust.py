@@ -1,11 +1,13 @@
 """Aggregators that a few hostile clients cannot own, in packed space.
 
 Each is exact in a stated order of float64 or float32 operations, on any device. Give one to
-`FedMapServer(aggregator=...)`. All of them take every client's vector at once: the round holds 4
-bytes per element and client, and a rule adds what its description says. Rules by coordinates and by
-distances ignore the claims of samples: a claim is one more thing that a hostile client can choose.
+`FedMapServer(aggregator=...)`. All but `ClippedMean` take every client's vector at once: the round
+holds 4 bytes per element and client, and a rule adds what its description says. Rules by
+coordinates and by distances ignore the claims of samples: a claim is one more thing that a hostile
+client can choose.
 
-They are made of three ops: `ops.trimmed_mean`, `ops.squared_distances` and `ops.weighted_mean`.
+They are made of `ops.trimmed_mean`, `ops.squared_distances`, `ops.weighted_mean` and
+`ops.clip_difference_`.
 Of 1,000,000 elements, on one thread of an EPYC (Zen 4, AVX-512), in CPU time: the median of 10
 clients is 102 times faster than `torch.median(dim=0)`, 128 times faster than `numpy.median`, and
 takes as long as reading the vectors and writing the result; of 50 clients it is 57 and 63 times
@@ -49,32 +51,55 @@ def _mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormBound:
+class ClippedMean:
     """The mean by samples of differences that are cut to a norm (Sun et al., arXiv 1911.07963).
+
+    No vector counts beside another, so a server adds each as it comes and keeps none. One pass over
+    a vector, and a second one where it is cut.
+
+    Args:
+        norm: of a difference from the broadcast, at most.
+    """
+
+    norm: float
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        _check("norm", 0 < self.norm < math.inf, "a finite number above 0", self.norm)
+
+    def clip_(self, vector: Tensor, start: Tensor) -> None:
+        """Cut one client's vector, in place."""
+        ops.clip_difference_(vector, start, self.norm)
+
+    def __call__(self, vectors: list[Tensor], weights: list[int], start: Tensor) -> Tensor:
+        _clients("ClippedMean", len(vectors), self.least)
+        clipped = [v.clone() for v in vectors]
+        for vector in clipped:
+            self.clip_(vector, start)
+        return ops.weighted_mean(clipped, [float(w) for w in weights])
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """The mean by samples of differences that are cut to a multiple of the round's median norm.
 
     Two passes over all vectors; beside the result, a float64 per client.
 
     Args:
         times: a difference from the broadcast counts with at most this multiple of the lower
             median norm of the round's differences.
-        norm: instead, a fixed norm.
     """
 
     times: float = 2.0
-    norm: float | None = None
     least: int = 1
 
     def __post_init__(self) -> None:
         _check("times", 0 < self.times < math.inf, "a finite number above 0", self.times)
-        if self.norm is not None:
-            _check("norm", 0 < self.norm < math.inf, "a finite number above 0", self.norm)
 
     def __call__(self, vectors: list[Tensor], weights: list[int], start: Tensor) -> Tensor:
         _clients("NormBound", len(vectors), self.least)
         norms = _norms(vectors, start)
-        bound = self.norm
-        if bound is None:
-            bound = self.times * sorted(norms)[(len(norms) - 1) // 2]
+        bound = self.times * sorted(norms)[(len(norms) - 1) // 2]
         cuts = [1.0 if n <= bound else bound / n for n in norms]
         shares = [w * c for w, c in zip(weights, cuts, strict=True)]
         # What is cut off of the differences is weight that the broadcast has.

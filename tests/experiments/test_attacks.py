@@ -108,7 +108,7 @@ def test_options_that_cannot_be_are_named(options: dict[str, Any], wanted: str) 
 
 def test_options_make_their_rules() -> None:
     assert build({}).make_aggregator() is None
-    assert build({"max_norm": 0.5}).make_aggregator() == robust.NormBound(norm=0.5)
+    assert build({"max_norm": 0.5}).make_aggregator() == robust.ClippedMean(0.5)
     assert build({"aggregator": "norm"}).make_aggregator() == robust.NormBound(times=2.0)
     assert build({"aggregator": "trimmed"}).make_aggregator() == robust.TrimmedMean(2)
     assert build({"aggregator": "krum", "hostile": 3}).make_aggregator() == robust.MultiKrum(3)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedmap_sparse import ops
 from fedmap_sparse.errors import RoundFailed
 from fedmap_sparse.federated import robust
+from fedmap_sparse.federated.arrays import array_sections
 from fedmap_sparse.schedule import OneShot
 
 from .rounds import answer, client_of, server_of
@@ -65,9 +67,54 @@ def test_norm_bound_cuts_to_a_multiple_of_the_median_norm(count: int) -> None:
     factors = np.minimum(1, bound / norms) * np.array(weights) / sum(weights)
     wanted = start.double().numpy() + factors @ deltas
     np.testing.assert_allclose(got.double().numpy(), wanted, rtol=1e-6, atol=1e-6)
-    fixed = robust.NormBound(norm=1e9)(made, weights, start)
-    mean = np.array(weights) / sum(weights) @ deltas + start.double().numpy()
-    np.testing.assert_allclose(fixed.double().numpy(), mean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_clipped_mean_cuts_to_a_norm(count: int) -> None:
+    made, start = vectors(count)
+    made[0] = start + 50 * (made[0] - start)
+    weights = list(range(1, count + 1))
+    kept = [v.clone() for v in made]
+    deltas = numpy_of(made) - start.double().numpy()
+    norms = np.linalg.norm(deltas, axis=1)
+    for bound in (float(norms.min()) / 2, float(norms.max()) / 2, 1e9):
+        got = robust.ClippedMean(bound)(made, weights, start)
+        factors = np.minimum(1, bound / norms) * np.array(weights) / sum(weights)
+        wanted = start.double().numpy() + factors @ deltas
+        np.testing.assert_allclose(got.double().numpy(), wanted, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(made, kept))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_keeps_no_vector_for_the_clipped_mean(stream: bool) -> None:
+    rule = robust.ClippedMean(0.05)
+    server = server_of(OneShot(0.5, 0), aggregator=rule)
+    server.begin_round()
+    held: list[Tensor] = []
+    updates = []
+    for i in range(5):
+        client = client_of()
+        updates.append((i, answer(server, client, i)))
+        held.append(client.update_array())
+    first = client_of()
+    first.receive(server.broadcast())
+    start = first.update_array()
+    expected = rule(held, [10] * 5, start)
+    if stream:
+        for client_id, data in updates:
+            assert server.add(client_id, data, weight=10) is None
+            assert server._open is not None
+            assert server._open.aggregation is not None
+            assert not server._open.aggregation._vectors
+        server.close_round()
+    else:
+        server.aggregate(updates, weights=dict.fromkeys(range(5), 10))
+    parts = {s.name: expected[s.start : s.stop] for s in array_sections(server.layout, server.mask)}
+    found = ops.pack(server.params.prunable.detach(), server.mask)
+    assert torch.equal(found, parts["survivors"])
+    assert torch.equal(server.params.tail.detach(), parts["tail"])
+    assert torch.equal(server.params.module.mean, parts["mean"])
+    assert float((expected - start).norm()) < 0.05 < float((held[0] - start).norm())
 
 
 def test_geometric_median_has_the_least_sum_of_distances() -> None:
@@ -103,6 +150,7 @@ def test_multi_krum_averages_those_with_the_nearest_neighbours() -> None:
 
 
 ALL = {
+    "clipped": robust.ClippedMean(2.0),
     "norm": robust.NormBound(),
     "median": robust.Median(),
     "trimmed": robust.TrimmedMean(2),
@@ -162,7 +210,8 @@ def test_too_few_clients_fail_the_round_and_change_nothing() -> None:
     ("make", "says"),
     [
         (lambda: robust.NormBound(times=0), "times"),
-        (lambda: robust.NormBound(norm=math.nan), "norm"),
+        (lambda: robust.ClippedMean(math.nan), "norm"),
+        (lambda: robust.ClippedMean(0.0), "norm"),
         (lambda: robust.TrimmedMean(0.5), "trim"),
         (lambda: robust.TrimmedMean(-1), "trim"),
         (lambda: robust.GeometricMedian(steps=0), "steps"),
