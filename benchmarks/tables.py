@@ -32,6 +32,10 @@ GOALS: dict[tuple[str, float], tuple[float | None, dict[str, float]]] = {
     ("accumulate", 0.5): (1.1, {"add_ loop": 2, "stack, weighted sum": 10}),
     ("deposit", 0.1): (2.0, {}),
     ("extract", 0.1): (2.0, {}),
+    ("median_10", 1.0): (None, {"torch.median": 20, "numpy.median": 20}),
+    ("median_50", 1.0): (None, {"torch.median": 20, "numpy.median": 20}),
+    ("trimmed_10", 1.0): (None, {"scipy trim_mean": 20}),
+    ("trimmed_50", 1.0): (None, {"scipy trim_mean": 20}),
 }
 LATENCY_US = 5
 #: Whole models: at least so many times faster than the best peer, by optimizer and density.
