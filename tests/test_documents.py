@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")}
     | {*ROOT.glob("tests/*/README.md"), *ROOT.glob("tools/*/README.md")}
+    | {ROOT / "experiments" / "README.md"}
 )
 # Those of Flower and NVFlare run under these systems, in tests/engines/deployed.
 EXAMPLES = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("examples/distributed/*.py")])

@@ -15,6 +15,8 @@ from fedmap_sparse.experiments.results import Method, Setting
 
 #: Figures of a summary that are compared, in points.
 ACCURACIES = {"accuracy": "accuracy", "clients.worst": "worst client"}
+#: What settings are chosen by, so that test is left alone: compared in JSON only.
+CHOICE = "validation_last_mean"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _beside(method: Method, reference: Method | None, setting: Setting) -> Compa
         if seed not in other.runs
     ]
     differences = {}
-    for key in ACCURACIES:
+    for key in (*ACCURACIES, CHOICE):
         if common and method.has(key) and reference.has(key):
             pairs = zip(method.of(key, common), reference.of(key, common), strict=True)
             differences[key] = Interval.of([100 * (a - b) for a, b in pairs])
@@ -156,7 +158,7 @@ def to_dict(tables: Sequence[Table], notes: Sequence[str]) -> dict[str, Any]:
 
 def _row(row: Comparison) -> dict[str, Any]:
     method = row.method
-    keys = ("accuracy", "clients.worst", "density", "uplink_bytes", "downlink_bytes")
+    keys = ("accuracy", CHOICE, "clients.worst", "density", "uplink_bytes", "downlink_bytes")
     return {
         "label": method.label,
         "arm": method.arm,

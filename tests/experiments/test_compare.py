@@ -47,6 +47,20 @@ def test_arms_of_a_run_are_paired_over_seeds(tmp_path: Path) -> None:
     assert "not paired" not in text
 
 
+def test_what_settings_are_chosen_by_is_in_json_alone(tmp_path: Path) -> None:
+    for seed, (own, dense) in enumerate([(0.70, 0.71), (0.60, 0.63)]):
+        arms = {
+            "fedmap": arm(0.9, 0.1, validation_last_mean=own),
+            "dense": arm(0.9, validation_last_mean=dense),
+        }
+        run(tmp_path / str(seed), arms, seed=seed)
+    text, found = compared(tmp_path)
+    fedmap = found["settings"][0]["methods"][1]
+    assert fedmap["validation_last_mean"] == [0.70, 0.60]
+    assert fedmap["points"]["validation_last_mean"]["mean"] == pytest.approx(-2)
+    assert "-2.00" not in text
+
+
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     run(tmp_path / "a", {"fedmap": arm(0.8, 0.1), "dense": arm(0.81)})
     assert "accuracy: -1.00 points, n=1: no interval" in compared(tmp_path)[0]
