@@ -212,9 +212,9 @@ def test_where_no_page_can_be_written_nothing_is_measured(
 def test_the_committed_page_is_of_the_committed_results() -> None:
     """`python -m fedmap_sparse.bench.page benchmarks/results/*.json --out` writes it."""
     text = COMMITTED.read_text()
-    assert len(text.encode()) < 400_000
     found = Reader(text)
     runs = [compare.read(file) for file in RESULTS]
+    assert len(text.encode()) < 50_000 * len(runs)
     for run in runs:
         assert run.path.stem in found.text
         assert run.header["time"] in found.text

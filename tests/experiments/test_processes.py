@@ -65,9 +65,15 @@ def one_line(done: "subprocess.CompletedProcess[bytes]", code: int) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["numpy", "torch", "torch.nn.functional", "fedmap_sparse.cli", "sklearn", "scipy.linalg",
-     "safetensors.torch", "matplotlib"],
-)  # fmt: skip
+    [
+        "numpy",
+        "torch",
+        "torch.nn.functional",
+        "fedmap_sparse.cli",
+        "safetensors.torch",
+        "matplotlib",
+    ],
+)
 def test_ctrl_c_while_it_imports(module: str, tmp_path: Path) -> None:
     if module == "matplotlib":
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -330,12 +330,14 @@ def test_messages_add_themselves(dtype: str, coding: str) -> None:
         assert torch.equal(got.sums.view(torch.int64), expected.sums.view(torch.int64))
 
 
-def test_checked_messages_keep_their_bytes_only() -> None:
-    p = fs.flatten(torch.nn.Linear(200, 300))
+@pytest.mark.parametrize("kept", [False, True])
+def test_large_checked_messages_keep_their_bytes_only(kept: bool) -> None:
+    """Small ones keep what was decoded to check them."""
+    p = fs.flatten(torch.nn.Linear(200, 300) if kept else torch.nn.Linear(600, 500))
     _, lazy = message_of(p)
     assert lazy.sections[16].encoding == 1
     lazy.add_to(fs.ops.Accumulator(p.mask.nnz), 1)
-    assert "packed" not in lazy.__dict__
+    assert ("packed" in lazy.__dict__) is kept
     p.prunable.detach()[5] = float("nan")
     for message in message_of(p):
         assert not message.all_finite()
