@@ -41,7 +41,10 @@ myst_all_links_external = False
 # Every reference inside the package has to resolve; other packages' names are not looked up, since
 # that needs a network. Single backticks in docstrings are links where the name is known, else code.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!fedmap_sparse\.).*"), ("py:.*", r"fedmap_sparse\..*\._.*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!fedmap_sparse\.).*"),
+    ("py:.*", r"fedmap_sparse\.(.*\.)?_.*"),
+]
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"

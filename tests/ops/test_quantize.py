@@ -239,3 +239,14 @@ def test_every_16_bit_pattern_widens_alike_nan_payloads_too(dtype):
         ops.cast(every, torch.float32, backend=b)[0].view(torch.int32) for b in ("cpu", "reference")
     )
     assert torch.equal(ours, theirs)
+
+
+def test_subnormal_scales(isa: str) -> None:
+    """By integers: 66,051 steps times 127 are the last product below the normal numbers."""
+    steps = torch.tensor([1, 2, 3, 66_051, 66_052, (1 << 23) - 1, 1 << 23], dtype=torch.int32)
+    codes = torch.randint(-127, 128, (len(steps), 64)).char()
+    codes[:, :3] = torch.tensor([127, -127, 0])
+    scales = steps.view(torch.float32)
+    got = ops.dequantize_int8(codes.view(-1), scales, block=64)
+    expected = codes.float() * scales[:, None]
+    assert torch.equal(got.view(torch.int32), expected.view(-1).view(torch.int32))
