@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickletools
+import pickletools  # which lists a checkpoint's instructions and runs none
 import zipfile
 from functools import lru_cache
 from importlib import metadata

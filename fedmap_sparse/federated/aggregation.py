@@ -16,11 +16,10 @@ from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.codec.values import peak
 from fedmap_sparse.federated import arrays
 from fedmap_sparse.federated.buffers import BufferMeans
-from fedmap_sparse.federated.global_model import GlobalModel
+from fedmap_sparse.federated.landing import Landing
 from fedmap_sparse.federated.lock import Lock
 from fedmap_sparse.federated.privacy import Gaussian
 from fedmap_sparse.federated.robust import ClippedMean
-from fedmap_sparse.federated.server_optim import ServerOptimizer
 from fedmap_sparse.federated.updates import TIMES_MEDIAN, ClientId, held, median
 
 #: A stream whose server has seen no round yet holds this many updates back to find a median.
@@ -72,88 +71,6 @@ class RoundResult:
 
 
 @dataclass(frozen=True)
-class Landing:
-    """Where a mean goes: the model it steps from, and the range that must hold the result.
-
-    Attributes:
-        limit: the largest magnitude of a weight: finite in the model's dtype and the broadcast's.
-        safe: a mean of no larger magnitude cannot break model or optimizer state.
-    """
-
-    model: GlobalModel
-    optimizer: ServerOptimizer
-    limit: float
-    safe: float
-
-    @staticmethod
-    def of(model: GlobalModel, optimizer: ServerOptimizer, limit: float) -> Landing:
-        largest = max(peak(model.values), peak(model.tail))
-        state = {name: peak(t) for name, t in model.state.items()}
-        return Landing(model, optimizer, limit, optimizer.safe(largest, state, limit))
-
-    def check(self, message: Message) -> None:
-        """Raise ValueError, naming the tensor, if this update alone would break something."""
-        if message.within(min(self.limit, self.safe)):
-            return
-        if not message.within(self.limit):
-            wanted = f"{message.beyond(self.limit)}: expected finite values within {self.limit:.5g}"
-            raise ValueError(f"{wanted}, got NaN, infinity or one beyond")
-        vector = _values(message)
-        broken = self.broken(vector)
-        if broken is not None:
-            raise ValueError(
-                f"{message.tensor_at(broken)}: expected values with which the server's step stays "
-                f"finite and within {self.limit:.5g}, got {float(vector[broken]):.5g}"
-            )
-
-    def broken(self, mean: Tensor) -> int | None:
-        """The first element that a step to `mean` takes out of its range, if any.
-
-        Those that a step of no difference would take out of it as well do not count: they are not
-        the fault of the mean.
-        """
-        tried = self._beyond(mean) & ~self._beyond(self.model.vector)
-        for index in tried.nonzero()[:1].flatten().tolist():
-            return int(index)
-        return None
-
-    def _beyond(self, mean: Tensor) -> Tensor:
-        stepped, state = self._step(mean)
-        beyond = ~(stepped.abs() <= self.limit)
-        for t in state.values():
-            beyond |= ~t.isfinite()
-        return beyond
-
-    def _step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        state = {name: t.clone() for name, t in self.model.state.items()}
-        stepped = self.optimizer.step(self.model.vector, mean, state)
-        if state.keys() != self.model.state.keys():
-            wanted, got = list(self.model.state), list(state)
-            raise ValueError(f"server_optimizer: expected the state {wanted}, got {got}")
-        own = {n: arrays.sound(f"server_optimizer.{n}", t, mean) for n, t in state.items()}
-        return arrays.sound("server_optimizer", stepped, mean), own
-
-    def step(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The new model and optimizer state, all finite.
-
-        Each admitted update alone stays in range. Where momentum or several together would leave
-        it, the weight stops at the edge.
-
-        Raises:
-            ValueError: the optimizer gave NaN, or what is no vector of the model's size.
-        """
-        stepped, state = self._step(mean)
-        largest = torch.finfo(torch.float32).max
-        parts = {"model": (stepped, self.limit), **{n: (t, largest) for n, t in state.items()}}
-        for name, (t, limit) in parts.items():
-            if peak(t) > limit:
-                if bool(t.isnan().any()):
-                    raise ValueError(f"{name}: expected numbers after the server's step, got NaN")
-                t.clamp_(-limit, limit)
-        return stepped, state
-
-
-@dataclass(frozen=True)
 class Admitted:
     """An update that was checked and can be added."""
 
@@ -192,7 +109,7 @@ class Aggregation:
         self._landing = landing
         self._aggregator = aggregator
         self._privacy = privacy
-        self._start = _values(broadcast) if privacy is not None else None
+        self._start = arrays.join(broadcast.packed, broadcast.tail) if privacy is not None else None
         rule: object = aggregator
         self._clipped = _ClippedSum(rule, broadcast) if isinstance(rule, ClippedMean) else None
         self._values = ops.Accumulator(broadcast.mask.nnz, device=device)
@@ -297,7 +214,7 @@ class Aggregation:
     def _add(self, update: Admitted, weight: int) -> None:
         message = update.message
         if self._privacy is not None and self._start is not None:
-            clipped, weight = _values(message), 1
+            clipped, weight = arrays.join(message.packed, message.tail), 1
             self._privacy.clip_(clipped, self._start)
             self._values.add(clipped[: message.mask.nnz], 1)
             self._tail.add(clipped[message.mask.nnz :], 1)
@@ -307,7 +224,7 @@ class Aggregation:
         elif self._clipped is not None:
             self._clipped.add(message, weight)
         else:
-            self._vectors.append(_whole(message))
+            self._vectors.append(arrays.of_message(message))
             self._weights.append(weight)
         self._buffers.add(message.flat_buffers, weight)
         self.num_samples += weight
@@ -332,7 +249,7 @@ class Aggregation:
         if self._clipped is not None:
             found = self._clipped.sums.mean()
         else:
-            start = _whole(sent)
+            start = arrays.of_message(sent)
             made = self._aggregator(self._vectors, self._weights, start)
             found = arrays.sound("aggregator", made, start)
         for section in arrays.array_sections(sent.layout, sent.mask):
@@ -367,23 +284,13 @@ class _ClippedSum:
 
     def __init__(self, rule: ClippedMean, broadcast: Message) -> None:
         self._rule = rule
-        self._start = _whole(broadcast)
+        self._start = arrays.of_message(broadcast)
         self.sums = ops.Accumulator(self._start.numel(), device=self._start.device)
 
     def add(self, message: Message, weight: int) -> None:
-        vector = _whole(message)
+        vector = arrays.of_message(message)
         self._rule.clip_(vector, self._start)
         self.sums.add(vector, weight)
-
-
-def _values(message: Message) -> Tensor:
-    """Survivors and tail, float32, a copy."""
-    return torch.cat([message.packed.float(), message.tail.float()])
-
-
-def _whole(message: Message) -> Tensor:
-    """The same with float buffers, as `array_sections` lists them."""
-    return arrays.join(message.packed, message.tail, message.flat_buffers)
 
 
 def from_outside(

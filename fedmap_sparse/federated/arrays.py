@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmap_sparse.codec import Message
 from fedmap_sparse.codec.buffers import FlatBuffers
 from fedmap_sparse.layout import FlatLayout
 from fedmap_sparse.mask import Mask
@@ -52,14 +53,22 @@ def array_sections(layout: FlatLayout, mask: Mask) -> tuple[ArraySection, ...]:
     return tuple(found)
 
 
-def join(packed: Tensor, tail: Tensor, flat: FlatBuffers) -> Tensor:
-    """The vector: float32, on the device of `packed`. Buffers that are not float are left out.
+def of_message(message: Message) -> Tensor:
+    """The vector of a message, a copy."""
+    return join(message.packed, message.tail, message.flat_buffers)
+
+
+def join(packed: Tensor, tail: Tensor, flat: FlatBuffers | None = None) -> Tensor:
+    """The vector: float32, on the device of `packed`, a copy. Without `flat` it ends with the tail.
+
+    Buffers that are not float are left out.
 
     An infinite or NaN element of a buffer is a constant of the model (a causal mask of -inf, say)
     and travels as 0: no sum can carry it, and the server keeps its own.
     """
-    finite = flat["float"].to(torch.float32).nan_to_num(0.0, 0.0, 0.0)
-    parts = [packed.detach(), tail.detach(), finite]
+    parts = [packed.detach(), tail.detach()]
+    if flat is not None:
+        parts.append(flat["float"].to(torch.float32).nan_to_num(0.0, 0.0, 0.0))
     return torch.cat([p.reshape(-1).to(packed.device, torch.float32) for p in parts])
 
 

@@ -6,8 +6,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from fedmap_sparse.codec import Message
-from fedmap_sparse.federated.aggregation import Aggregation, Landing
+from fedmap_sparse.federated.aggregation import Aggregation
 from fedmap_sparse.federated.global_model import GlobalModel
+from fedmap_sparse.federated.landing import Landing
 
 #: How many encoded messages of a round a server keeps for further receivers.
 CACHED = 4

@@ -28,12 +28,12 @@ from fedmap_sparse.federated import updates as arrived
 from fedmap_sparse.federated.aggregation import (
     Aggregation,
     Aggregator,
-    Landing,
     RoundResult,
     from_outside,
 )
 from fedmap_sparse.federated.global_model import Criterion, GlobalModel, write_buffers
 from fedmap_sparse.federated.held import ModelServer
+from fedmap_sparse.federated.landing import Landing
 from fedmap_sparse.federated.privacy import Gaussian
 from fedmap_sparse.federated.rounds import OpenRound, encoded
 from fedmap_sparse.federated.server_optim import FedAvg, ServerOptimizer

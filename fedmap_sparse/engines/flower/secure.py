@@ -95,7 +95,7 @@ class SecureFedMap(Strategy):
         for proxy, result in results:
             self._have[proxy.node_id] = bytes(result.metrics["have"])
         broadcast = codec.decode(self.server.broadcast(), self.server.layout)
-        start = arrays.join(broadcast.packed, broadcast.tail, broadcast.flat_buffers)
+        start = arrays.of_message(broadcast)
         # The workflow puts the mean in place of every client's own vector.
         (difference,) = parameters_to_ndarrays(results[0][1].parameters)
         mean = (start.double() + torch.from_numpy(difference)).float()
@@ -150,7 +150,7 @@ def fedmap_secure_train(
     restore(client, context, federation, state)
     received = client.receive(message_of(message.content.array_records["fitins.parameters"]))
     samples, _ = train(client, received)
-    start = arrays.join(received.packed, received.tail, received.flat_buffers)
+    start = arrays.of_message(received)
     difference = (client.update_array() - start).cpu().numpy().astype(np.float64)
     (state or ContextState()).save(context, federation, client.to_bytes())
     result = FitRes(
