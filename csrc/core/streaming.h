@@ -1,6 +1,7 @@
 // Stores that go past the cache (non-temporal), with a conversion where the dtype has 16 bits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/ahead.h"
@@ -12,11 +13,12 @@ namespace fedmap {
 // From this size on results go past the cache, by `stream`: they would not stay in it, and a line
 // that is written whole need not be read first (unpacking 26 M float32 on Zen 4, 2 threads: 4.2
 // instead of 6.3 ms). Only where `dst` is aligned, here and below, to whole vectors, and where
-// lines to be written are not asked for ahead.
+// lines to be written are not asked for ahead. Who puts lines together first needs an element's
+// alignment.
 constexpr int64_t kPastCache = 16 << 20;
 
-inline bool goes_past_cache(const void* dst, int64_t bytes) {
-  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && !write_ahead();
+inline bool goes_past_cache(const void* dst, int64_t bytes, size_t alignment = 64) {
+  return bytes >= kPastCache && reinterpret_cast<uintptr_t>(dst) % alignment == 0 && !write_ahead();
 }
 
 // An sfence: other threads see streamed stores before those that follow.

@@ -218,8 +218,7 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
   const auto find_block = FEDMAP_DISPATCH(find_block);
   const auto next_chunk = FEDMAP_DISPATCH(next_chunk);
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
-  const bool stream = rank[blocks] * width >= kPastCache &&
-                      reinterpret_cast<uintptr_t>(out) % sizeof(T) == 0 && !write_ahead();
+  const bool stream = goes_past_cache(out, rank[blocks] * width, sizeof(T));
   std::atomic<int64_t> overflowed{0};
   parallel_ranges(blocks, kPackBlocks, threads_of(numel, sizeof(T), threads),
                   [&](int64_t begin, int64_t end) {

@@ -97,7 +97,7 @@ namespace avx2 {
 
 template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
-  const int64_t reads = read_ahead(), writes = kStream ? 0 : write_ahead();
+  const int64_t reads = read_ahead(), writes = write_ahead();
   int64_t i = 0, count = 0;
   for (; i + 8 <= n; i += 8) {
     ask(src + i, reads);
@@ -165,7 +165,7 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
 
 template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
-  const int64_t ahead = kStream ? 0 : write_ahead();
+  const int64_t ahead = write_ahead();
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     ask(dst + i, ahead);
@@ -187,7 +187,7 @@ namespace avx512_core {
 
 template <class From, class To, bool kStream>
 static int64_t cast(const From* src, To* dst, int64_t n) {
-  const int64_t reads = read_ahead(), writes = kStream ? 0 : write_ahead();
+  const int64_t reads = read_ahead(), writes = write_ahead();
   int64_t i = 0, count = 0;
   for (; i + 16 <= n; i += 16) {
     ask(src + i, reads);
@@ -247,7 +247,7 @@ static void codes(const float* x, float scale, int8_t* q, float* residual, int64
 
 template <bool kStream>
 static void dequantize(const int8_t* q, float scale, int64_t n, float* dst) {
-  const int64_t ahead = kStream ? 0 : write_ahead();
+  const int64_t ahead = write_ahead();
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     ask(dst + i, ahead);
