@@ -184,7 +184,7 @@ uint32_t Selection::resolve(const Bracket& bracket, int64_t want) {
       for (int32_t k = 0; k < tile.candidates; ++k) {
         if ((found[k] >> kTileBits) - low > high - low)
           continue;
-        const uint32_t key = magnitude_key(values(tile), width_, found[k] & kPositionMask);
+        const uint32_t key = key_of(bracket, tile, found[k]);
         if (key - first <= last - first)
           ++slots_[slot].bins[(key - first) >> span];
       }
@@ -202,33 +202,34 @@ uint32_t Selection::mark(const Bracket& bracket, uint32_t first, uint32_t last, 
                          int64_t count) {
   const uint32_t origin = bracket.below + 1;
   const uint32_t low = (first - origin) >> bracket.shift, high = (last - origin) >> bracket.shift;
-  const bool sorts = count <= kSortable; // else they are all equal, and only counted
+  const bool sorts = count <= kSortable; // else they are all equal, and the first are taken
   std::vector<Undecided> undecided(sorts ? count : 0);
   std::atomic<int64_t> filled{0};
-  for_tiles(threads_for(collected_ * 4, threads_), [&](Tile& tile, int) {
+  const int workers = threads_for(collected_ * 4, threads_);
+  if (!sorts)
+    share_ties(bracket, first, want, workers);
+  for_tiles(workers, [&](Tile& tile, int) {
     const uint32_t* found = candidates_ + tile.first;
     uint32_t* bits = words(tile);
     // Added up at the end of each block that has candidates: adding one by one to the block's count
     // in memory makes every candidate wait for the one before.
-    int32_t marked[kTile / kBlock], added = 0;
+    int32_t marked[kTile / kBlock], added = 0, ties = sorts ? 0 : tile.ties;
     std::fill_n(marked, kTile / kBlock, 0);
-    tile.ties = 0;
     for (int32_t k = 0; k < tile.candidates; ++k) {
       const uint32_t position = found[k] & kPositionMask, own = found[k] >> kTileBits;
-      uint32_t above = own > high;
+      uint32_t kept = own > high;
       if (own - low <= high - low) {
-        const uint32_t key = magnitude_key(values(tile), width_, position);
-        above = key > last;
-        if (key - first <= last - first) {
-          if (sorts)
-            undecided[filled.fetch_add(1, std::memory_order_relaxed)] = {
-                key, position, static_cast<int32_t>(&tile - tiles_.data())};
-          else
-            ++tile.ties;
-        }
+        const uint32_t key = key_of(bracket, tile, found[k]);
+        const bool tied = key - first <= last - first;
+        if (tied && sorts)
+          undecided[filled.fetch_add(1, std::memory_order_relaxed)] = {
+              key, position, static_cast<int32_t>(&tile - tiles_.data())};
+        const bool taken = tied & (ties > 0);
+        ties -= taken;
+        kept = (key > last) | taken;
       }
-      bits[position / 32] |= above << (position & 31);
-      marked[position / kBlock] = added += above;
+      bits[position / 32] |= kept << (position & 31);
+      marked[position / kBlock] = added += kept;
     }
     for (int64_t b = 0, before = 0; b < mask_blocks(tile.n); ++b) {
       const int64_t after = std::max<int64_t>(marked[b], before);
@@ -236,28 +237,30 @@ uint32_t Selection::mark(const Bracket& bracket, uint32_t first, uint32_t last, 
       before = after;
     }
   });
-  auto keep = [&](const Tile& tile, uint32_t position) {
-    words(tile)[position / 32] |= 1u << (position & 31);
-    ++counts(tile)[position / kBlock];
-  };
-  if (sorts) {
-    std::sort(undecided.begin(), undecided.end());
-    for (int64_t k = 0; k < want; ++k)
-      keep(tiles_[undecided[k].tile], undecided[k].position);
-    return finish(undecided[want - 1].key);
+  if (!sorts)
+    return finish(first);
+  std::sort(undecided.begin(), undecided.end());
+  for (int64_t k = 0; k < want; ++k) {
+    const Tile& tile = tiles_[undecided[k].tile];
+    words(tile)[undecided[k].position / 32] |= 1u << (undecided[k].position & 31);
+    ++counts(tile)[undecided[k].position / kBlock];
   }
-  for (size_t t = 0; want > 0; ++t) {
-    const Tile& tile = tiles_[t];
+  return finish(undecided[want - 1].key);
+}
+
+// Sets how many of its candidates equal to `key` each tile keeps: the first `want` of all of them.
+void Selection::share_ties(const Bracket& bracket, uint32_t key, int64_t want, int workers) {
+  const uint32_t own = (key - (bracket.below + 1)) >> bracket.shift;
+  for_tiles(workers, [&](Tile& tile, int) {
     const uint32_t* found = candidates_ + tile.first;
-    for (int32_t k = 0, left = tile.ties; left > 0 && want > 0; ++k) {
-      const uint32_t position = found[k] & kPositionMask;
-      if (magnitude_key(values(tile), width_, position) != first)
-        continue;
-      keep(tile, position);
-      --left, --want;
-    }
+    tile.ties = 0;
+    for (int32_t k = 0; k < tile.candidates; ++k)
+      tile.ties += found[k] >> kTileBits == own && key_of(bracket, tile, found[k]) == key;
+  });
+  for (Tile& tile : tiles_) {
+    tile.ties = static_cast<int32_t>(std::min<int64_t>(tile.ties, want));
+    want -= tile.ties;
   }
-  return finish(first);
 }
 
 // Turns the counts per block into ranks.

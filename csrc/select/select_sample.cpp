@@ -28,7 +28,7 @@ bool Selection::guess(Bracket& bracket) {
   const double crowd = eligible_ / static_cast<double>(capacity_);
   const double excess = 3.5 / (7 * spread * std::sqrt(crowd) + 0.1);
   const double roomy = std::pow(7 * spread * crowd * (1 + excess), 2);
-  const int64_t most = std::min<int64_t>({128 << 10, eligible_ / 16, capacity_});
+  const int64_t most = std::min<int64_t>({256 << 10, eligible_ / 16, capacity_});
   int64_t size =
       std::min(most, std::max<int64_t>(2048, static_cast<int64_t>(std::max(best, roomy))));
   const int64_t stride = (eligible_ + size - 1) / size;

@@ -34,7 +34,7 @@ Tally scan_as(const void* bytes, const uint32_t* within, int64_t n, const Bracke
   tally.candidates = out - candidates;
   if (whole < n)
     tally += scalar::scan_from<T, kTies>(whole, values, within, n, bracket, words, counts, out);
-  return tally;
+  return Tally(tally); // a copy: the caller's would be kept in memory, as the words may alias it
 }
 
 template <class T, bool kTies>
