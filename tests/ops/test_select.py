@@ -192,6 +192,17 @@ def test_reads_of_the_values(kind: str, dtype: torch.dtype) -> None:
         assert native.select_reads() <= most
 
 
+def test_candidates_of_16_bits_have_room_in_one_read() -> None:
+    """At one half, where most values are near the threshold: 2 reads with a sample of 128 Ki."""
+    values = make("normal", 32_000_000, torch.float16)
+    keep = values.numel() // 2
+    mask = fs.ops.magnitude_mask(values, keep, backend="cpu")
+    assert native.select_reads() == 1
+    chosen, magnitude = mask.to_bool(), values.abs()
+    assert mask.nnz == keep
+    assert magnitude[chosen].min() >= magnitude[~chosen].max()
+
+
 def check_misses(values: Tensor, wanted_reads: int) -> None:
     """A sample in some thousands misses the rank: each turn of the array draws another sample."""
     n, missed = values.numel(), 0
