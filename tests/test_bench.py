@@ -16,6 +16,7 @@ import torch
 from ambient import FROZEN, not_under
 
 from fedmap_sparse import Mask, backends, ops
+from fedmap_sparse._backends import native
 from fedmap_sparse.bench import case, floors, formats, inputs, main, runner, timing
 from fedmap_sparse.bench.case import Setting
 
@@ -46,7 +47,7 @@ def test_json(tmp_path: Path) -> None:
     assert {"machine", "isa", "versions", "commit", "threads", "cores", "others_cpus"} <= set(
         found["header"]
     )
-    assert found["header"]["isa"] in ("scalar", "avx2", "avx512_core", "avx512")
+    assert found["header"]["isa"] == native.isa()
     assert found["refused"] == []
     assert len(found["records"]) == 2 * 2 * 2 * 2
     for r in found["records"]:
