@@ -124,11 +124,26 @@ class Config(Table):
             if getattr(self, key) != value:
                 word = "nothing" if value is None else options.toml(value)
                 raise ConfigError(f"{key}: method={self.method} goes with {word} alone")
+        if self.graphs:
+            self._check_graphs()
         if self.min_updates > self.cohort:
             raise ConfigError(
                 f"min_updates: expected at most the {self.cohort} clients of a cohort, got "
                 f"{self.min_updates}"
             )
+
+    def _check_graphs(self) -> None:
+        if self.device.partition(":")[0] != "cuda":
+            raise ConfigError(
+                f"graphs: expected device=cuda beside it, for CUDA graphs, got device={self.device}"
+            )
+        # One optimizer serves all clients, and a graph would repeat the first one's anchor.
+        for key in ("prox_mu", "keep_optimizer"):
+            if given := getattr(self, key):
+                raise ConfigError(
+                    f"{key}: graphs=true goes without: a client's own state is not in the graph, "
+                    f"got {options.toml(given)}"
+                )
 
     def _check_private(self) -> None:
         aggregator = self.make_aggregator()

@@ -241,6 +241,12 @@ class Table:
     keep_optimizer: bool = option(
         False, "training", "clients keep the optimizer's state from round to round"
     )
+    graphs: bool = option(
+        False,
+        "training",
+        "capture a local step in a CUDA graph, once for each mask, and replay it; with device=cuda "
+        "alone, without prox_mu and keep_optimizer",
+    )
 
     method: str = option(
         "fedmap",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fedmap_sparse.engines.in_process import generator
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Split
+from fedmap_sparse.experiments.replay import CudaGraphs, Graphs, ReplayedTraining, gradients
 from fedmap_sparse.federated import ClientId, FedMapClient, MakeOptimizer
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
@@ -33,14 +34,27 @@ class LocalTraining:
 
     Args:
         samples: of each client, on the device to train on.
-        phases: `train` is forward and backward, `step` the optimizer's, `batch` drawing samples.
+        phases: `train` is forward and backward, `step` the optimizer's, `batch` drawing samples;
+            of replayed steps `train` is all.
+        graphs: with `config.graphs`, what captures steps. None: CUDA graphs on that device.
     """
 
-    def __init__(self, config: Config, samples: Mapping[ClientId, Split], phases: Phases) -> None:
+    def __init__(
+        self,
+        config: Config,
+        samples: Mapping[ClientId, Split],
+        phases: Phases,
+        graphs: Graphs | None = None,
+    ) -> None:
         self._config = config
         self._samples = samples
         self._phases = phases
         self._device = next(iter(samples.values())).labels.device
+        self._replayed: ReplayedTraining | None = None
+        if config.graphs:
+            self._replayed = ReplayedTraining(
+                config.batch_size, CudaGraphs(self._device) if graphs is None else graphs
+            )
 
     def __call__(
         self, name: ClientId, client: FedMapClient, message: Message
@@ -52,16 +66,18 @@ class LocalTraining:
         rng = generator(config.seed, 1, message.round, int(name))
         self._seed(int(rng.integers(2**63)))
         module.train()
-        device = self._device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        batches = self._batches(message.round, name, len(samples), rng)
+        if self._replayed is not None:
+            with phases("train"):
+                drawn = ((_drawn(samples.images, c), samples.labels[c]) for c in batches)
+                return len(samples), self._replayed(client, drawn)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         seen = 0
-        for chosen in self._batches(message.round, name, len(samples), rng):
+        for chosen in batches:
             with phases("batch"):
                 images, labels = _drawn(samples.images, chosen), samples.labels[chosen]
             with phases("train"):
-                loss = F.cross_entropy(module(images), labels)
-                loss.backward()
-                total += loss.detach() * len(labels)
+                gradients(module, images, labels, total)
                 seen += len(labels)
             with phases("step"):
                 optimizer.step()
@@ -102,15 +118,14 @@ class LocalTraining:
 
 def make_optimizer(config: Config) -> MakeOptimizer:
     """The optimizer that the options name, for a FedMapClient."""
+    common: dict[str, Any] = {"weight_decay": config.weight_decay, "capturable": config.graphs}
 
     def make(params: FlatParameters, mask: Mask, lr: float | None) -> MaskedOptimizer:
         rate = config.learning_rate(0) if lr is None else lr
         if config.optimizer == "adamw":
-            return MaskedAdamW(params, mask, lr=rate, weight_decay=config.weight_decay)
+            return MaskedAdamW(params, mask, lr=rate, **common)
         assert config.momentum is not None
-        return MaskedSGD(
-            params, mask, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return MaskedSGD(params, mask, lr=rate, momentum=config.momentum, **common)
 
     return make
 

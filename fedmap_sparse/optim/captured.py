@@ -65,7 +65,7 @@ class Captured:
                 optimizer._set_counts(part, optimizer._counts_of(part) + times * stepping)
                 together = part.together is not None and bool(stepping.all())
                 part.together = part.together + times if together else None  # type: ignore[operator]  # it is not None
-        optimizer.flat.mark_written()
+        optimizer.flat.note_stepped(None)
 
 
 def capturing(device: torch.device) -> bool:

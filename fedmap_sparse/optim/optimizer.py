@@ -79,6 +79,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._bound: list[Tensor] = []  # flat.parameters, as the parts are about
         self._seen: list[list[Tensor]] = []  # the groups' lists, likewise
         self._turn = 0
+        #: How often the kernels' calls were laid out: for a new mask, say, or other groups. A CUDA
+        #: graph repeats those of before, so where this is another number, capture again.
+        self.laid_out = 0
         self._pending: dict[str, Any] | None = None  # what a copy takes up at its first use
         self._shown: Shown | None = None  # once a user has looked at `state`
         self._captured: Captured | None = None  # what a graph's replays read and count
@@ -104,6 +107,20 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._packed.use(Packing.of(self.flat.layout, mask, old.indices))
         self.flat.mask = mask
         self._lay_out()
+
+    def restart(self) -> None:
+        """Begin as a new optimizer of these groups would, with the values as they are now.
+
+        The state keeps its memory, so a CUDA graph that has its addresses goes on fitting, after
+        one step outside of it. O(survivors).
+        """
+        self._settle()
+        self._packed.restart(self.flat)
+        for part in self._parts:
+            part.settled, part.together = False, 0
+        if self._shown is not None:
+            self._shown.state.clear()
+            self._shown.refresh(self._packed, self.flat)
 
     def is_finite(self) -> bool:
         """Whether no element of the state is infinite or NaN; one read of it."""
@@ -220,6 +237,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """Lay out the kernel calls anew."""
         flat, packing = self.flat, self._packed.packing
         assert packing is not None
+        self.laid_out += 1
         self._parts = parts_of(flat, packing, self._packed.array)
         self._written, self._bound = [], flat.parameters
         self._seen = [list(g["params"]) for g in self.param_groups]

@@ -109,6 +109,16 @@ class PackedState:
         if name in (None, "step", "momentum_buffer"):
             self.array[index] = 0
 
+    def restart(self, flat: FlatParameters) -> None:
+        """Forget what every parameter has, in place; master copies become the values."""
+        assert self.packing is not None
+        for name, t in self.tensors.items():
+            if name == "master":
+                t.copy_(self.packing.masters(flat))
+            else:
+                t.zero_()
+        self.array[:] = 0
+
     def check(
         self, where: str, saved: Mapping[str, Any], index: int, flat: FlatParameters
     ) -> Mask | None:

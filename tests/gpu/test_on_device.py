@@ -212,6 +212,38 @@ def test_an_experiment_learns(tmp_path: Path) -> None:
     assert last["accuracy"] > 0.75
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_experiment_in_graphs_is_the_launched_one(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With masks that change, and a last batch of each client that no graph repeats."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    from fedmap_sparse.experiments import replay, runner
+    from fedmap_sparse.experiments.config import build
+
+    captures = 0
+
+    class Counted(replay.CudaGraphs):
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            nonlocal captures
+            captures += 1
+            return super().capture(work)
+
+    monkeypatch.setattr("fedmap_sparse.experiments.training.CudaGraphs", Counted)
+    options = {"dataset": "digits", "model": "mlp", "rounds": 4, "device": "cuda", "target": 0.5}
+    options |= {"optimizer": optimizer, "batch_size": 10, "baseline": False}
+    found = [
+        runner.run(build({**options, "graphs": graphs, "out": str(tmp_path / f"{graphs}")}))
+        for graphs in (False, True)
+    ]
+    launched, replayed = (arms["fedmap"] for arms in found)
+    assert replayed["survivors"] == launched["survivors"]
+    assert replayed["accuracy"] == pytest.approx(launched["accuracy"], abs=0.03)
+    assert replayed["loss"] == pytest.approx(launched["loss"], rel=0.05)
+    assert 1 <= captures <= options["rounds"]  # at most one for each mask
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     n, at = (1 << 31) + 4999, torch.tensor([5, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 31) + 4998])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -226,7 +227,7 @@ def _large_us(bench: Bench, n: int) -> dict[str, float]:
 
 
 def experiment(bench: Bench) -> None:
-    """The default experiment on the device, where its packages are."""
+    """The default experiment on the device, where its packages are; then with replayed steps."""
     needed = ("rich", "safetensors", "matplotlib")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise Skip(f"no {', no '.join(missing)}: python -m pip install fedmap-sparse[experiments]")
@@ -235,10 +236,23 @@ def experiment(bench: Bench) -> None:
     command = ["-m", "fedmap_sparse", "run", f"device={device}", f"rounds={rounds}"]
     if bench.dry:
         raise Skip(f"not in a dry run: {' '.join(command)}")
+    arms = {"launched": _arms(bench, command, "experiment")}
+    bench.note(command=command, arms=arms)
+    try:
+        arms["replayed"] = _arms(bench, [*command, "graphs=true"], "replayed")
+    except (OSError, subprocess.SubprocessError) as error:  # what was launched holds
+        arms["replayed"] = {"error": type(error).__name__}
+    bench.note(arms=arms)
+
+
+def _arms(bench: Bench, command: list[str], folder: str) -> dict[str, Any]:
+    """Run it; of each arm its accuracy, and its seconds by phase."""
     # Where it writes is this machine's own affair, and in no result.
-    here = [sys.executable, *command, f"out={bench.out / 'experiment'}"]
+    out = bench.out / folder
+    here = [sys.executable, *command, f"out={out}"]
     subprocess.run(here, cwd=ROOT, check=True, timeout=max(5.0, bench.left()))
-    bench.note(command=command)
+    summary = json.loads((out / "summary.json").read_text())
+    return {n: {key: arm[key] for key in ("accuracy", "phases")} for n, arm in summary.items()}
 
 
 STEPS: dict[str, Callable[[Bench], None]] = {
