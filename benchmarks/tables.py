@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fedmap_sparse.bench.case import PHASES
-from fedmap_sparse.bench.report import header_line, over_floor, produced, seconds
+from fedmap_sparse.bench.report import (
+    GROWTH_HEAD,
+    growth_rows,
+    header_line,
+    over_floor,
+    produced,
+    seconds,
+)
 
 README = Path(__file__).with_name("README.md")
 MARKERS = ("<!-- tables: python benchmarks/tables.py --write -->", "<!-- end of tables -->")
@@ -120,7 +127,10 @@ def tables(found: dict[str, Any]) -> str:
     parts = [
         f"{header_line(header)}; {header['time']}; others kept {header['others_cpus']:g} CPUs busy."
     ]
-    if rest:
+    if "growth=True" in header["arguments"]:
+        parts.append("Growth along one axis, from its first point to its last:")
+        parts.append(markdown(GROWTH_HEAD, growth_rows(rest, header["last_level_cache"])))
+    elif rest:
         names = sorted({f"{r['n']:,} {r['dtype']}, {r['inputs']}" for r in rest if r["n"] > 1000})
         parts.append(f"Of {'; '.join(names)} values:")
         head = ["op", "density", "median", "p20–p80", "× floor", "peers: median, × ours"]

@@ -167,11 +167,10 @@ def _growth(made: Section, ops: Sequence[Record], run: compare.Run) -> None:
             svg = pictures.growth(f"{made.name}-{axis}", curves)
             made.pictures.append(Picture(f"Growth with {axis}", words, svg))
     if found:
-        head = ["growth of", "against", "from", "to", "time", "exponent", "× floor"]
         rows = [
             [Cell(clean(c), _leading(c)) for c in row] for row in report.growth_rows(ops, cache)
         ]
-        made.tables.append(Table("Growth", head, rows))
+        made.tables.append(Table("Growth", report.GROWTH_HEAD, rows))
 
 
 def _rounds(made: Section, whole: Sequence[Record]) -> None:

@@ -95,15 +95,16 @@ def round_table(records: list[Record]) -> Any:
     return grid
 
 
+GROWTH_HEAD = ["growth of", "against", "from", "to", "time", "exponent", "× floor"]
+
+
 def growth_table(records: list[Record], cache: int) -> Any:
     """One row a curve: its ends, its exponent, and what it takes over the floor there."""
     from rich.table import Table
 
     grid = Table(box=None, pad_edge=False)
-    for name in ("growth of", "against"):
-        grid.add_column(name, no_wrap=True)
-    for name in ("from", "to", "time", "exponent", "× floor"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    for i, name in enumerate(GROWTH_HEAD):
+        grid.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in growth_rows(records, cache):
         grid.add_row(*row)
     return grid
