@@ -23,11 +23,10 @@ inline __m512i compress(const T* src, uint32_t bits) {
 // `first` up to lane `count`, then `second` from its lane 0 on.
 template <class T>
 inline __m512i join(__m512i first, int64_t count, __m512i second) {
-  const uint64_t lanes = ~uint64_t{0} << count;
   if constexpr (sizeof(T) == 4)
-    return _mm512_mask_expand_epi32(first, static_cast<__mmask16>(lanes), second);
+    return _mm512_mask_expand_epi32(first, static_cast<__mmask16>(~uint64_t{0} << count), second);
   else
-    return expand_16(first, static_cast<__mmask32>(lanes), second);
+    return join_16(first, count, second);
 }
 
 template <class T>
