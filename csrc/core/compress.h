@@ -1,5 +1,5 @@
-// Compress, expand and join of 32 elements of 16 bits in the levels with AVX-512: one instruction each
-// from Ice Lake and Zen 4 on, before them made of the forms for 32 bits.
+// Compress, expand and join of 32 elements of 16 bits in the levels with AVX-512: one instruction
+// each from Ice Lake and Zen 4 on, before them made of the forms for 32 bits.
 #pragma once
 
 #include "core/cpu.h"
@@ -21,8 +21,7 @@ inline __m512i low_16(__m512i v) {
 
 // `first` up to lane `count`, then `second` from its lane 0 on.
 inline __m512i join_16(__m512i first, int64_t count, __m512i second) {
-  const __m512i from =
-      _mm512_sub_epi16(lanes_16(), _mm512_set1_epi16(static_cast<int16_t>(count)));
+  const __m512i from = _mm512_sub_epi16(lanes_16(), _mm512_set1_epi16(static_cast<int16_t>(count)));
   return _mm512_mask_permutexvar_epi16(first, static_cast<__mmask32>(~uint64_t{0} << count), from,
                                        second);
 }

@@ -1,5 +1,5 @@
 // Packing and unpacking of the levels with AVX-512: pack_block.h includes this once in each one's
-// target region, where `compress_16` and `expand_16` differ.
+// target region, where `compress_16`, `expand_16` and `pack_64` of 16 bits differ.
 
 // Zen 4 and 5: the zero-masked forms of compress and expand wait for their destination's old
 // value, and the forms that go to or from memory are microcoded. Merging into a register runs at
@@ -39,37 +39,41 @@ inline const T* unpack_vector(const T* packed, uint32_t bits, T* dst, __m512i ze
   return packed + _mm_popcnt_u32(bits);
 }
 
-// The survivors of 64 elements are joined where one vector holds them: stores that overlap cost
-// more. For 16 float32 within L1 of Zen 4, at densities .05, .1, .2: 4.0, 3.7, 3.7 cycles,
-// not 7.6, 5.9, 4.4.
-template <class T, bool kAhead>
-int64_t pack_block_as(const T* src, const uint32_t* words, int64_t n, T* out, int64_t ahead) {
+// The survivors of 64 elements, from out[0] on. They are joined where one vector holds them: stores
+// that overlap cost more. For 16 float32 within L1 of Zen 4, at densities .05, .1,
+// .2: 4.0, 3.7, 3.7 cycles, not 7.6, 5.9, 4.4.
+template <class T>
+inline void pack_64(const T* src, uint64_t word, T* out) {
   constexpr int64_t kLanes = 64 / sizeof(T);
   constexpr uint64_t kMask = (uint64_t{1} << kLanes) - 1;
+  const bool joins = _mm_popcnt_u64(word) <= kLanes;
+  __m512i joined = compress(src, word & kMask);
+  int64_t held = _mm_popcnt_u64(word & kMask);
+  if (!joins)
+    _mm512_storeu_si512(out, joined);
+  for (int64_t lane = kLanes; lane < 64; lane += kLanes) {
+    const uint32_t bits = word >> lane & kMask;
+    const __m512i next = compress(src + lane, bits);
+    if (joins)
+      joined = join<T>(joined, held, next);
+    else
+      _mm512_storeu_si512(out + held, next);
+    held += _mm_popcnt_u32(bits);
+  }
+  if (joins)
+    _mm512_storeu_si512(out, joined);
+}
+
+template <class T, bool kAhead>
+int64_t pack_block_as(const T* src, const uint32_t* words, int64_t n, T* out, int64_t ahead) {
   int64_t i = 0, at = 0;
   for (; i + 64 <= n; i += 64) {
     if constexpr (kAhead)
       fetch_lines(reinterpret_cast<const char*>(src + i) + ahead, 64 * sizeof(T));
     uint64_t word;
     std::memcpy(&word, words + i / 32, sizeof word);
-    const int64_t count = _mm_popcnt_u64(word);
-    const bool joins = count <= kLanes;
-    __m512i joined = compress(src + i, word & kMask);
-    int64_t held = _mm_popcnt_u64(word & kMask);
-    if (!joins)
-      _mm512_storeu_si512(out + at, joined);
-    for (int64_t lane = kLanes; lane < 64; lane += kLanes) {
-      const uint32_t bits = word >> lane & kMask;
-      const __m512i next = compress(src + i + lane, bits);
-      if (joins)
-        joined = join<T>(joined, held, next);
-      else
-        _mm512_storeu_si512(out + at + held, next);
-      held += _mm_popcnt_u32(bits);
-    }
-    if (joins)
-      _mm512_storeu_si512(out + at, joined);
-    at += count;
+    pack_64(src + i, word, out + at);
+    at += _mm_popcnt_u64(word);
   }
   return scalar::pack_from(i, at, src, words, n, out);
 }
