@@ -77,7 +77,7 @@ measure-gpu: ## all measurements on a GPU, 8 minutes, with PYTHON or python3; ME
 
 vectors: $(VENV)/dev.stamp ## write the golden messages and op vectors that are missing; never changes one
 	$(BIN)/python tests/vectors/make_vectors.py
-	test -e tests/vectors/ops.txt || $(BIN)/python tests/vectors/op_vectors.py
+	$(BIN)/python tests/vectors/op_vectors.py
 
 sanitize: $(VENV)/dev.stamp ## the extension under ASan and UBSan through the tests, the pool under TSan
 	PYTHON=$(BIN)/python tools/sanitize.sh

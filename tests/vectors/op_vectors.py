@@ -4,8 +4,8 @@ package's tests (tests/ops/test_vectors.py) and the self-check of the kernels, w
 
 One vector a line: the op, `name=value` for each input, `->`, `name=value` for each output. Tensors
 are a dtype and the hex of their little-endian bytes; masks are their words, int32, over `numel`
-elements. `python tests/vectors/op_vectors.py` writes the file where it is missing, from the
-references in plain torch, and never changes it.
+elements. `python tests/vectors/op_vectors.py` adds the vectors that are missing, from the
+references in plain torch, and never changes one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from fedmap_sparse import Mask, ops
 from fedmap_sparse.ops import entropy
 from fedmap_sparse.ops._payload import Runs, chunk_steps, density_codes
+from fedmap_sparse.ops.accumulate import add_int8_
 
 FILE = Path(__file__).parent / "ops.txt"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -139,6 +140,15 @@ def _accumulate(x: Fields, backend: str) -> Fields:
     return {"sums": accumulator.sums}
 
 
+def _accumulate_int8(x: Fields, backend: str) -> Fields:
+    if backend == "reference":
+        payload = _dequantize_int8(x, backend)["values"]
+        return _accumulate({**x, "payload": payload}, backend)
+    sums = x["sums"].clone()
+    add_int8_(sums, x["q"], x["scales"], x["block"], x["weight"])
+    return {"sums": sums}
+
+
 def _cast(x: Fields, backend: str) -> Fields:
     out, overflowed = ops.cast(x["values"], x["to"], backend=backend)
     return {"cast": out, "overflowed": overflowed}
@@ -208,6 +218,7 @@ RUNS: dict[str, Callable[[Fields, str], Fields]] = {
     "masked_adamw": _masked_adamw,
     "weighted_mean": _weighted_mean,
     "accumulate": _accumulate,
+    "accumulate_int8": _accumulate_int8,
     "cast": _cast,
     "quantize_int8": _quantize_int8,
     "dequantize_int8": _dequantize_int8,
@@ -252,13 +263,21 @@ def _special(count: int, seed: int, dtype: torch.dtype) -> Tensor:
     return ops.cast(wide, dtype, backend="reference")[0]
 
 
+def _tied(count: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Of three magnitudes, 0.25 and its two successors, so that the limit falls within one."""
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    quarter = torch.tensor(0.25, dtype=dtype).view(bits)
+    steps = torch.tensor([(v >> 33) % 3 for v in _numbers(count, seed)])
+    return (quarter + steps).to(bits).view(dtype)
+
+
 def _bits(count: int, percent: int, seed: int) -> Mask:
     keep = [(v >> 33) % 100 < percent for v in _numbers(count, seed)]
     return Mask.from_bool(torch.tensor(keep))
 
 
 def inputs() -> Iterator[tuple[str, Fields]]:
-    """Each op on sizes that end within a vector and within a word."""
+    """Each op on sizes that end within a vector and within a word. New ones go to the end."""
     n = 205
     few, half = _bits(n, 10, 1), _bits(n, 50, 2)
     for dtype in DTYPES:
@@ -286,7 +305,8 @@ def inputs() -> Iterator[tuple[str, Fields]]:
     residual = _values(n, 14) * 2.0**-8
     yield "quantize_int8", {"values": _values(n, 15), "block": 64, "residual": residual}
     q = torch.tensor([(v >> 40) % 255 - 127 for v in _numbers(n, 16)], dtype=torch.int8)
-    yield "dequantize_int8", {"q": q, "scales": _values(4, 17).abs(), "block": 64}
+    scales = _values(4, 17).abs()
+    yield "dequantize_int8", {"q": q, "scales": scales, "block": 64}
     yield "trimmed_mean", {"vectors": _values(7 * 77, 18), "count": 7, "trim": 2}
     yield "squared_distances", {"vectors": _values(4 * n, 19), "count": 4}
     pair = {"values": _values(n, 20), "start": _values(n, 21)}
@@ -301,6 +321,10 @@ def inputs() -> Iterator[tuple[str, Fields]]:
         codes = density_codes(size, nnz)
         plan = {"codes": codes, "chunk": chunk_steps(size, codes, entropy.CHUNK_BYTES)}
         yield "encode_mask", {"numel": mask.numel, "mask": mask.words, **plan}
+    for dtype in DTYPES:
+        yield "select", {"values": _tied(1100, 27, dtype), "keep": 300, **within}
+    sums = _values(n, 28).double() / 3
+    yield "accumulate_int8", {"sums": sums, "q": q, "scales": scales, "block": 64, "weight": 1.7}
 
 
 def _steps(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[str, Fields]]:
@@ -318,9 +342,10 @@ def _steps(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[str, Fields]]:
 
 
 def main() -> None:
-    if FILE.exists():
-        raise SystemExit(f"{FILE.name} is there already, and is not rewritten")
+    stored = FILE.read_text().splitlines() if FILE.exists() else []
     lines = [line(op, given, RUNS[op](given, "reference")) for op, given in inputs()]
+    if lines[: len(stored)] != stored:
+        raise SystemExit(f"{FILE.name} holds other vectors than these, and is not rewritten")
     FILE.write_text("\n".join(lines) + "\n")
 
 

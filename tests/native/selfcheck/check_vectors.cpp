@@ -166,6 +166,15 @@ void run_accumulate(const Case& c) {
   c.compare("sums", sums);
 }
 
+void run_accumulate_int8(const Case& c) {
+  auto sums = c.get<double>("sums");
+  const auto q = c.get<int8_t>("q");
+  const Buffer<float> scales = c.get("scales");
+  fedmap::accumulate_add_int8(sums.data(), q.data(), scales.data(), c.integer("block"),
+                              c.number("weight"), sums.size(), 1);
+  c.compare("sums", sums);
+}
+
 void run_cast(const Case& c) {
   const auto values = c.get<uint8_t>("values");
   const int64_t n = values.size() / fedmap::dtype_bytes(c.dtype("values"));
@@ -283,6 +292,7 @@ const std::map<std::string, void (*)(const Case&)> kRuns = {
     {"masked_adamw", run_masked_adamw},
     {"weighted_mean", run_weighted_mean},
     {"accumulate", run_accumulate},
+    {"accumulate_int8", run_accumulate_int8},
     {"cast", run_cast},
     {"quantize_int8", run_quantize_int8},
     {"dequantize_int8", run_dequantize_int8},
