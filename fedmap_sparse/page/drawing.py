@@ -131,18 +131,26 @@ def svg(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     opening, _, body = text[text.index("<svg") :].partition(">")
     box = re.search(r'viewBox="[^"]*"', opening)
-    used = set(re.findall(r'(?:"#|url\(#)([^")]+)', body))
+    used = list(dict.fromkeys(re.findall(r'(?:"#|url\(#)([^")]+)', body)))
     body = re.sub("<[^>]*>", lambda tag: _tag(tag.group(), name, used), body)
     body = re.sub(r"\s*\n\s*", " ", body)
-    return f'<svg {box.group() if box else ""} aria-hidden="true">{body}'
+    head = f'<svg {box.group() if box else ""} style="font-size: 11px; fill: currentColor"'
+    return f'{head} aria-hidden="true">{body}'
 
 
-def _tag(text: str, name: str, used: set[str]) -> str:
-    """The page's font and colours, two decimals, and the picture's name before each `id`."""
-    text = re.sub(r' id="([^"]*)"', lambda id_: id_.group() if id_[1] in used else "", text)
-    text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", text)
+def _tag(text: str, name: str, used: Sequence[str]) -> str:
+    """The page's font and colours, two decimals, and each `id` as the picture's name and a number.
+
+    What the root says is not repeated: thousands of tags would be half of a page.
+    """
+    known = {old: f"{name}-{n}" for n, old in enumerate(used)}
+    text = re.sub(r' id="([^"]*)"', lambda id_: id_.group() if id_[1] in known else "", text)
+    text = re.sub(r'(\bid="|"#|url\(#)([^")]+)', lambda ref: ref[1] + known[ref[2]], text)
     text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     text = re.sub("#0000[01][0-9a-f]", lambda c: COLOURS.get(c.group(), c.group()), text)
+    if text.startswith("<text"):
+        text = re.sub(r"(font-size: 11px|text-anchor: start|fill: currentColor)(; )?", "", text)
+        text = text.replace(' style=""', "")
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
