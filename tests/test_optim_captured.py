@@ -73,13 +73,6 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     fresh = MAKE["sgd"](flat, capturable=True)
     with pytest.raises(RuntimeError, match="expected a step before"):
         fresh.step()
-    monkeypatch.undo()
-    fresh.step()
-    before = flat.values.clone()
-    monkeypatch.setattr("fedmap_sparse.optim.optimizer.capturing", lambda device: True)
-    fresh.found_inf = torch.zeros(())
-    with pytest.raises(RuntimeError, match="expected no GradScaler"):
-        fresh.step()
     assert torch.equal(flat.values, before)
 
 
@@ -121,3 +114,116 @@ def test_groups_have_their_own_rates() -> None:
     second = net[1].weight.clone()
     captured.record(ours)
     assert torch.equal(net[1].weight, second)
+
+
+class Unread(torch.Tensor):
+    """As on a device: to read it is to wait, which fails here."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = {torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__float__}
+        if func in reads | {torch.Tensor.__int__, torch.Tensor.tolist, torch.Tensor.cpu}:
+            raise AssertionError(f"the host waited: {func.__name__}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def scaled(flat: fs.FlatParameters, optimizer: Any, infinite: bool, unread: bool) -> None:
+    """A step as GradScaler has it of an optimizer that takes part."""
+    torch.manual_seed(7)
+    for p in flat.parameters:
+        p.grad = 4 * torch.randn_like(p)
+    found, scale = torch.tensor(float(infinite)), torch.tensor(4.0)
+    if unread:
+        found, scale = found.as_subclass(Unread), scale.as_subclass(Unread)
+    optimizer.found_inf, optimizer.grad_scale = found, scale
+    optimizer.step()
+    del optimizer.found_inf, optimizer.grad_scale
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_scaled_step_is_decided_on_the_device(kind: str) -> None:
+    """Beside the same steps that the host decides on."""
+    (_, flat), (_, other) = model(), model()
+    ours, theirs = MAKE[kind](flat, capturable=True), MAKE[kind](other)
+    assert ours._step_supports_amp_scaling
+    assert not theirs._step_supports_amp_scaling
+    for number, infinite in enumerate([False, False, True, False, True, True, False]):
+        before = flat.values.clone()
+        scaled(flat, ours, infinite, unread=number > 0)
+        scaled(other, theirs, infinite, unread=False)
+        torch.testing.assert_close(flat.values, other.values, rtol=1e-6, atol=1e-7)
+        assert torch.equal(flat.values, before) is infinite
+        for p, q in zip(flat.parameters, other.parameters, strict=True):
+            assert torch.equal(p.grad, q.grad)  # divided, unless it was skipped
+    a, b = ours.state_dict()["state"], theirs.state_dict()["state"]
+    for number in a:
+        assert a[number].keys() == b[number].keys()
+        for name in a[number]:
+            torch.testing.assert_close(a[number][name], b[number][name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_host_looks_where_a_scaled_step_is_another() -> None:
+    """What the device cannot know: rates on the host, a mask, parameters without a gradient."""
+    (_, flat), (_, other) = model(), model()
+    ours, theirs = MAKE["adamw"](flat, capturable=True), MAKE["adamw"](other)
+
+    def both(infinite: bool = False) -> None:
+        scaled(flat, ours, infinite, unread=False)
+        scaled(other, theirs, infinite, unread=False)
+        torch.testing.assert_close(flat.values, other.values, rtol=1e-6, atol=1e-7)
+
+    both()
+    both(infinite=True)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["lr"] = 0.3
+    both()
+    both()
+    for f in (flat, other):
+        f.mask = fs.ops.prune_(f.prunable, 100, within=f.mask)
+    both(infinite=True)
+    both()
+    assert flat.prunable[~flat.mask.to_bool()].eq(0).all()
+    with torch.no_grad():  # a write to what is pruned
+        for f in (flat, other):
+            f.parameters[0].fill_(0.5)
+    both()
+    assert flat.prunable[~flat.mask.to_bool()].eq(0).all()
+    for f, optimizer in ((flat, ours), (other, theirs)):
+        f.parameters[0].grad = None
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        del optimizer.found_inf
+    both()
+    steps = [[float(s["step"]) for s in o.state_dict()["state"].values()] for o in (ours, theirs)]
+    assert steps[0] == steps[1]
+    assert len(set(steps[0])) == 2
+
+
+def test_a_grad_scaler_in_what_a_graph_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own: scale, backward, step, update; one replay overflows."""
+    net, flat = model()
+    ours = MAKE["sgd"](flat, capturable=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    factor = torch.tensor(1.0)
+    x = torch.randn(8, 40)
+
+    def step() -> None:
+        ours.zero_grad()
+        scaler.scale(net(x).square().mean() * factor).backward()
+        scaler.step(ours)
+        scaler.update()
+
+    step()
+    monkeypatch.setattr("fedmap_sparse.optim.optimizer.capturing", lambda device: True)
+    before = flat.values.clone()
+    step()
+    assert not torch.equal(flat.values, before)
+    assert scaler.get_scale() == 2.0**10
+    before = flat.values.clone()
+    factor.fill_(float("inf"))
+    step()
+    assert torch.equal(flat.values, before)
+    assert scaler.get_scale() == 2.0**9
+    factor.fill_(1.0)
+    step()
+    assert not torch.equal(flat.values, before)

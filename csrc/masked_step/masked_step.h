@@ -291,9 +291,9 @@ class MaskedStep {
       const Segment* s = std::partition_point(
           segments, last, [&](const Segment& x) { return x.offset + x.numel <= begin; });
       for (; s < last && s->offset < end; ++s)
-        if (s->gradient)
-          step_segment(*s, Rule(scalars + kScalars * (s - segments), s->flags, b_.states),
-                       std::max(begin, s->offset), std::min(end, s->offset + s->numel));
+        if (const double* own = scalars + kScalars * (s - segments); s->gradient && !own[kSkipped])
+          step_segment(*s, Rule(own, s->flags, b_.states), std::max(begin, s->offset),
+                       std::min(end, s->offset + s->numel));
     });
   }
 

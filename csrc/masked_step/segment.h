@@ -12,7 +12,8 @@ struct Segment {
   int64_t flags;
 };
 enum SegmentFlags : int64_t { kNesterov = 1, kMaximize = 2, kFirst = 4, kAmsgrad = 8 };
-constexpr int kScalars = 8; // float64 hyper-parameters for each segment
+constexpr int kScalars = 8; // float64 hyper-parameters for each segment, and last:
+constexpr int kSkipped = 7; // not 0: the segment and its state stay as they are
 void masked_sgd(void* values, int dtype, const uint32_t* words, const int64_t* rank,
                 int64_t prunable, int64_t numel, const Segment* segments, int64_t nseg,
                 const double* scalars, float* momentum, float* master, int threads);

@@ -21,11 +21,14 @@ NESTEROV, MAXIMIZE, FIRST, AMSGRAD = 1, 2, 4, 8
 #: visit the memory between survivors (0.125 + 8 d + 12 (1 - (1 - d)^8) bytes per element on a GPU,
 #: where writing zeros blindly costs 4 more). Without it they are written.
 ZEROED = 16
+#: Column of `scalars`: where it is not 0, a segment and its state stay as they are. It may lie on
+#: the device, so that whether to step is known there alone.
+SKIPPED = 7
 
 
 class Segments:
     """A table of segments: `rows[s]` = offset, numel, gradient address, flags; `scalars[s]` = 8
-    float64 hyper-parameters. Kept between steps; the optimizer rewrites what changed.
+    float64: hyper-parameters, and SKIPPED. Kept between steps; the optimizer rewrites what changed.
 
     Offsets grow; those below the mask's numel are multiples of 128, the rest multiples of 8, as
     `flatten` lays them out.
@@ -220,7 +223,7 @@ def step_reference(
     held = torch.cat([survivors, survivors.new_ones(values.numel() - mask.numel)])
     before = torch.cumsum(held, 0) - held.to(torch.int64)  # packed index of each flat position
     for (offset, size, _, flags), row, grad in zip(rows.tolist(), scalars, grads, strict=True):
-        if grad is None:
+        if grad is None or row[SKIPPED] != 0:
             continue
         inside = slice(offset, offset + size)
         kept = held[inside]

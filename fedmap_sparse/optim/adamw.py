@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import masked_adamw
-from fedmap_sparse.optim.optimizer import Groups, MaskedOptimizer, Numbers
+from fedmap_sparse.optim.optimizer import Groups, MaskedOptimizer
 from fedmap_sparse.optim.parts import Part, at_least
 
 
@@ -79,11 +79,10 @@ class MaskedAdamW(MaskedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
 
-    def _numbers(self, group: dict[str, Any]) -> Numbers:
-        flags = masked_adamw.adamw_flags(
+    def _flags(self, group: dict[str, Any]) -> int:
+        return masked_adamw.adamw_flags(
             maximize=group["maximize"], amsgrad=group["amsgrad"], zeroed=True
         )
-        return tuple(float(x) for x in self._hyper(group)), flags
 
     def _advance(self, part: Part, stepping: int) -> None:
         # After a backward pass numpy's code is out of the caches and each of its calls takes 20 us:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _profiling: Any = getattr(torch.autograd, "_profiler_enabled", lambda: True)  # private
@@ -42,6 +43,12 @@ def overflowed(optimizer: torch.optim.Optimizer) -> bool:
     if found is not None and float(found) != 0:
         return True
     if scale is not None:
-        chosen = [p for group in optimizer.param_groups for p in group["params"]]
-        torch._foreach_div_([p.grad for p in chosen if p.grad is not None], float(scale))
+        divide(optimizer, float(scale))
     return False
+
+
+def divide(optimizer: torch.optim.Optimizer, scale: float | Tensor) -> None:
+    """Divide the gradients in place."""
+    chosen = [p for group in optimizer.param_groups for p in group["params"]]
+    if grads := [p.grad for p in chosen if p.grad is not None]:
+        torch._foreach_div_(grads, scale)

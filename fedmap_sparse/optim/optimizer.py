@@ -14,7 +14,7 @@ from fedmap_sparse import _autocast, _backends, ops
 from fedmap_sparse._backends import native
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
-from fedmap_sparse.optim.captured import Captured, capturing, record
+from fedmap_sparse.optim.captured import Captured, capturing, left_to_device, record
 from fedmap_sparse.optim.hooks import hookable, overflowed
 from fedmap_sparse.optim.packed import Packing
 from fedmap_sparse.optim.parts import Array, Part, parts_of, read_gradients, stepped, zero_gradients
@@ -152,6 +152,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         with _autocast.outside(self.flat.values.device):
             return torch.nn.utils.clip_grad_norm_(chosen, max_norm, norm_type)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch's GradScaler: whether `step` takes its `found_inf` and `grad_scale`."""
+        return all(group["capturable"] for group in self.param_groups)
+
     @hookable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, in one call into the kernels.
@@ -159,7 +164,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         Where `found_inf` and `grad_scale` are set, as torch's GradScaler does for fused
         optimizers, a step with an infinity changes nothing, and gradients are divided first.
 
-        With `capturable`, a CUDA graph may capture it (see MaskedSGD).
+        With `capturable`, a CUDA graph may capture it (see MaskedSGD), and a GradScaler's step
+        leaves it to the device whether there is an infinity, unless something else has changed
+        since the step before.
 
         Raises:
             RuntimeError: a parameter is no longer a view (see `rebind`), or a capture cannot be.
@@ -171,7 +178,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         if capturing(self.flat.values.device):
             record(self)
-        elif not overflowed(self):
+        elif not left_to_device(self) and not overflowed(self):
             self._step()
             Captured.refresh(self)
         return loss
@@ -246,7 +253,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def _write_numbers(self) -> None:
         """Flags and scalars of every segment. Numpy is not called where nothing changed."""
-        numbers = [self._numbers(group) for group in self.param_groups]
+        numbers = [
+            (tuple(float(x) for x in self._hyper(group)), self._flags(group))
+            for group in self.param_groups
+        ]
         if numbers == self._written:
             return
         for group, mine in zip(self.param_groups, numbers, strict=True):
@@ -406,8 +416,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """A group's hyper-parameters, in the order of the columns."""
 
     @abstractmethod
-    def _numbers(self, group: dict[str, Any]) -> Numbers:
-        """A group's columns in the table of segments."""
+    def _flags(self, group: dict[str, Any]) -> int:
+        """A group's flags in the table of segments."""
 
     @abstractmethod
     def _count_of(self, saved: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmap_sparse.flat import FlatParameters
 from fedmap_sparse.mask import Mask
 from fedmap_sparse.ops import _segments, masked_sgd
-from fedmap_sparse.optim.optimizer import Groups, MaskedOptimizer, Numbers
+from fedmap_sparse.optim.optimizer import Groups, MaskedOptimizer
 from fedmap_sparse.optim.parts import Part, at_least
 
 
@@ -26,8 +26,8 @@ class MaskedSGD(MaskedOptimizer):
             are and have no state.
         capturable: a CUDA graph may capture a step, after one step outside of it. A replay reads
             what is a tensor on the device (`lr=torch.tensor(0.1, device="cuda")`), gradients where
-            they were, and state and mask as they were: after a change of mask capture again. False:
-            a capture is a RuntimeError.
+            they were, and state and mask as they were: after a change of mask capture again. A
+            GradScaler's step is then left to the device. False: a capture is a RuntimeError.
 
     Pruned weights are +0.0 after each step, whatever gradient, decay or momentum say; the dense
     tail is updated in the same call. With a dense mask the result is torch's within rounding.
@@ -88,12 +88,10 @@ class MaskedSGD(MaskedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group[k] for k in self._scalar_names)
 
-    def _numbers(self, group: dict[str, Any]) -> Numbers:
-        scalars = tuple(float(x) for x in self._hyper(group))
-        flags = masked_sgd.sgd_flags(
+    def _flags(self, group: dict[str, Any]) -> int:
+        return masked_sgd.sgd_flags(
             nesterov=group["nesterov"], maximize=group["maximize"], zeroed=True
         )
-        return scalars, flags
 
     def _advance(self, part: Part, stepping: int) -> None:
         if part.settled:

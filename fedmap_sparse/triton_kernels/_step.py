@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmap_sparse.ops._segments import ZEROED
+from fedmap_sparse.ops._segments import SKIPPED, ZEROED
 from fedmap_sparse.triton_kernels import _tuning
 from fedmap_sparse.triton_kernels._bits import (
     KINDS,
     exclusive,
     load_words,
     narrow,
+    nonzero,
     popcount,
     raw,
     survivor,
@@ -31,7 +32,7 @@ from fedmap_sparse.triton_kernels._bits import (
 from fedmap_sparse.triton_kernels._launch import launch
 from fedmap_sparse.triton_kernels._tables import to_device
 
-_ZEROED = tl.constexpr(ZEROED)
+_ZEROED, _SKIPPED = tl.constexpr(ZEROED), tl.constexpr(SKIPPED)
 
 
 @triton.jit
@@ -136,6 +137,7 @@ def step(
     use_optional = USES(flags, mine)
     inside = (tile - tl.load(first_tiles + segment)) * (WORDS * 32)
     elements = tl.minimum(tl.load(row + 1) - inside, WORDS * 32).to(tl.int32)
+    elements = tl.where(nonzero(tl.load(mine + _SKIPPED)), 0, elements)
     start = tl.multiple_of(offset + inside, 8)
     pointer = values.dtype
     gradient = tl.load(row + 2).to(pointer, bitcast=True)

@@ -45,6 +45,9 @@ def test_deposit(n: int, density: float) -> None:
 def test_masked_steps(density: float, dtype: torch.dtype, aligned: bool) -> None:
     contracts.masked_sgd(density, dtype, "cuda", show, aligned=aligned)
     contracts.masked_adamw(density, dtype, "cuda", show, aligned=aligned, amsgrad=aligned)
+    if not aligned:
+        contracts.masked_sgd(density, dtype, "cuda", show, skipped=True)
+        contracts.masked_adamw(density, dtype, "cuda", show, skipped=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

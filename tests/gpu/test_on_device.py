@@ -319,3 +319,59 @@ def test_a_training_step_in_a_cuda_graph(make: Callable[..., Any]) -> None:
         plain.param_groups[0]["lr"] = 0.05
     a, b = optimizer.state_dict()["state"], plain.state_dict()["state"]
     assert [s.get("step") for s in a.values()] == [s.get("step") for s in b.values()]
+
+
+@pytest.mark.parametrize("make", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_grad_scaler_is_never_waited_for(make: Callable[..., Any], in_graph: bool) -> None:
+    """Steps under a GradScaler, launched or in a graph, beside the same that the host decides on;
+    two of them overflow."""
+    x, y = torch.randn(64, 40, device="cuda"), torch.randn(64, 5, device="cuda")
+    more = {"momentum": 0.9} if make is MaskedSGD else {}
+
+    def start(capturable: bool) -> tuple[fs.FlatParameters, Any, Any, Tensor, Callable[[], None]]:
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)).cuda()
+        flat = fs.flatten(net)
+        flat.mask = ops.prune_(flat.prunable, 400, within=flat.mask)
+        optimizer = make(flat, lr=0.01, capturable=capturable, **more)
+        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+        factor = torch.ones((), device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.mse_loss(net(x), y) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return flat, optimizer, scaler, factor, step
+
+    flat, optimizer, scaler, factor, step = start(True)
+    other, plain, plain_scaler, plain_factor, plain_step = start(False)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):
+        plain_step()
+    repeat = step
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        repeat = graph.replay
+    for infinite in (False, True, False, True, True, False):
+        for f in (factor, plain_factor):
+            f.fill_(float("inf") if infinite else 1.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            repeat()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        plain_step()
+        torch.testing.assert_close(flat.values, other.values, rtol=1e-4, atol=1e-5)
+        assert scaler.get_scale() == plain_scaler.get_scale()
+    a, b = optimizer.state_dict()["state"], plain.state_dict()["state"]
+    assert [s.get("step") for s in a.values()] == [s.get("step") for s in b.values()]

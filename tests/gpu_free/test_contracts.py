@@ -40,9 +40,9 @@ def test_masked_sgd(rung: Any, density: float, dtype: torch.dtype) -> None:
     contracts.masked_sgd(density, dtype, "cpu", rung.show)
 
 
-@pytest.mark.parametrize("how", ["zeroed", "momentum", "aligned"])
+@pytest.mark.parametrize("how", ["zeroed", "skipped", "momentum", "aligned"])
 def test_masked_sgd_variants(rung: Any, how: str) -> None:
-    options = {"zeroed": True} if how == "zeroed" else {how: False}
+    options = {how: how in ("zeroed", "skipped")}
     contracts.masked_sgd(0.3, torch.float32, "cpu", rung.show, **options)
 
 
@@ -54,6 +54,7 @@ def test_masked_adamw(rung: Any, density: float, dtype: torch.dtype) -> None:
 
 def test_masked_adamw_variants(rung: Any) -> None:
     contracts.masked_adamw(0.3, torch.float32, "cpu", rung.show, amsgrad=True, aligned=False)
+    contracts.masked_adamw(0.3, torch.float32, "cpu", rung.show, amsgrad=True, skipped=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

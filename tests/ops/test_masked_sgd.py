@@ -10,7 +10,7 @@ from page_faults import LINUX, touched_bytes
 
 from fedmap_sparse import Mask
 from fedmap_sparse.ops import masked_sgd_
-from fedmap_sparse.ops._segments import Segments
+from fedmap_sparse.ops._segments import SKIPPED, Segments
 from fedmap_sparse.ops.masked_sgd import sgd_flags, step_segments_
 
 # lr, momentum, dampening, weight_decay; no default among them, except where a name says so.
@@ -90,12 +90,18 @@ def test_blocks_of_every_density_in_one_mask(isa: str) -> None:
     assert_kernel_is_reference(problem)
 
 
+@pytest.mark.parametrize("how", ["no gradient", "SKIPPED"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_segments_without_gradient_keep_weights_and_state(isa: str, dtype: torch.dtype) -> None:
+def test_segments_that_do_not_step_keep_weights_and_state(
+    isa: str, dtype: torch.dtype, how: str
+) -> None:
     problem = make_problem([500, 3000, 40, 2048], [64, 9, 33], 0.4, dtype)
     set_scalars(problem, ["dampened"])
     for skipped in (1, 3, 5):
-        problem.grads[skipped] = None
+        if how == "SKIPPED":
+            problem.segments.scalars[skipped, SKIPPED] = 1.0
+        else:
+            problem.grads[skipped] = None
     stepped = assert_kernel_is_reference(problem)
     for s in (1, 3, 5):
         assert torch.equal(bits(stepped.values_of(s)), bits(problem.values_of(s)))

@@ -20,7 +20,7 @@ from fedmap_sparse import ops
 from fedmap_sparse.mask import digest_of, digest_reference
 from fedmap_sparse.ops import masked_adamw as adamw
 from fedmap_sparse.ops import masked_sgd as sgd
-from fedmap_sparse.ops._segments import ZEROED, Segments
+from fedmap_sparse.ops._segments import SKIPPED, ZEROED, Segments
 from fedmap_sparse.triton_kernels import _tuning
 
 Show = Callable[..., None]
@@ -110,6 +110,10 @@ def deposit(n: int, density: float, device: str, show: Show) -> None:
         assert same_mask(ops.deposit(kept, parent, backend="triton"), child)
 
 
+#: A segment that is kept whole at its start, one with holes, one of the tail.
+_SKIPPING = [0, 2, 4]
+
+
 def _model(
     density: float, dtype: torch.dtype, device: str, aligned: bool
 ) -> tuple[fs.Mask, Tensor, Segments, list[Tensor | None]]:
@@ -160,6 +164,8 @@ def masked_sgd(density: float, dtype: torch.dtype, device: str, show: Show, **ho
         segments.rows[i, 3] = flag | (ZEROED if how.get("zeroed") else 0)
         momentum, decay = (0.0 if i == 1 else 0.9), (0.0 if i == 2 else 0.01)
         segments.scalars[i, :4] = torch.tensor([0.1 / (i + 1), momentum, 0.1 * i, decay])
+    if how.get("skipped"):
+        segments.scalars[_SKIPPING, SKIPPED] = 1.0
     if not how.get("zeroed"):
         values[:8][::2] = 0.5
         values[9000] = 3.0  # padding: no segment covers it
@@ -185,6 +191,8 @@ def masked_adamw(density: float, dtype: torch.dtype, device: str, show: Show, **
         decay, t = (0.0 if i == 1 else 0.02), i + 1
         scalars = [0.01 * t, 0.9, 0.999, 1e-8, decay, 0.9**t, 0.999**t, 0.0]
         segments.scalars[i] = torch.tensor(scalars, dtype=torch.float64)
+    if how.get("skipped"):
+        segments.scalars[_SKIPPING, SKIPPED] = 1.0
     states: list[Tensor | None] = [
         torch.randn(size, device=device),
         torch.rand(size, device=device),
