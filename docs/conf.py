@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import mock
 from sphinx.util import logging
 
 import fedmap_sparse
@@ -113,9 +114,10 @@ def plain_bars(
 
 def check_public_names(app: Sphinx, env: Any) -> None:
     names = public_names()
-    for name, _, kind, *_ in env.get_domain("py").get_objects():
-        if kind in ("class", "exception", "function"):
-            names.pop(id(pydoc.locate(name)), None)
+    with mock(autodoc_mock_imports):  # where no page of the API has changed, autodoc imported none
+        for name, _, kind, *_ in env.get_domain("py").get_objects():
+            if kind in ("class", "exception", "function"):
+                names.pop(id(pydoc.locate(name)), None)
     for name in names.values():
         logging.getLogger(__name__).warning("public name %s is on no page of docs/api", name)
 
