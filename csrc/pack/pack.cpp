@@ -217,6 +217,7 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
   const auto pack_block = FEDMAP_DISPATCH(pack_block<T>);
   const auto find_block = FEDMAP_DISPATCH(find_block);
   const auto next_chunk = FEDMAP_DISPATCH(next_chunk);
+  const int64_t limit = FEDMAP_DISPATCH(sparse_limit<T>)();
   const int64_t blocks = mask_blocks(numel), width = dtype_bytes(out_dtype);
   const bool stream = goes_past_cache(out, rank[blocks] * width, sizeof(T));
   std::atomic<int64_t> overflowed{0};
@@ -229,7 +230,7 @@ int64_t pack_as(const T* values, int dtype, const uint32_t* words, const int64_t
                         const int64_t n = std::min(next * kBlock, numel) - b * kBlock;
                         const T* from = values + b * kBlock;
                         const uint32_t* bits = words + b * kBlockWords;
-                        if (count * kSparse < n) {
+                        if (count * limit < n) {
                           uint16_t places[kRoom];
                           find_block(bits, n, places);
                           prefetch(from, places, count);

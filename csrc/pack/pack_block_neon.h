@@ -2,6 +2,7 @@
 #pragma once
 
 namespace neon {
+using scalar::sparse_limit;
 
 // Below one survivor in 5 they are moved one by one, by 5 instructions each; else 8 elements are
 // shuffled at once, by 9.
