@@ -85,6 +85,16 @@ def test_kernels_that_are_compiled_run_on_the_current_stream() -> None:
     assert torch.equal(after, 2 * before)
 
 
+def warm_up(step: Callable[[], None]) -> None:
+    """Three steps on a side stream, as a capture wants them before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
 def net() -> nn.Module:
     torch.manual_seed(7)
     return nn.Sequential(
@@ -296,12 +306,7 @@ def test_a_training_step_in_a_cuda_graph(make: Callable[..., Any]) -> None:
         if kept < flat.mask.nnz:
             for f in (flat, other):
                 f.mask = ops.prune_(f.prunable, kept, within=f.mask)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(step)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -348,12 +353,7 @@ def test_a_grad_scaler_is_never_waited_for(make: Callable[..., Any], in_graph: b
 
     flat, optimizer, scaler, factor, step = start(True)
     other, plain, plain_scaler, plain_factor, plain_step = start(False)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(step)
     for _ in range(3):
         plain_step()
     repeat = step
