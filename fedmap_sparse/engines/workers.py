@@ -325,11 +325,9 @@ def _serve(link: Connection) -> None:
         for job in jobs:
             client = bench.client
             with bench.phases("decode"):
-                if before is not None and job.data is before[0] and not job.stateful:
-                    message = client.receive(before[1])
-                else:
-                    client.load_state_dict(job.state)
-                    message = client.receive(job.data)
+                client.load_state_dict(job.state)
+                known = before[1] if before and job.data is before[0] else job.data
+                message = client.receive(known)
             before = job.data, message
             answers.append(_trained(bench, job, message))
         link.send_bytes(pickle.dumps(("done", (answers, dict(bench.phases)))))

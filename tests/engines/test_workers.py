@@ -50,14 +50,22 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize(("processes", "keep", "dtype"), [(2, False, "float32"), (1, True, "int8")])
-def test_the_bits_are_those_of_one_after_another(processes: int, keep: bool, dtype: str) -> None:
+# Of 12 clients a process gets three at once, which share a broadcast and its decoded message.
+@pytest.mark.parametrize(
+    ("processes", "keep", "dtype", "cohort", "least"),
+    [(2, False, "float32", 5, 4), (1, True, "int8", 5, 4), (1, False, "float32", 12, 9)],
+)
+def test_the_bits_are_those_of_one_after_another(
+    processes: int, keep: bool, dtype: str, cohort: int, least: int
+) -> None:
     options: dict[str, Any] = {
-        "keep": keep, "dtype": dtype, "cohort": 5, "dropout": 0.3, "seed": 3, "min_updates": 4
+        "keep": keep, "dtype": dtype, "cohort": cohort, "dropout": 0.3, "seed": 3,
+        "min_updates": least,
     }  # fmt: skip
-    alone = make(7, **options)
+    number = cohort + 2
+    alone = make(number, **options)
     with workers(partial(make_bench, keep=keep, dtype=dtype), processes) as pool:
-        together = make(7, workers=pool, **options)
+        together = make(number, workers=pool, **options)
         draws = []
         for _ in range(6):
             one, other = alone.round(), together.round()
@@ -66,13 +74,13 @@ def test_the_bits_are_those_of_one_after_another(processes: int, keep: bool, dty
             assert same(*map(clients, (alone, together)))
             draws.append(one.attempts)
         assert max(draws) > 1  # a cohort whose answers were not used was put back
-        later = make(7, **options)
+        later = make(number, **options)
         later.load_state_dict(together.state_dict())
         assert later.round() == together.round()
         assert torch.equal(bits(later.server.params), bits(together.server.params))
         assert together.phases["wait"] >= 0
         before = together.state_dict()
-        together.server.min_updates = 8
+        together.server.min_updates = number + 1
         with pytest.raises(RoundFailed):
             together.round()
         assert not keep or same(before["clients"], together.state_dict()["clients"])
