@@ -143,9 +143,7 @@ class Workers:
         setup = pickle.dumps((ambient, self._make))
         descriptors = [s.descriptor for s in self._shared]
         for _ in range(self.processes):
-            self._links.append(_Link(self._threads, descriptors))
-        for link in self._links:
-            link.send(setup)
+            self._links.append(_Link(self._threads, descriptors, setup))
 
     def spent(self, seconds: float) -> None:
         """One training was done without the workers: they are started if that pays from now on."""
@@ -160,7 +158,7 @@ class Workers:
         if not self._links:
             return False
         try:
-            return all(link.is_ready(block=self._planned is None) for link in self._links)
+            return all([link.is_ready(block=self._planned is None) for link in self._links])
         except BaseException:
             self.close()
             raise
@@ -211,9 +209,14 @@ class Workers:
 
 
 class _Link:
-    """One worker process, from its parent's side."""
+    """One worker process, from its parent's side.
 
-    def __init__(self, threads: int, descriptors: Sequence[int]) -> None:
+    Args:
+        setup: what it makes its bench of. It is sent once the process has imported all, which takes
+            seconds: a socket does not hold it, and the parent goes on meanwhile.
+    """
+
+    def __init__(self, threads: int, descriptors: Sequence[int], setup: bytes) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), json.dumps(sys.path)]
@@ -225,6 +228,7 @@ class _Link:
                 process_group=0,  # Ctrl-C is for the parent, which ends its workers
             )
         self._connection = Connection(ours.detach())
+        self._setup: bytes | None = setup
         self._ready = False
         self._names: list[ClientId] = []
 
@@ -236,9 +240,13 @@ class _Link:
         return self._connection.fileno()
 
     def is_ready(self, *, block: bool) -> bool:
-        if not self._ready and self._connection.poll(None if block else 0):
+        while not self._ready and self._connection.poll(None if block else 0):
             self._receive()
-            self._ready = True
+            if self._setup is None:
+                self._ready = True
+            else:
+                self.send(self._setup)
+                self._setup = None
         return self._ready
 
     def give(self, jobs: Sequence[Job]) -> None:
@@ -310,11 +318,13 @@ def _raised(error: Exception) -> bytes:
 
 
 def _serve(link: Connection) -> None:
+    link.send_bytes(pickle.dumps(("here", None)))
     ambient, make = pickle.loads(link.recv_bytes())  # from the process that started this one
     torch.set_num_threads(ambient["threads"])
     torch.set_default_dtype(ambient["dtype"])
     torch.set_float32_matmul_precision(ambient["precision"])
-    torch.use_deterministic_algorithms(ambient["deterministic"])
+    if ambient["deterministic"]:  # as it is, it is off, and the call imports the compiler: 2 s
+        torch.use_deterministic_algorithms(True)
     bench: Bench = make()
     link.send_bytes(pickle.dumps(("ready", None)))
     while True:

@@ -17,21 +17,27 @@ import torch
 _HIDDEN = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
 
 
-@contextmanager
-def no_compiler() -> Iterator[None]:
-    """Optimizers made in this block do not import `torch._dynamo`.
+def leave_compiler() -> list[Any]:
+    """From here on optimizers do not import `torch._dynamo`; returns what was changed for that.
 
     torch wraps these methods so that each, at its first call, imports the compiler and asks it to
     leave the method alone. What the compiler would answer is remembered on the method: here it is
-    the method itself, for as long as the block runs. Where torch does so no longer, or the
-    compiler is in use already, nothing is done.
+    the method itself. Where torch does so no longer, or the compiler is in use already, nothing is
+    done.
     """
-    methods: list[Any] = []
-    if "torch._dynamo" not in sys.modules:
-        wrapped = (getattr(torch.optim.Optimizer, name, None) for name in _HIDDEN)
-        methods = [m for w in wrapped if (m := getattr(w, "__wrapped__", None)) is not None]
+    if "torch._dynamo" in sys.modules:
+        return []
+    wrapped = (getattr(torch.optim.Optimizer, name, None) for name in _HIDDEN)
+    methods = [m for w in wrapped if (m := getattr(w, "__wrapped__", None)) is not None]
     for method in methods:
         method.__dynamo_disable = method
+    return methods
+
+
+@contextmanager
+def no_compiler() -> Iterator[None]:
+    """As `leave_compiler`, for as long as this block runs."""
+    methods = leave_compiler()
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from fedmap_sparse.errors import ConfigError
 from fedmap_sparse.experiments import hardening, measures, models
 from fedmap_sparse.experiments.config import Config
 from fedmap_sparse.experiments.data import Dataset, Split
-from fedmap_sparse.experiments.lean import keep_memory, no_compiler
+from fedmap_sparse.experiments.lean import keep_memory, leave_compiler
 from fedmap_sparse.experiments.partition import Index, noisy
 from fedmap_sparse.experiments.shares import Shares, placed
 from fedmap_sparse.experiments.training import make_client
@@ -39,7 +39,7 @@ class MakeBench:
     classes: int
 
     def __call__(self) -> Bench:
-        no_compiler().__enter__()  # for as long as the process lives
+        leave_compiler()
         keep_memory()
         phases = Phases()
         client = make_client(self.config, flatten(self.template))

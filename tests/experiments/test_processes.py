@@ -32,6 +32,18 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 
+TELL = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch._dynamo", "fedmap_sparse.experiments.training"):
+            with open(os.environ["IMPORTS"], "a") as file:
+                file.write(f"{name}\\n")
+
+sys.meta_path.insert(0, Finder())
+"""
+
 
 def start(
     command: str, cwd: Path, before: Callable[[], None] | None = None, **environment: str
@@ -103,6 +115,16 @@ def test_an_output_that_takes_nothing(
     done = start(command, tmp_path, PYTHONUNBUFFERED=unbuffered)
     assert reason in one_line(done, done.returncode)
     assert (tmp_path / "code").read_text() == "3\n"
+
+
+def test_neither_a_run_nor_its_workers_import_the_compiler(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(TELL)
+    where = {"FIRST": str(tmp_path), "IMPORTS": str(tmp_path / "imports")}
+    done = start(f"{COMMAND} {shlex.join(RUN)} processes=2", tmp_path, **where)
+    assert done.returncode == 0, done.stderr.decode()
+    # By the run and two workers; the compiler's import takes 2 to 4 s.
+    imports = (tmp_path / "imports").read_text().split()
+    assert imports == ["fedmap_sparse.experiments.training"] * 3
 
 
 def test_a_run_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
