@@ -3,20 +3,13 @@
 Each worker is a new Python with a client and a `train` of its own. A client comes to it as its
 state and the bytes of the broadcast, and leaves as the bytes of its update and its new state, so
 any worker can train any client, and the engine's own clients are always up to date.
-
-A worker is started as a program, not forked (a fork of a process with threads may hang) and not by
-`multiprocessing`, which would import the caller's script a second time.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle  # between a run and processes that it started itself, over their own socket
 import signal
-import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +21,7 @@ from typing import Any
 import torch
 
 from fedmap_sparse.codec import Message
+from fedmap_sparse.engines.nursery import MOST, Nursery
 from fedmap_sparse.engines.phases import Phases
 from fedmap_sparse.engines.shared import SharedTensor
 from fedmap_sparse.errors import WorkerDied
@@ -36,15 +30,9 @@ from fedmap_sparse.federated import ClientId, FedMapClient
 #: `(client id, client, the broadcast it received) -> (samples, mean loss)`: one local training.
 Train = Callable[[ClientId, FedMapClient, Message], tuple[int, float | None]]
 
-#: Seconds of training that workers must save before they are started: to import torch takes a
-#: second or two of each one's CPU.
-WORTH = 8.0
-_PROGRAM = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from fedmap_sparse.engines.workers import serve
-serve(int(sys.argv[1]))
-"""
+#: Seconds of training that workers must save before they are started: the import of torch takes two
+#: seconds of CPU.
+WORTH = 3.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +112,7 @@ class Workers:
         self._shared = shared
         self._planned = planned
         self._links: list[_Link] = []
+        self._nurseries: list[Nursery] = []
         if planned is None:
             self.start()
 
@@ -142,8 +131,10 @@ class Workers:
         }
         setup = pickle.dumps((ambient, self._make))
         descriptors = [s.descriptor for s in self._shared]
-        for _ in range(self.processes):
-            self._links.append(_Link(self._threads, descriptors, setup))
+        while left := self.processes - len(self._links):
+            nursery = Nursery(serve, min(left, MOST), descriptors)
+            self._nurseries.append(nursery)
+            self._links += [_Link(nursery, c, setup) for c in nursery.connections]
 
     def spent(self, seconds: float) -> None:
         """One training was done without the workers: they are started if that pays from now on."""
@@ -158,7 +149,9 @@ class Workers:
         if not self._links:
             return False
         try:
-            return all([link.is_ready(block=self._planned is None) for link in self._links])
+            for link in self._links:
+                link.go_on(block=self._planned is None)
+            return all(link.is_ready for link in self._links)
         except BaseException:
             self.close()
             raise
@@ -203,9 +196,11 @@ class Workers:
 
     def close(self) -> None:
         """End the processes; may be called twice."""
-        links, self._links = self._links, []
-        for link in links:
-            link.end()
+        for link in self._links:
+            link.close()
+        for nursery in self._nurseries:
+            nursery.end()
+        self._links, self._nurseries = [], []
 
 
 class _Link:
@@ -214,40 +209,32 @@ class _Link:
     Args:
         setup: what it makes its bench of. It is sent once the process has imported all, which takes
             seconds: a socket does not hold it, and the parent goes on meanwhile.
+
+    Attributes:
+        pid: of the program that will start it, at first.
+        is_ready: whether it can be given jobs.
     """
 
-    def __init__(self, threads: int, descriptors: Sequence[int], setup: bytes) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), json.dumps(sys.path)]
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *descriptors],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                process_group=0,  # Ctrl-C is for the parent, which ends its workers
-            )
-        self._connection = Connection(ours.detach())
-        self._setup: bytes | None = setup
-        self._ready = False
+    def __init__(self, nursery: Nursery, connection: Connection, setup: bytes) -> None:
+        self._nursery = nursery
+        self._connection = connection
+        self._setup = setup
         self._names: list[ClientId] = []
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self.pid = nursery.pid
+        self.is_ready = False
 
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def is_ready(self, *, block: bool) -> bool:
-        while not self._ready and self._connection.poll(None if block else 0):
-            self._receive()
-            if self._setup is None:
-                self._ready = True
+    def go_on(self, *, block: bool) -> None:
+        """Towards being ready."""
+        while not self.is_ready and self._connection.poll(None if block else 0):
+            pid = self._receive()
+            if pid is None:
+                self.is_ready = True
             else:
+                self.pid = pid
                 self.send(self._setup)
-                self._setup = None
-        return self._ready
 
     def give(self, jobs: Sequence[Job]) -> None:
         self._names = [job.name for job in jobs]
@@ -274,28 +261,22 @@ class _Link:
         return value
 
     def _died(self) -> WorkerDied:
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            code = None
+        code = self._nursery.code(self.pid)
         how = "closed its connection" if code is None else f"ended with code {code}"
         if code is not None and code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
         doing = f"training client {', '.join(map(str, self._names))}" if self._names else "starting"
         return WorkerDied(
-            f"worker process {self._process.pid} {how} while {doing}; out of memory? "
+            f"worker process {self.pid} {how} while {doing}; out of memory? "
             "processes=1 trains one client after another"
         )
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._connection.close()
-        self._process.kill()
-        self._process.wait()
 
 
-def serve(descriptor: int) -> None:
+def serve(link: Connection) -> None:
     """What a worker process does, until its parent goes."""
-    link = Connection(descriptor)
     with suppress(EOFError, OSError):
         try:
             _serve(link)
@@ -318,7 +299,7 @@ def _raised(error: Exception) -> bytes:
 
 
 def _serve(link: Connection) -> None:
-    link.send_bytes(pickle.dumps(("here", None)))
+    link.send_bytes(pickle.dumps(("here", os.getpid())))
     ambient, make = pickle.loads(link.recv_bytes())  # from the process that started this one
     torch.set_num_threads(ambient["threads"])
     torch.set_default_dtype(ambient["dtype"])

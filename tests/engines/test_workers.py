@@ -3,9 +3,11 @@
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +133,7 @@ def dies(name: Any, client: Any, message: Any) -> Any:
     return train(name, client, message)
 
 
+@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize(
     ("train", "error", "text"),
     [
@@ -139,11 +142,13 @@ def dies(name: Any, client: Any, message: Any) -> Any:
     ],
 )
 def test_what_goes_wrong_in_a_worker_is_raised_and_ends_them_all(
-    train: Any, error: type[Exception], text: str
+    train: Any, error: type[Exception], text: str, processes: int
 ) -> None:
-    with workers(partial(make_bench, train=train), processes=1) as pool:
+    with workers(partial(make_bench, train=train), processes) as pool:
         engine = make(4, workers=pool)
+        assert pool.ready()
         pids = pool.pids
+        assert len(set(pids)) == processes
         with pytest.raises(error, match=text) as caught:
             engine.round()
         assert all(map(is_gone, pids))
@@ -153,6 +158,36 @@ def test_what_goes_wrong_in_a_worker_is_raised_and_ends_them_all(
         assert all(client.have is None for client in engine.clients.values())
         alone = make(4)
         assert engine.round() == alone.round()
+
+
+def alive(group: int) -> list[int]:
+    """The processes of a group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            after_name = path.read_text().rpartition(")")[2].split()
+            if int(after_name[2]) == group:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is not there")
+@pytest.mark.parametrize("when", ["importing", "ready"])
+def test_workers_that_were_not_used_are_ended(when: str) -> None:
+    pool = Workers(make_bench, 3)
+    group = pool.pids[0]
+    assert when == "importing" or pool.ready()
+    assert len(alive(group)) == (1 if when == "importing" else 4)
+    pool.close()
+    assert not alive(group)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is not there")
+def test_a_program_has_one_thread_when_it_forks() -> None:
+    with workers(make_bench, 2, threads=2) as pool:
+        assert pool.ready()
+        group = os.getpgid(pool.pids[0])
+        assert len(list(Path(f"/proc/{group}/task").iterdir())) == 1
 
 
 def unmakeable() -> Any:
