@@ -7,7 +7,8 @@
 // Counts of each block then place the survivors and the ties, never the order of atomics.
 //
 // A unit of 1024 values whose candidates are one key over and over, as ties are, keeps them as
-// bits. Where the bracket missed, or a stretch has too many candidates, values are read again.
+// bits. Where the bracket missed, or a stretch has too many candidates, values are read again; of a
+// few keys over and over, once, since those in the found bin are one.
 //
 // NVRTC compiles this at first use (fedmap_sparse/cuda_kernels), without any other header. The
 // tests compile it as C++ too, a block's threads as fibers (tests/native/cuda/on_cpu.h).

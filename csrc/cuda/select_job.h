@@ -107,6 +107,18 @@ __device__ T warp_sum(T x) {
   return x;
 }
 
+__device__ u32 warp_min(u32 x) {
+  for (int d = 16; d; d >>= 1) {
+    u32 other = __shfl_xor_sync(kFull, x, d);
+    x = other < x ? other : x;
+  }
+  return x;
+}
+
+__device__ u32 warp_max(u32 x) {
+  return ~warp_min(~x);
+}
+
 template <class T>
 __device__ T warp_before(T x) { // the sum over the lanes below
   T all = x;

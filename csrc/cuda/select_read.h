@@ -98,17 +98,19 @@ __device__ void each_key(const Part& p, i64 base, u32 live, See see) {
   }
 }
 
-// Adds to a histogram what shares the first lane's bin at once, as ties do.
+// Adds to a histogram. What shares a bin with the first lane is added at once, and of the rest what
+// shares one with the first lane of it, as ties do: atomics on one address take turns.
 __device__ void count_in(u32* bins, u32 bin, bool on) {
-  u32 active = __ballot_sync(kFull, on);
-  if (!active)
-    return;
-  u32 leader = __ffs(active) - 1;
-  u32 common = __shfl_sync(kFull, bin, leader);
-  u32 same = __ballot_sync(kFull, on && bin == common);
-  if (lane_id() == leader)
-    atomicAdd(bins + common, (u32)__popc(same));
-  else if (on && bin != common)
+  u32 left = __ballot_sync(kFull, on);
+  for (int turn = 0; turn < 2 && left; turn++) {
+    u32 leader = __ffs(left) - 1;
+    u32 common = __shfl_sync(kFull, bin, leader);
+    u32 same = __ballot_sync(kFull, on && bin == common);
+    if (lane_id() == leader)
+      atomicAdd(bins + common, (u32)__popc(same));
+    left &= ~same;
+  }
+  if ((left >> lane_id()) & 1)
     atomicAdd(bins + bin, 1u);
 }
 
@@ -231,11 +233,7 @@ __device__ void read(const Job& job, Shared& s, const Stretch& at) {
           least = k < least ? k : least;
           most = k > most ? k : most;
         }
-      for (int d = 16; d; d >>= 1) {
-        u32 a = __shfl_xor_sync(kFull, least, d), b = __shfl_xor_sync(kFull, most, d);
-        least = a < least ? a : least;
-        most = b > most ? b : most;
-      }
+      least = warp_min(least), most = warp_max(most);
       one = least;
       if (least == most)
         begin = kUniform;

@@ -102,7 +102,8 @@ __device__ void keep(const Job& job, const Stretch& at, u32 place) {
   atomicOr(p.words + (block - p.first) * 64 + place % 2048 / 32, 1u << (place & 31));
 }
 
-// Settles what is above the near ones, lists these, and counts them in bins of 2^finer keys.
+// Settles what is above the near ones, lists these, and counts them in bins of 2^finer keys. Units
+// that were read again are uniform from here on if their near ones are.
 template <class Bits>
 __device__ void sift(const Job& job, Shared& s, const Stretch& at, u32 finer) {
   u32 lane = lane_id();
@@ -152,13 +153,24 @@ __device__ void sift(const Job& job, Shared& s, const Stretch& at, u32 finer) {
         }
       },
       [&](i64 unit, const Part& p, i64 base, u32 live) {
-        u32 row = 0;
+        u32 row = 0, near = 0, low = kFull, high = 0;
         each_key<Bits>(p, base, live, [&](int j, u32 k, bool on) {
+          bool close = on && is_near(at, k);
           u32 over = __ballot_sync(kFull, on && k > at.near_top && k <= at.top);
+          u32 those = __ballot_sync(kFull, close);
           if (lane == (u32)j)
-            row = over;
-          count_in(s.bins, (k - at.low) >> finer, on && is_near(at, k));
+            row = over, near = those;
+          if (close)
+            low = k < low ? k : low, high = k > high ? k : high;
+          count_in(s.bins, (k - at.low) >> finer, close);
         });
+        // Of a few values over and over, one is near at most: the unit is read no more.
+        if (!at.missed && (low = warp_min(low)) >= (high = warp_max(high))) {
+          u32 count = warp_sum((u32)__popc(near));
+          job.marks[unit * 32 + lane] = near;
+          if (lane == 0)
+            job.units[unit] = Unit{count ? kUniform : 0, count, low};
+        }
         if (!job.counts)
           return;
         if (row)

@@ -45,6 +45,7 @@ inline Fiber* now = nullptr;
 inline ucontext_t scheduler;
 inline Index grid;
 inline std::function<void()> kernel;
+inline unsigned long long loads = 0; // of what no one writes, since the launch
 
 inline void give_way() {
   swapcontext(&now->context, &scheduler);
@@ -75,6 +76,7 @@ inline void launch(unsigned blocks, unsigned threads, std::size_t shared_bytes, 
                    std::function<void()> body) {
   kernel = std::move(body);
   grid = {blocks};
+  loads = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Meeting> teams(blocks), warps(blocks * (threads / 32));
   std::vector<std::vector<std::uint64_t>> shared(blocks);
@@ -133,7 +135,7 @@ T exchange(T x, unsigned from) {
 #define GRID_CONSTANT
 #define LAUNCHED
 #define SHARED(type, name) type& name = *static_cast<type*>(on_cpu::now->shared)
-#define LOAD_ONCE(place) (*(place))
+#define LOAD_ONCE(place) (on_cpu::loads++, *(place))
 #define LOAD_L2(place) (*(place))
 #define PREFETCH(place) ((void)(place))
 #define GRID_WAIT() on_cpu::give_way()

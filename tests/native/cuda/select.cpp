@@ -136,6 +136,10 @@ std::vector<Bits> draw(const std::string& kind, i64 n) {
       x = 0.0f;
     if (kind == "two values")
       x = x > 0 ? 1.0f : -2.0f;
+    if (kind == "two near values") // in one bin of the first histogram
+      x = x > 0 ? 1.0f : -std::nextafter(1.0f, 2.0f);
+    if (kind == "levels")
+      x = float(1 + random_bits() % 16) / 8;
     if (kind == "rounded")
       x = std::nearbyint(x * 4) / 4;
     if (kind == "sorted")
@@ -156,8 +160,8 @@ std::vector<Bits> draw(const std::string& kind, i64 n) {
 
 template <class Bits>
 void all() {
-  const char* kinds[] = {"normal", "constant", "zeros",   "two values", "rounded",
-                         "sorted", "hidden",   "special", "any bits"};
+  const char* kinds[] = {"normal",  "constant", "zeros",  "two values", "two near values", "levels",
+                         "rounded", "sorted",   "hidden", "special",    "any bits"};
   for (const char* kind : kinds)
     for (i64 n : {1, 31, 33, 1023, 2048, 2049, 5001, 40000})
       for (int share : {1, 30, 100}) {
@@ -177,6 +181,16 @@ void all() {
           check(name + " key", in, std::max<u64>(1, eligible / 2), 2, 5, false);
         }
       }
+  // Ties of a few values: most are read for the bracket, twice, and once more for the bin.
+  for (const char* kind : {"two values", "levels"}) {
+    constexpr i64 n = 40000;
+    Input<Bits> in{{draw<Bits>(kind, n)}, {{}}};
+    check(kind, in, n / 2, 2, 3);
+    if (on_cpu::loads > 3 * n + 2 * 8 * kRuns) {
+      failures++;
+      std::printf("%s: %llu loads of %lld values\n", kind, on_cpu::loads, n);
+    }
+  }
   for (const char* kind : kinds) {
     Input<Bits> in;
     u64 eligible = 0;
