@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection
 MOST = 1 << 10 if sys.platform == "linux" else 1
 _PATIENCE_S = 5.0
 _PROGRAM = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the caller may ignore it
 given = json.loads(sys.argv[1])
 sys.path[:] = given["path"]
 from fedmap_sparse.engines import nursery
@@ -81,7 +82,9 @@ class Nursery:
             with suppress(subprocess.TimeoutExpired):
                 return self._program.wait(_PATIENCE_S)
             return None
-        while pid not in self._codes and select.select([self._told], [], [], _PATIENCE_S)[0]:
+        told = select.poll()
+        told.register(self._told, select.POLLIN)
+        while pid not in self._codes and told.poll(1e3 * _PATIENCE_S):
             lines = os.read(self._told, 1 << 12).decode()
             if not lines:  # the program has ended
                 break
