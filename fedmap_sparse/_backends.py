@@ -134,7 +134,6 @@ def available(name: str) -> bool:
     return not _missing(name)
 
 
-@functools.cache  # or each call of an op would ask the import system: 3 us
 def kernels(stem: str, language: str = "triton") -> ModuleType:
     """The kernels of one stem in "triton" or "cuda"; imported at first use, as `import
     fedmap_sparse` must not."""

@@ -304,7 +304,7 @@ def _serve(link: Connection) -> None:
     torch.set_num_threads(ambient["threads"])
     torch.set_default_dtype(ambient["dtype"])
     torch.set_float32_matmul_precision(ambient["precision"])
-    if ambient["deterministic"]:  # as it is, it is off, and the call imports the compiler: 2 s
+    if ambient["deterministic"]:  # off in a new process; the call imports the compiler, for 2 s
         torch.use_deterministic_algorithms(True)
     bench: Bench = make()
     link.send_bytes(pickle.dumps(("ready", None)))
