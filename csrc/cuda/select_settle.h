@@ -165,7 +165,8 @@ __device__ void sift(const Job& job, Shared& s, const Stretch& at, u32 finer) {
           count_in(s.bins, (k - at.low) >> finer, close);
         });
         // Of a few values over and over, one is near at most: the unit is read no more.
-        if (!at.missed && (low = warp_min(low)) >= (high = warp_max(high))) {
+        low = warp_min(low), high = warp_max(high);
+        if (!at.missed && low >= high) {
           u32 count = warp_sum((u32)__popc(near));
           job.marks[unit * 32 + lane] = near;
           if (lane == 0)

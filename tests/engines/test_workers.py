@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from small_federation import bits, make, make_bench, train
 from torch import Tensor
 
+from fedmap_sparse.engines.nursery import MOST, Nursery
 from fedmap_sparse.engines.shared import SharedTensor
 from fedmap_sparse.engines.workers import Workers
 from fedmap_sparse.errors import WorkerDied
@@ -188,6 +190,27 @@ def test_a_program_has_one_thread_when_it_forks() -> None:
         assert pool.ready()
         group = os.getpgid(pool.pids[0])
         assert len(list(Path(f"/proc/{group}/task").iterdir())) == 1
+
+
+def sleeps(link: Any) -> None:
+    link.send_bytes(b"here")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [1, 2] if MOST > 1 else [1])
+def test_a_busy_nursery_ends_at_once_where_its_caller_ignores_sigterm(number: int) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        nursery = Nursery(sleeps, number)
+        for connection in nursery.connections:
+            assert connection.recv_bytes() == b"here"
+        start = time.monotonic()
+        nursery.end()
+        assert time.monotonic() - start < 30
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for connection in nursery.connections:
+            connection.close()
 
 
 def unmakeable() -> Any:
